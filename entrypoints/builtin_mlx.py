@@ -1,0 +1,18 @@
+"""Registers the built-in cache adapters. Asked on the receiver only: they import mlx."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlx_receiver.wire.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from mlx_receiver.cache import CacheAdapter
+
+
+@hookimpl
+def mac_decode_cache_adapters() -> list[CacheAdapter]:
+    """Plain keys and values of every token (``mlx_lm``'s ``KVCache``)."""
+    from mlx_receiver.cache import PlainKV
+
+    return [PlainKV()]

@@ -1,0 +1,188 @@
+"""Frames of the bulk channel: one fixed header, then the payload.
+
+A BLOCK is a rectangle of one layer's K or V: ``heads`` x ``tokens`` x ``head_dim``, head-major
+and contiguous (``[heads, tokens, head_dim]``), so that each head's rows land in the receiver's
+``[1, heads, tokens, head_dim]`` cache with one contiguous read a head. Blocks may arrive in any
+order, from any number of connections (one for each vLLM worker).
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from mlx_receiver.wire.messages import E_BLOCK, E_PROTOCOL, PROTOCOL_VERSION, WireError
+
+MAGIC: Final = b"MDKV"
+
+#: Largest payload of one frame, in bytes. Senders split; a larger one is refused unread.
+MAX_PAYLOAD: Final = 64 << 20
+
+#: Bytes of one value, by wire dtype. The index is the dtype's code on the wire.
+DTYPES: Final = ("bfloat16", "float16", "float32")
+ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class Kind(enum.IntEnum):
+    """What a frame carries."""
+
+    HELLO = 1  # client: DataHello
+    ATTACH = 2  # client: tell me when the session may receive blocks
+    BLOCK = 3  # client: a rectangle of KV
+    REPLY = 4  # receiver: DataReply
+
+
+class Plane(enum.IntEnum):
+    """Keys or values."""
+
+    KEYS = 0
+    VALUES = 1
+
+
+_HEADER: Final = struct.Struct("<4sHBBQHHHHIIIIqqq")
+HEADER_BYTES: Final = _HEADER.size
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of any frame. Fields after ``payload_bytes`` are zero unless it is a BLOCK.
+
+    Times are the sender's monotonic clock in nanoseconds: ``computed_ns`` when the layer's K
+    and V existed, ``gathered_ns`` when they left the paged cache, ``sent_ns`` when the frame was
+    handed to the network. ``checksum`` is the payload's CRC-32, or 0 where none was made.
+    """
+
+    kind: Kind
+    session: int
+    payload_bytes: int
+    layer: int = 0
+    plane: Plane = Plane.KEYS
+    dtype: str = DTYPES[0]
+    head_start: int = 0
+    heads: int = 0
+    head_dim: int = 0
+    token_start: int = 0
+    tokens: int = 0
+    checksum: int = 0
+    computed_ns: int = 0
+    gathered_ns: int = 0
+    sent_ns: int = 0
+
+    def pack(self) -> bytes:
+        """The header as ``HEADER_BYTES`` bytes, little-endian."""
+        return _HEADER.pack(
+            MAGIC,
+            PROTOCOL_VERSION,
+            self.kind,
+            (DTYPES.index(self.dtype) << 1) | self.plane,
+            self.session,
+            self.layer,
+            self.head_start,
+            self.heads,
+            self.head_dim,
+            self.token_start,
+            self.tokens,
+            self.payload_bytes,
+            self.checksum,
+            self.computed_ns,
+            self.gathered_ns,
+            self.sent_ns,
+        )
+
+    def describe(self) -> str:
+        """Which part of which session, for messages."""
+        return (
+            f"session {self.session}, layer {self.layer}, {self.plane.name.lower()}, "
+            f"heads {self.head_start}..{self.head_start + self.heads - 1}, "
+            f"tokens {self.token_start}..{self.token_start + self.tokens - 1}"
+        )
+
+
+def unpack(data: bytes | bytearray | memoryview) -> Header:
+    """Read a header and check everything that can be checked without knowing the session.
+
+    Raises WireError: ``protocol`` for bytes that are no frame of this version (the stream cannot
+    be trusted any further), ``block`` for a BLOCK whose size does not follow from its shape.
+    """
+    (
+        magic,
+        version,
+        kind,
+        bits,
+        session,
+        layer,
+        head_start,
+        heads,
+        head_dim,
+        token_start,
+        tokens,
+        payload,
+        checksum,
+        computed,
+        gathered,
+        sent,
+    ) = _HEADER.unpack(data)
+    if magic != MAGIC:
+        raise WireError(E_PROTOCOL, f"a bulk frame starts with {magic!r}, not {MAGIC!r}")
+    if version != PROTOCOL_VERSION:
+        raise WireError(
+            E_PROTOCOL, f"a bulk frame of protocol {version}, this side speaks {PROTOCOL_VERSION}"
+        )
+    if payload > MAX_PAYLOAD:
+        raise WireError(E_PROTOCOL, f"a bulk frame of {payload} bytes is over {MAX_PAYLOAD}")
+    try:
+        frame_kind = Kind(kind)
+    except ValueError:
+        raise WireError(E_PROTOCOL, f"a bulk frame of unknown kind {kind}") from None
+    if bits >> 1 >= len(DTYPES):
+        raise WireError(E_PROTOCOL, f"a bulk frame of unknown dtype code {bits >> 1}")
+    header = Header(
+        kind=frame_kind,
+        session=session,
+        payload_bytes=payload,
+        layer=layer,
+        plane=Plane(bits & 1),
+        dtype=DTYPES[bits >> 1],
+        head_start=head_start,
+        heads=heads,
+        head_dim=head_dim,
+        token_start=token_start,
+        tokens=tokens,
+        checksum=checksum,
+        computed_ns=computed,
+        gathered_ns=gathered,
+        sent_ns=sent,
+    )
+    if frame_kind is Kind.BLOCK:
+        expected = heads * tokens * head_dim * ITEMSIZE[header.dtype]
+        if expected == 0 or payload != expected:
+            raise WireError(
+                E_BLOCK,
+                f"{header.describe()}: {payload} payload bytes, but {heads} heads x {tokens} tokens "
+                f"x {head_dim} x {header.dtype} are {expected}",
+            )
+    return header
+
+
+class DataHello(msgspec.Struct, frozen=True):
+    """Payload of HELLO: who opens this bulk connection."""
+
+    token: str = ""
+    client: str = ""
+
+
+class DataReply(msgspec.Struct, frozen=True):
+    """Payload of REPLY: the session may receive blocks, or it may not and why."""
+
+    session: int
+    accepted: bool
+    code: str = ""
+    reason: str = ""
+
+
+hello_decoder: Final = msgspec.msgpack.Decoder(DataHello)
+reply_decoder: Final = msgspec.msgpack.Decoder(DataReply)

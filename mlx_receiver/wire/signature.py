@@ -1,0 +1,102 @@
+"""The model signature: what must be equal for one engine's KV to be the other's.
+
+Both sides build it from the model's Hugging Face ``config.json`` (vLLM's copy went through
+transformers, which moves and renames keys), so the builder normalises spellings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+#: Architectures whose layers all keep plain K and V of every token, K after RoPE.
+PLAIN_KV_ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
+
+
+class ModelSignature(msgspec.Struct, frozen=True):
+    """Everything that shapes the KV cache and its meaning, quantisation of weights aside.
+
+    ``rope`` holds the rotary parameters as sorted ``(name, value)`` pairs in text form.
+    """
+
+    model_type: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    rope: list[tuple[str, str]]
+    sliding_window: int | None = None
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of K and V that one token takes, all layers, at ``itemsize`` bytes a value."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+    def differences(self, other: ModelSignature) -> list[str]:
+        """One "field: mine here, theirs there" line for each field that differs."""
+        lines = []
+        for field in self.__struct_fields__:
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                lines.append(f"{field}: {_show(mine)} here, {_show(theirs)} there")
+        return lines
+
+
+def signature_from_config(config: Mapping[str, Any]) -> ModelSignature:
+    """The signature of a Hugging Face model configuration (``config.json`` as a mapping).
+
+    Raises ValueError naming the key when the configuration lacks one that is needed.
+    """
+    text = config.get("text_config")
+    c: Mapping[str, Any] = {**config, **text} if isinstance(text, Mapping) else config
+
+    def need(key: str) -> int:
+        value = c.get(key)
+        if not isinstance(value, int):
+            raise ValueError(f"the model's config.json has no usable {key!r}: {value!r}")
+        return value
+
+    heads = need("num_attention_heads")
+    window = c.get("sliding_window")
+    if c.get("use_sliding_window") is False or not window:
+        window = None
+    return ModelSignature(
+        model_type=str(c.get("model_type", "")),
+        layers=need("num_hidden_layers"),
+        kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or need("hidden_size") // heads,
+        hidden_size=need("hidden_size"),
+        vocab_size=need("vocab_size"),
+        rope=_rope(c),
+        sliding_window=window,
+    )
+
+
+def _rope(c: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rotary parameters; ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling``."""
+    raw = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    kind = raw.pop("rope_type", None) or raw.pop("type", None) or "default"
+    raw.pop("type", None)
+    theta = raw.pop("rope_theta", None) or c.get("rope_theta") or 10000.0
+    partial = raw.pop("partial_rotary_factor", None) or c.get("partial_rotary_factor") or 1.0
+    parameters = {"theta": theta, "type": kind, "partial": partial}
+    if kind != "default":
+        parameters |= {key: value for key, value in raw.items() if value is not None}
+    if "traditional" in c or "rope_traditional" in c:
+        parameters["traditional"] = bool(c.get("rope_traditional", c.get("traditional")))
+    return sorted((key, _number(value)) for key, value in parameters.items())
+
+
+def _number(value: Any) -> str:
+    """A value in one spelling: 10000 and 10000.0 are the same rotary base."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return repr(float(value))
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return "{" + ", ".join(f"{key}={item}" for key, item in value) + "}"
+    return str(value)
