@@ -1,0 +1,1 @@
+"""What the installed package registers with vLLM and with pluggy, and nothing else."""
