@@ -1,0 +1,276 @@
+"""``mac_decode`` as vLLM sees it: a thin facade over the scheduler half and the worker half.
+
+Scheduler half (in the engine's process): ``Relay`` decides and follows the sessions, ``Link``
+talks to the receiver, ``ExportPlan`` says what each step writes. Worker half (one a worker):
+``Exporter``. They meet only in ``metadata.StepExports``.
+
+No exception may leave a method that vLLM calls while it serves: a fault switches the connector
+off, with one log line, and everything decodes locally.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.logger import init_logger
+from vllm.version import __version__ as vllm_version
+
+from mlx_receiver.wire.signature import PLAIN_KV_ARCHITECTURES, signature_from_config
+from vllm_mac_decode import engine_seam, settings
+from vllm_mac_decode.export_plan import ExportPlan
+from vllm_mac_decode.exporter import Exporter
+from vllm_mac_decode.link import Link
+from vllm_mac_decode.metadata import StepExports, WorkerReport
+from vllm_mac_decode.paged_layout import LayoutError
+from vllm_mac_decode.relay import Relay
+from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_from
+from vllm_mac_decode.worker_layers import exported_layers, updates_before_hook
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.mac_decode.connector")
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _guarded(default: Callable[[], Any]) -> Callable[[_F], _F]:
+    """A method that answers ``default()`` and switches the connector off when it fails."""
+
+    def decorate(method: _F) -> _F:
+        @functools.wraps(method)
+        def guarded(self: MacDecodeConnector, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(self, *args, **kwargs)
+            except Exception:
+                self.fault(method.__name__)
+                return default()
+
+        return guarded  # type: ignore[return-value]
+
+    return decorate
+
+
+class MacDecodeConnector(KVConnectorBase_V1):
+    """See the module's text."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._settings = settings.load(self._kv_transfer_config.kv_connector_extra_config)
+        self._exporter: Exporter | None = None
+        self._report = WorkerReport("", "the KV caches were never registered")
+        self._early = False
+        self.relay: Relay | None = None
+        self._plan: ExportPlan | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            engine_seam.install()
+            self.relay = Relay(self._settings)
+            self._plan = ExportPlan(_block_size(kv_cache_config))
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """No: a hand-off that preemption breaks goes on locally."""
+        return False
+
+    def fault(self, where: str) -> None:
+        """Log the exception being handled and switch off for good."""
+        logger.exception("a fault in %s; decoding locally from now on", where)
+        relay, self._plan, exporter = self.relay, None, self._exporter
+        self._exporter = None
+        if relay is not None and relay.link is not None:
+            relay.link.close()
+            relay.disconnected("a fault in the connector")
+            relay.link = None
+        if exporter is not None:
+            exporter.close()
+
+    # --- worker half ------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Find out how to read the caches, and start the exporter. Never raises."""
+        dtypes = {str(cache.dtype).removeprefix("torch.") for cache in kv_caches.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else ""
+        try:
+            layers = exported_layers(self._vllm_config, self._kv_cache_config, kv_caches)
+            if layers:
+                self._early = updates_before_hook(self._vllm_config, kv_caches)
+                self._exporter = Exporter(layers, _block_size(self._kv_cache_config), self._settings)
+            self._report = WorkerReport(dtype)
+        except LayoutError as error:
+            self._report = WorkerReport(dtype, str(error))
+        except Exception as error:
+            logger.exception("looking at the KV cache failed")
+            self._report = WorkerReport(dtype, f"looking at the KV cache failed: {error}")
+
+    def get_handshake_metadata(self) -> WorkerReport:
+        """What ``register_kv_caches`` found, for the scheduler half."""
+        return self._report
+
+    @_guarded(lambda: None)
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins: tell the exporter what it will write."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._exporter is not None and isinstance(connector_metadata, StepExports):
+            meta = connector_metadata
+            self._exporter.begin_step(meta.spans, meta.ended, meta.target)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Nothing is loaded into vLLM's cache."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """The layer's K and V are written by now where the backend updates its cache first:
+        exporting from here overlaps with the layer's attention and MLP."""
+        if self._early:
+            self._layer_written(layer_name)
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """The layer's K and V are written by now in any case."""
+        self._layer_written(layer_name)
+
+    @_guarded(lambda: None)
+    def _layer_written(self, layer_name: str) -> None:
+        if self._exporter is not None:
+            self._exporter.layer_written(layer_name)
+
+    @_guarded(lambda: None)
+    def wait_for_save(self) -> None:
+        """Does not wait: vLLM keeps the blocks until ``get_finished`` reports them read."""
+        if self._exporter is not None:
+            self._exporter.end_step()
+
+    @_guarded(lambda: (None, None))
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose blocks have been read, so that vLLM can free them."""
+        if self._exporter is None:
+            return None, None
+        return self._exporter.finished(finished_req_ids) or None, None
+
+    # --- scheduler half ---------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """The workers' reports: only if every worker can export will anything be handed off."""
+        self._worker_reports = list(metadata.values())
+
+    def attach_engine(self, core: Any) -> None:
+        """The engine is complete: connect to the receiver, unless something rules it out."""
+        try:
+            self._connect(core)
+        except (RuntimeError, ValueError) as error:
+            logger.warning("decoding locally: %s", error)
+        except Exception:
+            self.fault("attach_engine")
+
+    def _connect(self, core: Any) -> None:
+        assert self.relay is not None
+        config = self._vllm_config.model_config.hf_text_config.to_dict()
+        signature = signature_from_config(config)
+        if signature.model_type not in PLAIN_KV_ARCHITECTURES:
+            known = ", ".join(sorted(PLAIN_KV_ARCHITECTURES))
+            raise ValueError(
+                f"models of type {signature.model_type!r} are not supported yet (supported: {known})"
+            )
+        if signature.sliding_window is not None:
+            raise ValueError("models with sliding-window attention are not supported yet")
+        reports: list[WorkerReport] = getattr(self, "_worker_reports", [])
+        problems = sorted({report.problem for report in reports if report.problem})
+        if problems:
+            raise ValueError(f"the KV cache cannot be exported: {'; '.join(problems)}")
+        if not reports:
+            raise ValueError("no worker reported its KV cache")
+        if not self._settings.enabled:
+            raise ValueError("mac_decode is switched off (enabled=false)")
+        seam = engine_seam.EngineSeam(core)
+        self.relay.seam = seam
+        self.relay.link = Link(
+            self._settings, signature, reports[0].kv_dtype, f"vllm {vllm_version}", self.relay
+        )
+
+    @_guarded(lambda: None)
+    def on_new_request(self, request: Request) -> None:
+        """vLLM accepted a request."""
+        if self.relay is not None:
+            self.relay.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Nothing comes from elsewhere."""
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """Nothing to do: ``build_connector_meta`` sees the blocks."""
+
+    @_guarded(StepExports)
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepExports:
+        """What the workers export in this step."""
+        relay, plan = self.relay, self._plan
+        if relay is None or plan is None:
+            return StepExports()
+        for new in scheduler_output.scheduled_new_reqs:
+            session = relay.scheduled(new.req_id)
+            if session is not None:
+                plan.add(new.req_id, session.session, session.request.num_prompt_tokens)
+        for request_id in plan.preempted(scheduler_output):
+            relay.preempted(request_id)
+            plan.drop(request_id)
+        spans = [span for span in plan.step(scheduler_output) if relay.alive(span.request_id)]
+        target = relay.link.target if spans and relay.link is not None else None
+        return StepExports(spans=spans, ended=relay.take_ended(), target=target)
+
+    @_guarded(lambda: (False, None))
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Keep the blocks while workers may still be reading them."""
+        if self.relay is not None and str(request.get_finished_reason()) == "abort":
+            self.relay.aborted(request.request_id)
+        return self._plan is not None and self._plan.forget(request.request_id), None
+
+    # --- reporting --------------------------------------------------------------------------
+
+    @_guarded(lambda: None)
+    def get_kv_connector_stats(self) -> MacDecodeStats | None:
+        """Counts since the last call (scheduler half)."""
+        return stats_from(self.relay) if self.relay is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> MacDecodeStats:
+        """See the base class."""
+        return MacDecodeStats(data=data) if data else MacDecodeStats()
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any, **kwargs: Any) -> MacDecodePromMetrics:
+        """See the base class."""
+        return MacDecodePromMetrics(*args, **kwargs)
+
+    def shutdown(self) -> None:
+        """Close sockets and threads."""
+        if self.relay is not None and self.relay.link is not None:
+            self.relay.link.close()
+            self.relay.link = None
+        if self._exporter is not None:
+            self._exporter.close()
+            self._exporter = None
+
+
+def _block_size(config: KVCacheConfig) -> int:
+    return int(config.kv_cache_groups[0].kv_cache_spec.block_size) if config.kv_cache_groups else 1

@@ -1,0 +1,390 @@
+"""Worker half: reads each layer's new KV out of the paged cache and streams it.
+
+The engine's thread only notes that a layer's K and V are written (``layer_written``: a queue
+put, and on a GPU an event record). Two threads do the rest: one gathers blocks into a bounded
+ring of staging buffers, one sends them. The blocks themselves are the backlog: vLLM keeps a
+finished request's blocks until ``finished`` reports that they have been read.
+
+Nothing here may stop or slow down the engine: every fault ends the session, never the step.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass, field, replace
+from typing import Any
+from zlib import crc32
+
+import torch
+from vllm.logger import init_logger
+
+from mlx_receiver.wire.frames import ITEMSIZE, DataHello, DataReply, Header, Kind, Plane
+from mlx_receiver.wire.hooks import transport
+from mlx_receiver.wire.messages import WireError
+from mlx_receiver.wire.transport import Sender, TransportError
+from vllm_mac_decode.metadata import BulkTarget, ExportSpan
+from vllm_mac_decode.paged_layout import PagedLayout
+from vllm_mac_decode.settings import Settings
+from vllm_mac_decode.staging import Slot, StagingRing
+
+logger = init_logger("vllm.mac_decode.exporter")
+
+_POLL_SECONDS = 0.0005
+_IDLE_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One layer of this worker: its place in the model, its cache and how to read it.
+
+    ``head_start`` is the model's index of the worker's first KV head (tensor parallelism).
+    """
+
+    index: int
+    cache: torch.Tensor
+    layout: PagedLayout
+    head_start: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    layer: ExportedLayer
+    spans: list[ExportSpan]
+    written: Any  # torch.cuda.Event, or None on the CPU
+    computed_ns: int
+
+
+@dataclass
+class _Session:
+    accepted: bool = False
+    backlog: deque[_Job] = field(default_factory=deque)
+
+
+class Exporter:
+    """Streams spans of the paged cache to a receiver, in the background."""
+
+    def __init__(
+        self, layers: dict[str, ExportedLayer], block_size: int, settings: Settings
+    ) -> None:
+        self._layers = layers
+        self._settings = settings
+        first = next(iter(layers.values()))
+        self._device = first.cache.device
+        self._dtype = str(first.cache.dtype).removeprefix("torch.")
+        #: tensor blocks per scheduler block
+        self._split = block_size // first.layout.block_size
+        self._ring = StagingRing(settings.staging_mib << 20, self._device)
+
+        self._lock = threading.Lock()
+        self._unread: defaultdict[str, int] = defaultdict(int)  # request: jobs not read yet
+        self._waiting: set[str] = set()  # finished requests whose blocks vLLM still holds
+        self._dead: set[int] = set()  # sessions that no longer matter
+        self._target: BulkTarget | None = None
+        self._spans: list[ExportSpan] = []
+        self._unwritten: set[str] = set()
+
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._sends: queue.SimpleQueue[tuple[Slot, list[tuple[Header, list[memoryview]]]] | None]
+        self._sends = queue.SimpleQueue()
+        self._sender: Sender | None = None
+        self._connected_to: BulkTarget | None = None
+        self._sender_lock = threading.Lock()
+        self._sessions: dict[int, _Session] = {}  # gather thread only
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._run, args=(loop,), name=f"mac-decode-{name}", daemon=True)
+            for name, loop in (("gather", self._gather_loop), ("send", self._send_loop))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # --- the engine's thread ----------------------------------------------------------------
+
+    def begin_step(
+        self, spans: list[ExportSpan], ended: list[int], target: BulkTarget | None
+    ) -> None:
+        """What this step will write. Also called for steps that write nothing."""
+        with self._lock:
+            self._dead.update(ended)
+            if target is not None:
+                self._target = target
+            for span in spans:
+                self._unread[span.request_id] += len(self._layers)
+        self._spans = spans
+        self._unwritten = set(self._layers) if spans else set()
+
+    def layer_written(self, name: str) -> None:
+        """The layer's K and V of this step are in the paged cache (in stream order)."""
+        if name not in self._unwritten:
+            return
+        self._unwritten.discard(name)
+        written = None
+        if self._device.type == "cuda":
+            written = torch.cuda.Event()
+            written.record()
+        self._jobs.put(_Job(self._layers[name], self._spans, written, time.monotonic_ns()))
+
+    def end_step(self) -> None:
+        """The forward pass is queued: layers whose hook did not run (a full CUDA graph was
+        replayed) are written by now, in stream order."""
+        for name in list(self._unwritten):
+            self.layer_written(name)
+        self._spans = []
+
+    def finished(self, request_ids: set[str]) -> set[str]:
+        """Requests among these, and earlier ones, whose blocks have been read or given up."""
+        with self._lock:
+            self._waiting |= request_ids & self._unread.keys()
+            done = {r for r in self._waiting if self._unread[r] <= 0}
+            self._waiting -= done
+            for request_id in done:
+                del self._unread[request_id]
+        return done
+
+    def close(self) -> None:
+        """Stop the threads; what has not been sent is lost."""
+        self._closing = True
+        self._jobs.put(None)
+        self._sends.put(None)
+        self._drop_connection()
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+
+    # --- both threads -----------------------------------------------------------------------
+
+    def _run(self, loop: Any) -> None:
+        try:
+            loop()
+        except Exception:
+            if not self._closing:
+                logger.exception("the KV export stopped; requests decode locally from now on")
+            self._closing = True
+            with self._lock:
+                for request_id in self._unread:
+                    self._unread[request_id] = 0
+
+    def _read(self, job: _Job, span: ExportSpan) -> None:
+        """One layer of a span has left the paged cache, or will never be wanted."""
+        with self._lock:
+            self._unread[span.request_id] -= 1
+
+    def _is_dead(self, session: int) -> bool:
+        with self._lock:
+            return session in self._dead
+
+    def _drop_connection(self) -> None:
+        with self._sender_lock:
+            if self._sender is not None:
+                self._sender.close()
+                self._sender = None
+
+    # --- gathering --------------------------------------------------------------------------
+
+    def _gather_loop(self) -> None:
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        while not self._closing:
+            pending = any(not s.accepted for s in self._sessions.values())
+            try:
+                job = self._jobs.get(timeout=_POLL_SECONDS if pending else _IDLE_SECONDS)
+            except queue.Empty:
+                job = None
+            if self._closing:
+                return
+            if job is not None:
+                for span in job.spans:
+                    self._dispatch(replace(job, spans=[span]), stream)
+            self._take_replies(stream)
+            self._sweep()
+
+    def _dispatch(self, job: _Job, stream: Any) -> None:
+        span = job.spans[0]
+        session = self._sessions.get(span.session)
+        if session is None and not self._is_dead(span.session):
+            session = self._attach(span.session)
+        if session is None or self._is_dead(span.session):
+            self._read(job, span)
+        elif session.accepted:
+            self._gather(job, span, stream)
+        else:
+            session.backlog.append(job)
+
+    def _attach(self, session_id: int) -> _Session | None:
+        """Ask the receiver whether the session may receive blocks; None when it cannot be asked."""
+        try:
+            sender = self._connect()
+            with self._sender_lock:
+                sender.send(Header(kind=Kind.ATTACH, session=session_id, payload_bytes=0))
+        except (TransportError, ValueError) as error:
+            self._fail(session_id, str(error))
+            return None
+        self._sessions[session_id] = _Session()
+        return self._sessions[session_id]
+
+    def _connect(self) -> Sender:
+        with self._lock:
+            target = self._target
+        if target is None:
+            raise TransportError("no receiver is connected")
+        if self._sender is None or self._connected_to != target:
+            self._drop_connection()
+            sender = transport(target.endpoint.transport).connect(
+                target.endpoint,
+                DataHello(token=self._settings.token, client=target.client),
+                timeout=self._settings.stall_timeout,
+            )
+            with self._sender_lock:
+                self._sender, self._connected_to = sender, target
+            return sender
+        return self._sender
+
+    def _take_replies(self, stream: Any) -> None:
+        if not self._sessions:
+            return
+        sender = self._sender
+        try:
+            if sender is None:
+                raise TransportError("the bulk connection is gone")
+            replies = sender.replies()
+        except (TransportError, WireError) as error:
+            # Part of every session's blocks may be lost with the connection.
+            self._drop_connection()
+            for session_id in list(self._sessions):
+                self._fail(session_id, str(error))
+            return
+        for reply in replies:
+            self._take_reply(reply, stream)
+
+    def _take_reply(self, reply: DataReply, stream: Any) -> None:
+        session = self._sessions.get(reply.session)
+        if session is None:
+            return
+        if not reply.accepted:
+            self._fail(reply.session, reply.reason)
+            return
+        session.accepted = True
+        while session.backlog:
+            job = session.backlog.popleft()
+            if self._is_dead(reply.session):
+                self._read(job, job.spans[0])
+            else:
+                self._gather(job, job.spans[0], stream)
+
+    def _fail(self, session_id: int, reason: str) -> None:
+        """Give a session up. The receiver or the relay's clock tells vLLM's other half."""
+        logger.debug("session %d: export given up: %s", session_id, reason)
+        with self._lock:
+            self._dead.add(session_id)
+
+    def _sweep(self) -> None:
+        """Forget dead sessions and the jobs that waited for them."""
+        for session_id in [s for s in self._sessions if self._is_dead(s)]:
+            for job in self._sessions.pop(session_id).backlog:
+                self._read(job, job.spans[0])
+        with self._lock:
+            if len(self._dead) > 4096:
+                self._dead = {s for s in self._dead if s in self._sessions}
+
+    def _gather(self, job: _Job, span: ExportSpan, stream: Any) -> None:
+        """Copy one layer of a span into staging, piece by piece, and queue it for sending."""
+        layer, layout = job.layer, job.layer.layout
+        size = layout.block_size
+        ids = self._tensor_blocks(span.block_ids)
+        base = span.start - span.start % (size * self._split)  # first token of ids[0]
+        row = layout.heads * size * layout.head_dim * layer.cache.element_size()
+        per_piece = max(1, self._ring.slot_bytes // (2 * row))
+        first = (span.start - base) // size
+        last = -(-(span.end - base) // size)
+        for at in range(first, last, per_piece):
+            count = min(per_piece, last - at)
+            if self._is_dead(span.session) or self._closing:
+                break
+            slot = self._ring.acquire(2 * count * row)
+            frames = []
+            low = max(span.start, base + at * size)
+            high = min(span.end, base + (at + count) * size)
+            shape = (2, layout.heads, count, size, layout.head_dim)
+            staged = slot.copy_in(
+                layer.cache.dtype,
+                shape,
+                lambda out, at=at, count=count: [
+                    layout.gather(layer.cache, plane, ids[at : at + count], out[i])
+                    for i, plane in enumerate((layout.keys, layout.values))
+                ],
+                job.written,
+                stream,
+            )
+            skip = low - (base + at * size)
+            for plane in Plane:
+                rows = staged[plane].view(layout.heads, count * size, layout.head_dim)
+                rows = rows[:, skip : skip + high - low]
+                payload = [memoryview(head.view(torch.uint8).numpy()).cast("B") for head in rows]
+                frames.append(
+                    (self._header(job, span, plane, low, high), payload)
+                )
+            self._sends.put((slot, frames))
+        self._read_when_staged(job, span)
+
+    def _read_when_staged(self, job: _Job, span: ExportSpan) -> None:
+        """On a GPU the copies are only queued: the sending thread, which waits for them in
+        order, reports when the last one is done."""
+        if self._device.type == "cuda":
+            self._sends.put((Slot.marker(lambda: self._read(job, span)), []))
+        else:
+            self._read(job, span)
+
+    def _tensor_blocks(self, block_ids: list[int]) -> torch.Tensor:
+        ids = torch.tensor(block_ids, dtype=torch.int64)
+        if self._split > 1:
+            ids = (ids[:, None] * self._split + torch.arange(self._split)).flatten()
+        return ids.to(self._device, non_blocking=True)
+
+    def _header(self, job: _Job, span: ExportSpan, plane: Plane, low: int, high: int) -> Header:
+        layout = job.layer.layout
+        return Header(
+            kind=Kind.BLOCK,
+            session=span.session,
+            payload_bytes=layout.heads * (high - low) * layout.head_dim * ITEMSIZE[self._dtype],
+            layer=job.layer.index,
+            plane=plane,
+            dtype=self._dtype,
+            head_start=job.layer.head_start,
+            heads=layout.heads,
+            head_dim=layout.head_dim,
+            token_start=low,
+            tokens=high - low,
+            computed_ns=job.computed_ns,
+        )
+
+    # --- sending ----------------------------------------------------------------------------
+
+    def _send_loop(self) -> None:
+        while not self._closing:
+            item = self._sends.get()
+            if item is None:
+                return
+            slot, frames = item
+            slot.wait()
+            gathered = time.monotonic_ns()
+            for header, payload in frames:
+                if self._is_dead(header.session):
+                    continue
+                checksum = 0
+                if self._settings.checksum:
+                    for part in payload:
+                        checksum = crc32(part, checksum)
+                    checksum = checksum or 1
+                timed = replace(
+                    header, gathered_ns=gathered, sent_ns=time.monotonic_ns(), checksum=checksum
+                )
+                try:
+                    with self._sender_lock:  # ATTACH frames come from the gathering thread
+                        if self._sender is None:
+                            raise TransportError("the bulk connection is gone")
+                        self._sender.send(timed, payload)
+                except TransportError as error:
+                    self._fail(header.session, str(error))
+                    self._drop_connection()
+            self._ring.release(slot)

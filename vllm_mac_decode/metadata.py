@@ -1,0 +1,53 @@
+"""What the scheduler half tells the worker half in each step. Plain data, pickled by vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+)
+
+from mlx_receiver.wire.messages import Endpoint
+
+
+@dataclass(frozen=True)
+class ExportSpan:
+    """Tokens ``start`` to ``end`` of one request, to be exported in every layer of this step.
+
+    ``block_ids`` are the scheduler's blocks that hold them: the first one holds token
+    ``start - start % block_size``.
+    """
+
+    session: int
+    request_id: str
+    start: int
+    end: int
+    block_ids: list[int]
+
+
+@dataclass(frozen=True)
+class BulkTarget:
+    """Where blocks go. Another ``receiver`` means a restart: connect again."""
+
+    endpoint: Endpoint
+    receiver: str
+    client: str
+
+
+@dataclass
+class StepExports(KVConnectorMetadata):
+    """One step's exports, and the sessions that ended since the last step."""
+
+    spans: list[ExportSpan] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    target: BulkTarget | None = None
+
+
+@dataclass
+class WorkerReport(KVConnectorHandshakeMetadata):
+    """What a worker found when it looked at its KV cache; ``problem`` is empty when it can export."""
+
+    kv_dtype: str
+    problem: str = ""

@@ -1,0 +1,282 @@
+"""Where (token, head, dim) of K and of V live inside a block, learnt by writing and looking.
+
+Layouts differ by attention backend, CPU instruction set and vLLM release. Instead of knowing
+them, ``probe`` lets the backend's own cache update write index-coded values into a scratch
+cache of the layer's shape and strides, reads the raw storage back, and checks what it learnt
+with random data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Digits are written as 1 .. _BASE, which every float dtype of a KV cache holds exactly.
+_BASE = 127
+_SCRATCH_BLOCKS = 3
+
+#: ``update(key, value, kv_cache, slot_mapping)``: key and value ``[tokens, heads, head_dim]``,
+#: slot_mapping ``[tokens]`` int64, slot = block * block_size + offset.
+CacheUpdate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class LayoutError(Exception):
+    """The cache cannot be read back; the text says why."""
+
+
+@dataclass(frozen=True)
+class PlaneMap:
+    """One plane (K or V) inside a block, in elements from the block's start.
+
+    ``strides`` are (head, token, dim) where the map is affine, else ``index`` holds every
+    element's offset, ``[heads, block_size, head_dim]`` int64.
+    """
+
+    offset: int
+    strides: tuple[int, int, int] | None
+    index: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class PagedLayout:
+    """The layout of one layer's cache tensor.
+
+    ``block_size`` counts tokens in a block of the tensor, which may be a fraction of the
+    scheduler's block. ``block_stride`` is in elements.
+    """
+
+    blocks: int
+    block_size: int
+    heads: int
+    head_dim: int
+    block_stride: int
+    keys: PlaneMap
+    values: PlaneMap
+
+    def plane(self, cache: torch.Tensor, which: PlaneMap) -> torch.Tensor:
+        """An affine plane as a view ``[heads, blocks, block_size, head_dim]`` of the cache."""
+        assert which.strides is not None
+        head, token, dim = which.strides
+        return torch.as_strided(
+            cache,
+            (self.heads, self.blocks, self.block_size, self.head_dim),
+            (head, self.block_stride, token, dim),
+            cache.storage_offset() + which.offset,
+        )
+
+    def gather(
+        self, cache: torch.Tensor, which: PlaneMap, block_ids: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Copy whole blocks: ``out[h, i, t] = plane[h, block_ids[i], t]``.
+
+        ``out`` is ``[heads, len(block_ids), block_size, head_dim]`` on the cache's device.
+        """
+        if which.strides is not None:
+            plane = self.plane(cache, which)
+            if cache.device.type == "cpu":
+                # Blocks of one request are mostly consecutive: a few strided copies beat
+                # one indexed copy.
+                for at, first, count in runs(block_ids.tolist()):
+                    out[:, at : at + count].copy_(plane[:, first : first + count])
+            else:
+                torch.index_select(plane, 1, block_ids, out=out)
+            return
+        assert which.index is not None
+        flat = torch.as_strided(cache, (storage_elements(cache),), (1,), 0)
+        base = cache.storage_offset() + block_ids.to(torch.int64) * self.block_stride
+        index = base[None, :, None, None] + which.index[:, None]
+        out.copy_(flat[index])
+
+
+def runs(ids: list[int]) -> list[tuple[int, int, int]]:
+    """Consecutive runs of block ids as (position, first id, count)."""
+    found: list[tuple[int, int, int]] = []
+    for position, block in enumerate(ids):
+        if found:
+            at, first, count = found[-1]
+            if block == first + count:
+                found[-1] = (at, first, count + 1)
+                continue
+        found.append((position, block, 1))
+    return found
+
+
+def storage_elements(tensor: torch.Tensor) -> int:
+    """Elements in the tensor's whole storage."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+def probe(
+    cache: torch.Tensor, num_blocks: int, block_size: int, heads: int, head_dim: int,
+    update: CacheUpdate,
+) -> PagedLayout:
+    """Learn the layout of ``cache``, a layer's paged KV of ``num_blocks`` scheduler blocks.
+
+    ``block_size`` is the scheduler's. Raises LayoutError when the cache is not a float cache,
+    has no block dimension, or does not give back what was written.
+    """
+    if not cache.is_floating_point() or cache.element_size() < 2:
+        raise LayoutError(f"its dtype is {cache.dtype}: only float16, bfloat16 and float32 KV "
+                          "caches can be exported (use --kv-cache-dtype auto)")
+    block_dim, ratio = _block_dim(cache, num_blocks)
+    if block_size % ratio:
+        raise LayoutError(f"{ratio} tensor blocks do not divide a block of {block_size} tokens")
+    tokens = block_size // ratio
+    scratch = _scratch(cache, block_dim)
+
+    codes = _write_codes(scratch, tokens, heads, head_dim, update)
+    count = tokens * heads * head_dim
+    start = scratch.stride(block_dim)  # block 1 is the one that was written
+    maps = []
+    for plane in range(2):
+        where = _positions(codes, plane * count, count)
+        relative = (where - start).view(tokens, heads, head_dim).permute(1, 0, 2)
+        maps.append(_plane_map(relative, cache.device))
+    layout = PagedLayout(
+        blocks=cache.shape[block_dim],
+        block_size=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        block_stride=cache.stride(block_dim),
+        keys=_rebase(maps[0], scratch, cache, block_dim),
+        values=_rebase(maps[1], scratch, cache, block_dim),
+    )
+    _verify(scratch, layout, maps, update)
+    return layout
+
+
+def _block_dim(cache: torch.Tensor, num_blocks: int) -> tuple[int, int]:
+    """The dimension that counts blocks, and tensor blocks per scheduler block."""
+    for dim in range(cache.dim()):
+        if cache.shape[dim] >= num_blocks and cache.shape[dim] % num_blocks == 0:
+            return dim, cache.shape[dim] // num_blocks
+    raise LayoutError(f"no dimension of its shape {tuple(cache.shape)} counts {num_blocks} blocks")
+
+
+def _scratch(cache: torch.Tensor, block_dim: int) -> torch.Tensor:
+    """A small cache with the same strides inside a block."""
+    shape, strides = list(cache.shape), list(cache.stride())
+    shrink = cache.shape[block_dim]
+    shape[block_dim] = _SCRATCH_BLOCKS
+    for dim, stride in enumerate(strides):
+        if stride > strides[block_dim]:  # an outer dimension, such as [2, blocks, ...]
+            strides[dim] = stride // shrink * _SCRATCH_BLOCKS
+    return torch.empty_strided(shape, strides, dtype=cache.dtype, device=cache.device)
+
+
+def _write_codes(
+    scratch: torch.Tensor, tokens: int, heads: int, head_dim: int, update: CacheUpdate
+) -> torch.Tensor:
+    """Write every element's number into block 1; returns what each storage element holds (-1: nothing)."""
+    count = tokens * heads * head_dim
+    numbers = torch.arange(2 * count, device=scratch.device)
+    slots = torch.arange(tokens, 2 * tokens, device=scratch.device, dtype=torch.int64)
+    held = torch.zeros(storage_elements(scratch), dtype=torch.int64, device=scratch.device)
+    seen = torch.ones_like(held, dtype=torch.bool)
+    raw = torch.as_strided(scratch, (held.numel(),), (1,), 0)
+    weight, rest = 1, 2 * count - 1
+    while True:
+        digits = (numbers // weight % _BASE + 1).to(scratch.dtype).view(2, tokens, heads, head_dim)
+        raw.zero_()
+        update(digits[0].contiguous(), digits[1].contiguous(), scratch, slots)
+        values = raw.to(torch.float64)
+        seen &= (values >= 1) & (values <= _BASE) & (values == values.round())
+        held += torch.where(seen, values.to(torch.int64) - 1, 0) * weight
+        weight, rest = weight * _BASE, rest // _BASE
+        if rest == 0:
+            break
+    return torch.where(seen, held, -1)
+
+
+def _positions(codes: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Storage offsets of the elements numbered first .. first + count - 1."""
+    at = torch.nonzero((codes >= first) & (codes < first + count)).flatten()
+    if at.numel() != count:
+        raise LayoutError(f"{at.numel()} of {count} elements could be found again: "
+                          "the backend stores them in another form")
+    where = torch.full((count,), -1, dtype=torch.int64, device=codes.device)
+    where[codes[at] - first] = at
+    if bool((where < 0).any()):
+        raise LayoutError("some elements are stored twice and others not at all")
+    return where
+
+
+def _plane_map(relative: torch.Tensor, device: torch.device) -> PlaneMap:
+    """Strides if the offsets ``[heads, tokens, dim]`` are affine, else the offsets."""
+    offset = int(relative[0, 0, 0])
+    steps = [
+        int(relative.select(axis, 1).flatten()[0]) - offset if relative.shape[axis] > 1 else 0
+        for axis in range(3)
+    ]
+    grids = torch.meshgrid(
+        *(torch.arange(n, device=relative.device) for n in relative.shape), indexing="ij"
+    )
+    affine = offset + sum(grid * step for grid, step in zip(grids, steps, strict=True))
+    if torch.equal(affine, relative):
+        return PlaneMap(offset, (steps[0], steps[1], steps[2]), None)
+    return PlaneMap(0, None, relative.contiguous().to(device))
+
+
+def _rebase(
+    plane: PlaneMap, scratch: torch.Tensor, cache: torch.Tensor, block_dim: int
+) -> PlaneMap:
+    """The map of the real cache: offsets into an outer dimension grow with its stride."""
+    outer = [d for d in range(cache.dim()) if cache.stride(d) > cache.stride(block_dim)]
+    if not outer:
+        return plane
+    if plane.strides is None or len(outer) != 1:
+        raise LayoutError(f"cannot read strides {cache.stride()} with blocks in dimension {block_dim}")
+    step = scratch.stride(outer[0])
+    return PlaneMap(
+        plane.offset // step * cache.stride(outer[0]) + plane.offset % step, plane.strides, None
+    )
+
+
+def _verify(
+    scratch: torch.Tensor, layout: PagedLayout, maps: list[PlaneMap], update: CacheUpdate
+) -> None:
+    """Write random K and V into all scratch blocks, in a mixed order, and read them back."""
+    tokens = _SCRATCH_BLOCKS * layout.block_size
+    local = PagedLayout(
+        blocks=_SCRATCH_BLOCKS,
+        block_size=layout.block_size,
+        heads=layout.heads,
+        head_dim=layout.head_dim,
+        block_stride=layout.block_stride,
+        keys=maps[0],
+        values=maps[1],
+    )
+    slots = torch.randperm(tokens, device=scratch.device)
+    shape = (tokens, layout.heads, layout.head_dim)
+    written = [torch.randn(shape, device=scratch.device).to(scratch.dtype) for _ in range(2)]
+    update(written[0], written[1], scratch, slots)
+    ids = torch.arange(_SCRATCH_BLOCKS, device=scratch.device)
+    for data, plane, name in zip(written, maps, ("K", "V"), strict=True):
+        out = torch.empty(
+            (layout.heads, _SCRATCH_BLOCKS, layout.block_size, layout.head_dim),
+            dtype=scratch.dtype,
+            device=scratch.device,
+        )
+        local.gather(scratch, plane, ids, out)
+        expected = torch.empty_like(data)
+        expected[slots] = data
+        if not torch.equal(out.flatten(1, 2).transpose(0, 1), expected):
+            raise LayoutError(f"{name} read back through the learnt layout differs from what was written")
+
+
+def layer_update(layer: Any) -> CacheUpdate:
+    """The attention layer's own cache update. Raises LayoutError when it has none of its own."""
+    impl = getattr(layer, "impl", None)
+    update = getattr(impl, "do_kv_cache_update", None)
+    if update is None:
+        raise LayoutError(f"{type(impl).__name__} has no cache update of its own to probe with")
+
+    def call(
+        key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        update(layer, key, value, cache, slots)
+
+    return call

@@ -1,0 +1,386 @@
+"""The relay: a request's first token is vLLM's, the rest are the receiver's, one response.
+
+vLLM's own scheduler sees a handed-off request as one that may produce a single token. When that
+token appears, its "length" finish is withheld; the receiver's tokens then enter vLLM's output
+path as if the engine had produced them. Should the hand-off end early, for whatever reason, the
+same response goes on locally: before the first token by giving the request its own limit back,
+after it by a continuation request, whose prompt is everything produced so far (so that vLLM's
+prefix cache answers for most of it) and whose outputs carry the first request's id.
+
+Called from the engine's thread and from the link's; one lock guards the sessions.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from mlx_receiver.wire import messages as m
+from vllm_mac_decode import policy
+from vllm_mac_decode.engine_seam import EngineSeam
+from vllm_mac_decode.link import Link
+from vllm_mac_decode.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.mac_decode.relay")
+
+_BREAKER_FAILURES = 3
+_BREAKER_WINDOW = 30.0
+_BREAKER_PAUSE = (2.0, 60.0)
+
+
+@dataclass
+class Session:
+    """One handed-off request. ``tokens`` are its output so far, whoever produced them."""
+
+    session: int
+    request: Request
+    max_tokens: int
+    asked: bool = False  # Open was sent
+    started: bool = False  # the first token is out, the local request has ended
+    ended: bool = False  # the receiver has no part in it any more
+    continued_as: str = ""  # the local continuation's request id
+    kv_complete: bool = False
+    tokens: list[int] = field(default_factory=list)
+    first_token_at: float = 0.0
+    progress_at: float = 0.0
+    progress: tuple[str, int, int] = ("", 0, 0)
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the client's side knows it."""
+        return self.request.request_id
+
+
+@dataclass
+class Counts:
+    """What happened since the last ``Relay.take_counts``."""
+
+    events: Counter[str] = field(default_factory=Counter)
+    local: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    gaps: list[float] = field(default_factory=list)
+
+
+class Relay:
+    """Sessions of one engine. See the module's text."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.RLock()
+        self._sessions: dict[int, Session] = {}
+        self._by_request: dict[str, Session] = {}
+        self._ended: list[int] = []
+        self._counts = Counts()
+        self._failures: list[float] = []
+        self._closed_until = 0.0
+        self._pause = _BREAKER_PAUSE[0]
+        self.link: Link | None = None
+        self.seam: EngineSeam | None = None
+
+    # --- the engine's thread ----------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        """Decide whether the request will be handed off, and if so end it after one token."""
+        if self._by_request.get(request.request_id) is not None:
+            return  # a continuation of ours
+        reason = self._unavailable() or policy.local_reason(request, self._settings)
+        with self._lock:
+            if reason is not None:
+                self._counts.local[reason] += 1
+                logger.debug("request %s decodes locally: %s", request.request_id, reason)
+                return
+            session = Session(secrets.randbits(62), request, request.max_tokens)
+            self._sessions[session.session] = session
+            self._by_request[request.request_id] = session
+            request.max_tokens = 1
+
+    def scheduled(self, request_id: str) -> Session | None:
+        """The request is about to be prefilled for the first time: open its session."""
+        with self._lock:
+            session = self._by_request.get(request_id)
+            if session is None or session.asked or session.ended or session.continued_as:
+                return None
+            session.asked = True
+            assert self.link is not None
+            request = session.request
+            assert request.prompt_token_ids is not None
+            assert self.seam is not None
+            room = self.seam.max_model_len - len(request.prompt_token_ids)
+            self._send(
+                m.Open(
+                    session=session.session,
+                    request_id=request.request_id,
+                    prompt_token_ids=request.prompt_token_ids,
+                    sampling=policy.sampling(request, min(session.max_tokens, room)),
+                )
+            )
+            return session
+
+    def preempted(self, request_id: str) -> None:
+        """vLLM took the request's blocks away: it starts over, locally."""
+        with self._lock:
+            session = self._by_request.get(request_id)
+            if session is not None:
+                self._give_up(session, "preempted", breaker=False)
+
+    def take_ended(self) -> list[int]:
+        """Sessions that ended since the last call, for the workers."""
+        with self._lock:
+            ended, self._ended = self._ended, []
+        return ended
+
+    def alive(self, request_id: str) -> bool:
+        """Whether the request's blocks are still wanted by a receiver."""
+        with self._lock:
+            session = self._by_request.get(request_id)
+            return session is not None and not session.ended
+
+    def rewrite(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Adjust what one engine step is about to send to the clients."""
+        with self._lock:
+            if not self._by_request:
+                return
+            for client, group in outputs.items():
+                kept = []
+                for output in group.outputs:
+                    session = self._by_request.get(output.request_id)
+                    if session is None or self._keep(client, session, output):
+                        kept.append(output)
+                group.outputs = kept
+                if group.finished_requests:
+                    group.finished_requests = {
+                        self._reported(r) for r in group.finished_requests if not self._hidden(r)
+                    }
+
+    def abort(self, request_ids: list[str]) -> list[str]:
+        """The client gave these requests up; returns the ids that vLLM's scheduler knows."""
+        with self._lock:
+            local = []
+            for request_id in request_ids:
+                session = self._by_request.get(request_id)
+                if session is None:
+                    local.append(request_id)
+                    continue
+                local.append(session.continued_as or request_id)
+                if not session.ended:
+                    self._counts.events["aborted"] += 1
+                    self._cancel(session, "the client gave up")
+                if not session.continued_as:
+                    self._forget(session)
+            return local
+
+    def aborted(self, request_id: str) -> None:
+        """vLLM's scheduler ended the request without an output: a continuation is forgotten
+        only now, because an abort can overtake its start."""
+        with self._lock:
+            session = self._by_request.get(request_id)
+            if session is not None:
+                self._forget(session)
+
+    # --- both threads, with the lock --------------------------------------------------------
+
+    def _keep(self, client: int, session: Session, output: EngineCoreOutput) -> bool:
+        """Whether the step's output goes out with the step. False: it was sent from here."""
+        assert self.seam is not None
+        if session.continued_as:
+            if output.request_id != session.continued_as:
+                return True
+            self.seam.continue_output(output, session.request_id)
+            if output.finish_reason is not None:
+                self._forget(session)
+            return True
+        session.tokens += output.new_token_ids
+        if output.finish_reason is None:
+            return True
+        limit = self.seam.is_length(output) and len(session.tokens) < session.max_tokens
+        room = self.seam.max_model_len - session.request.num_prompt_tokens
+        if not limit or len(session.tokens) >= room:
+            # Finished by itself: a stop token, an error, or the client's own limit.
+            if not session.ended:
+                self._cancel(session, "finished at the first token")
+            self._forget(session)
+            return True
+        output.finish_reason = None
+        session.started = True
+        session.first_token_at = session.progress_at = time.monotonic()
+        # Sent from here, so that it is in the queue before the receiver can answer.
+        self.seam.emit(client, output)
+        if session.ended:
+            self._continue_locally(session)
+        else:
+            self._send(m.Start(session.session, session.tokens[-1]))
+        return False
+
+    def _hidden(self, request_id: str) -> bool:
+        session = self._by_request.get(request_id)
+        return session is not None and request_id != session.continued_as
+
+    def _reported(self, request_id: str) -> str:
+        session = self._by_request.get(request_id)
+        return session.request_id if session is not None else request_id
+
+    def _give_up(self, session: Session, cause: str, breaker: bool = True) -> None:
+        """The receiver's part ends here; the response goes on locally."""
+        if session.ended:
+            return
+        self._counts.fallbacks[cause] += 1
+        if breaker:
+            self._note_failure()
+        self._cancel(session, cause)
+        if session.started:
+            self._continue_locally(session)
+        else:
+            session.request.max_tokens = session.max_tokens
+
+    def _continue_locally(self, session: Session) -> None:
+        assert self.seam is not None
+        session.continued_as = f"{session.request_id}-local"
+        self._by_request[session.continued_as] = session
+        self.seam.resume(session.request, session.continued_as, session.tokens, session.max_tokens)
+
+    def _cancel(self, session: Session, reason: str) -> None:
+        session.ended = True
+        self._sessions.pop(session.session, None)
+        if session.asked:
+            self._ended.append(session.session)
+            self._send(m.Cancel(session.session, reason))
+
+    def _forget(self, session: Session) -> None:
+        session.ended = True
+        self._sessions.pop(session.session, None)
+        self._by_request.pop(session.request_id, None)
+        if session.continued_as:
+            self._by_request.pop(session.continued_as, None)
+
+    def _send(self, message: m.ClientMessage) -> None:
+        if self.link is not None:
+            self.link.send(message)
+
+    # --- availability -----------------------------------------------------------------------
+
+    def _unavailable(self) -> str | None:
+        if not self._settings.enabled:
+            return "disabled"
+        if self.seam is None or self.link is None or self.link.target is None:
+            return "no_receiver"
+        if time.monotonic() < self._closed_until:
+            return "circuit_open"
+        return None
+
+    def _note_failure(self) -> None:
+        """Open the circuit after a few failures in a short time; longer each time."""
+        now = time.monotonic()
+        self._failures = [t for t in self._failures if now - t < _BREAKER_WINDOW] + [now]
+        if len(self._failures) >= _BREAKER_FAILURES and now >= self._closed_until:
+            self._closed_until = now + self._pause
+            logger.warning(
+                "%d hand-offs failed within %.0f s; decoding locally for %.0f s",
+                len(self._failures),
+                _BREAKER_WINDOW,
+                self._pause,
+            )
+            self._pause = min(self._pause * 2, _BREAKER_PAUSE[1])
+            self._failures = []
+
+    # --- the link's thread (LinkListener) ---------------------------------------------------
+
+    def connected(self, welcome: m.Welcome) -> None:
+        """Nothing to do: sessions open as requests come."""
+
+    def disconnected(self, reason: str) -> None:
+        """Every session that the receiver had is lost."""
+        with self._lock:
+            if self._sessions:
+                self._note_failure()
+            for session in list(self._sessions.values()):
+                self._give_up(session, "lost", breaker=False)
+
+    def message(self, message: m.ReceiverMessage) -> None:
+        """Act on what the receiver says."""
+        with self._lock:
+            match message:
+                case m.Step():
+                    for decoded in message.decoded:
+                        self._decoded(decoded)
+                case m.Refused() | m.Failed():
+                    session = self._sessions.get(message.session)
+                    if session is not None:
+                        logger.debug(
+                            "session of %s: %s", session.request_id, message.reason
+                        )
+                        refused = isinstance(message, m.Refused)
+                        self._give_up(
+                            session,
+                            ("refused_" if refused else "failed_") + message.code,
+                            breaker=not refused,
+                        )
+                case m.Complete():
+                    session = self._sessions.get(message.session)
+                    if session is not None:
+                        session.kv_complete = True
+                        session.progress_at = time.monotonic()
+                        self._counts.events["kv_bytes"] += message.kv_bytes
+                case m.Status():
+                    for progress in message.sessions:
+                        self._progress(progress)
+                case _:
+                    pass
+
+    def tick(self, now: float) -> None:
+        """Give up sessions that have made no progress for too long."""
+        with self._lock:
+            for session in list(self._sessions.values()):
+                if session.started and now - session.progress_at > self._settings.stall_timeout:
+                    self._give_up(session, "stalled")
+
+    def _progress(self, progress: m.Progress) -> None:
+        session = self._sessions.get(progress.session)
+        if session is not None:
+            now = (progress.state, progress.kv_bytes, progress.tokens)
+            if now != session.progress:
+                session.progress = now
+                session.progress_at = time.monotonic()
+
+    def _decoded(self, decoded: m.Decoded) -> None:
+        session = self._sessions.get(decoded.session)
+        if session is None or not session.started:
+            return
+        assert self.seam is not None
+        if decoded.position != len(session.tokens):
+            self._give_up(session, "failed_protocol")
+            return
+        now = time.monotonic()
+        if len(session.tokens) == 1:
+            self._counts.gaps.append(now - session.first_token_at)
+        session.progress_at = now
+        session.tokens += decoded.token_ids
+        self._counts.events["tokens"] += len(decoded.token_ids)
+        self.seam.emit_decoded(session.request, decoded)
+        if decoded.finish:
+            self._counts.events["completed"] += 1
+            self._pause = _BREAKER_PAUSE[0]
+            self._ended.append(session.session)
+            self._forget(session)
+
+    # --- reporting --------------------------------------------------------------------------
+
+    def take_counts(self) -> Counts:
+        """What happened since the last call."""
+        with self._lock:
+            counts, self._counts = self._counts, Counts()
+        return counts
+
+    def active(self) -> int:
+        """Sessions in being."""
+        with self._lock:
+            return len(self._sessions)

@@ -1,0 +1,112 @@
+"""KVConnectorStats and Prometheus metrics: what vLLM's log line and ``/metrics`` show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+if TYPE_CHECKING:
+    from vllm_mac_decode.relay import Relay
+
+#: name -> help, for the counters without a reason label.
+_COUNTERS = {
+    "completed": "Responses that the receiver finished",
+    "aborted": "Handed-off requests whose client went away",
+    "tokens": "Output tokens decoded by the receiver",
+    "kv_bytes": "Bytes of KV that became resident on the receiver",
+}
+#: name -> help, for the counters with a reason label.
+_BY_REASON = {
+    "local": "Requests decoded locally from the start, by reason",
+    "fallbacks": "Hand-offs that went on locally, by reason",
+}
+
+
+class MacDecodeStats(KVConnectorStats):
+    """Counts of one interval, as a flat mapping ``name`` or ``name:reason`` -> number."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Add another interval's counts."""
+        for key, value in other.data.items():
+            if isinstance(value, list):
+                self.data[key] = [*self.data.get(key, []), *value]
+            else:
+                self.data[key] = self.data.get(key, 0) + value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """For the log line: counts, and the mean hand-off gap in milliseconds."""
+        numbers = {k: v for k, v in self.data.items() if not isinstance(v, list)}
+        gaps = self.data.get("gaps")
+        if gaps:
+            numbers["mean_handoff_gap_ms"] = round(1000 * sum(gaps) / len(gaps), 1)
+        return numbers
+
+    def is_empty(self) -> bool:
+        """Whether nothing happened."""
+        return not self.data
+
+
+def stats_from(relay: Relay) -> MacDecodeStats | None:
+    """The relay's counts since the last call, or None when nothing happened."""
+    counts = relay.take_counts()
+    data: dict[str, Any] = dict(counts.events)
+    data |= {f"local:{reason}": n for reason, n in counts.local.items()}
+    data |= {f"fallbacks:{reason}": n for reason, n in counts.fallbacks.items()}
+    if counts.gaps:
+        data["gaps"] = counts.gaps
+    return MacDecodeStats(data=data) if data else None
+
+
+class MacDecodePromMetrics(KVConnectorPromMetrics):
+    """``vllm:mac_decode_*``."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._plain = {
+            name: self._counter_cls(
+                name=f"vllm:mac_decode_{name}", documentation=text, labelnames=labelnames
+            )
+            for name, text in _COUNTERS.items()
+        }
+        self._reasons = {
+            name: self._counter_cls(
+                name=f"vllm:mac_decode_{name}",
+                documentation=text,
+                labelnames=[*labelnames, "reason"],
+            )
+            for name, text in _BY_REASON.items()
+        }
+        self._gap = self._histogram_cls(
+            name="vllm:mac_decode_handoff_gap_seconds",
+            documentation="From vLLM's first token to the receiver's first",
+            buckets=[0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0],
+            labelnames=labelnames,
+        )
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one interval's counts."""
+        values = self.per_engine_labelvalues[engine_idx]
+        for key, value in transfer_stats_data.items():
+            name, _, reason = key.partition(":")
+            if name == "gaps":
+                for gap in value:
+                    self._gap.labels(*values).observe(gap)
+            elif reason:
+                self._reasons[name].labels(*values, reason).inc(value)
+            else:
+                self._plain[name].labels(*values).inc(value)
