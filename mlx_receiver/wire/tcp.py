@@ -257,10 +257,15 @@ class TcpListener:
         except WireError as error:
             self._sink.rejected(header, error.code, error.reason)
             landing = Landing(_repeat(scratch, header.payload_bytes))
-        if not _recv_into(sock, list(landing.buffers)):
-            raise TransportError("the connection closed inside a frame")
+        try:
+            if not _recv_into(sock, list(landing.buffers)):
+                raise TransportError("the connection closed inside a frame")
+        except TransportError:
+            landing.abort()
+            raise
         try:
             if header.checksum and header.checksum != _checksum(landing.buffers):
+                landing.abort()
                 raise WireError(E_BLOCK, f"{header.describe()}: the checksum does not match")
             landing.commit()
         except WireError as error:

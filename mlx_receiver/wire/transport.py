@@ -23,11 +23,13 @@ class Landing:
     """Where one block's payload goes.
 
     ``buffers`` are written in order and together hold exactly ``Header.payload_bytes``;
-    ``commit`` is called once they are full and may raise WireError (``block``).
+    ``commit`` is called once they are full and may raise WireError (``block``); ``abort`` instead
+    when the payload did not arrive whole or did not match its checksum.
     """
 
     buffers: list[memoryview]
     commit: Callable[[], None] = field(default=lambda: None)
+    abort: Callable[[], None] = field(default=lambda: None)
 
 
 class BlockSink(Protocol):

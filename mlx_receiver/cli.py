@@ -1,0 +1,264 @@
+"""The ``mlx-receiver`` command. Heavy libraries are imported only once there is work to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_receiver import __version__
+from mlx_receiver.settings import Settings, SettingsError, parse_bytes
+
+if TYPE_CHECKING:
+    from mlx_receiver.receiver import Receiver
+
+app = typer.Typer(
+    help="Continue on MLX the requests that vLLM has prefilled elsewhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mlx-receiver {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+_Model = Annotated[
+    str,
+    typer.Option("--model", envvar="MLX_RECEIVER_MODEL", help="A model folder or Hugging Face id."),
+]
+_Dtype = Annotated[
+    str,
+    typer.Option(
+        envvar="MLX_RECEIVER_DTYPE",
+        help="Cast the weights: auto (as stored), bfloat16, float16 or float32.",
+    ),
+]
+
+
+@app.command()
+def start(
+    model: _Model,
+    host: Annotated[
+        str,
+        typer.Option(envvar="MLX_RECEIVER_HOST", help="Address to listen on; others need a token."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(envvar="MLX_RECEIVER_PORT", help="Control port, the one vLLM is told.")
+    ] = 7790,
+    data_port: Annotated[
+        int, typer.Option(envvar="MLX_RECEIVER_DATA_PORT", help="Port for KV blocks; 0: any.")
+    ] = 0,
+    http_port: Annotated[
+        int,
+        typer.Option(
+            envvar="MLX_RECEIVER_HTTP_PORT", help="Health, metrics, hand-offs; -1: no HTTP."
+        ),
+    ] = 7791,
+    token: Annotated[
+        str,
+        typer.Option(
+            envvar="MAC_DECODE_TOKEN",
+            help="Shared secret that clients must show.",
+            show_default=False,
+        ),
+    ] = "",
+    dtype: _Dtype = "auto",
+    kv_memory: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_KV_MEMORY",
+            help="Memory for received KV, e.g. 24GB; auto: a share of what the model leaves.",
+        ),
+    ] = "auto",
+    max_sessions: Annotated[
+        int, typer.Option(envvar="MLX_RECEIVER_MAX_SESSIONS", help="Sessions open at once.")
+    ] = 64,
+    max_batch: Annotated[
+        int, typer.Option(envvar="MLX_RECEIVER_MAX_BATCH", help="Sessions decoded at once.")
+    ] = 32,
+    log_level: Annotated[
+        str, typer.Option(envvar="MLX_RECEIVER_LOG_LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Serve a model until interrupted."""
+    _configure_logging(log_level)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        settings = Settings(
+            model=model,
+            host=host,
+            port=port,
+            data_port=data_port,
+            http_port=None if http_port < 0 else http_port,
+            token=token,
+            dtype=_checked_dtype(dtype),
+            kv_memory=None if kv_memory == "auto" else parse_bytes(kv_memory),
+            max_sessions=max_sessions,
+            max_batch=max_batch,
+        )
+        settings.check()
+        _serve(settings, stop)
+    except SettingsError as error:
+        _give_up(error)
+
+
+def _serve(settings: Settings, stop: threading.Event) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("Loading {task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(settings.model, total=None)
+        receiver = _make_receiver(
+            settings, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+        try:
+            receiver.start()
+            while not stop.is_set() and not _ready(receiver):
+                pass
+        except BaseException:
+            receiver.stop()
+            raise
+    if not stop.is_set():
+        for line in _announcement(receiver):
+            console.print(line, soft_wrap=True)
+    # A wait without a limit would keep Python from running the signal handler on some platforms.
+    while not stop.wait(1.0):
+        pass
+    receiver.stop()
+    console.print("Stopped.")
+
+
+def _make_receiver(settings: Settings, progress: Any) -> Receiver:
+    from mlx_receiver.model import ModelError
+    from mlx_receiver.receiver import Receiver
+
+    try:
+        return Receiver(settings, progress)
+    except ModelError as error:
+        _give_up(error)
+        raise AssertionError from error
+
+
+def _ready(receiver: Receiver) -> bool:
+    from mlx_receiver.model import ModelError
+
+    try:
+        return receiver.wait_ready(0.1)
+    except ModelError as error:
+        receiver.stop()
+        _give_up(error)
+        raise AssertionError from error
+
+
+def _announcement(receiver: Receiver) -> list[str]:
+    settings, source, loaded = receiver.settings, receiver.source, receiver.engine.loaded
+    assert loaded is not None
+    endpoint = receiver.data_endpoint
+    lines = [
+        f"Serving {source.name}: {source.signature.model_type}, {loaded.dtype}, "
+        f"{loaded.nbytes / 2**30:.2f} GiB of weights",
+        f"KV memory {receiver.store.budget_bytes / 2**30:.2f} GiB, up to {settings.max_sessions} "
+        f"sessions, {settings.max_batch} of them decoding",
+        f"Listening on {receiver.address} (control) and port {endpoint.port} ({endpoint.transport})",
+    ]
+    if receiver.http is not None:
+        lines.append(f"Health and metrics on http://{settings.host}:{receiver.http.port}/health")
+    token = "MAC_DECODE_TOKEN=... " if settings.token else ""
+    lines += [
+        "On the vLLM machine:",
+        f"  {token}MAC_DECODE_RECEIVER={receiver.address} \\",
+        f"    vllm serve {source.name} --kv-connector mac_decode",
+    ]
+    return lines
+
+
+@app.command()
+def generate(
+    model: _Model,
+    token_ids: Annotated[str, typer.Option(help="Prompt token ids, separated by commas.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 16,
+    dtype: _Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Prefill and decode one prompt greedily on MLX alone: the reference for a hand-off."""
+    from mlx_receiver.engine import DecodeEngine
+    from mlx_receiver.local import generate_tokens
+    from mlx_receiver.model import ModelError, find_model
+    from mlx_receiver.wire.messages import Sampling, WireError
+
+    try:
+        prompt = [int(part) for part in token_ids.split(",")]
+    except ValueError:
+        _give_up(SettingsError(f"--token-ids {token_ids!r} is not a list of numbers"))
+    try:
+        engine = DecodeEngine(find_model(model), dtype=_checked_dtype(dtype), max_batch=1)
+        engine.start()
+        loaded = engine.wait_loaded()
+        assert loaded is not None
+        began = time.perf_counter()
+        tokens = generate_tokens(engine, prompt, Sampling(max_tokens=max_tokens, temperature=0.0))
+        seconds = time.perf_counter() - began
+        engine.stop()
+    except (ModelError, SettingsError, WireError) as error:
+        _give_up(error)
+    if as_json:
+        result = {
+            "model": model,
+            "dtype": loaded.dtype,
+            "token_ids": tokens,
+            "seconds": round(seconds, 4),
+        }
+        typer.echo(json.dumps(result))
+    else:
+        typer.echo(",".join(map(str, tokens)))
+
+
+def _checked_dtype(dtype: str) -> str:
+    from mlx_receiver.model import DTYPE_CHOICES
+
+    if dtype not in DTYPE_CHOICES:
+        raise SettingsError(f"--dtype {dtype} is not one of {', '.join(DTYPE_CHOICES)}")
+    return dtype
+
+
+def _configure_logging(level: str) -> None:
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        _give_up(SettingsError(f"--log-level {level} is not one of debug, info, warning, error"))
+    logging.basicConfig(level=number, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _give_up(error: Exception) -> None:
+    typer.echo(f"mlx-receiver: {error}", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

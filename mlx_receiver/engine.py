@@ -1,0 +1,340 @@
+"""The decode engine: one thread that owns MLX, a batch that requests join and leave at any step."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from mlx_receiver.metrics import Metrics
+from mlx_receiver.model import LoadedModel, ModelSource, Progress, load_model
+from mlx_receiver.wire.messages import E_INTERNAL, E_SHUTDOWN, Logprobs, Sampling
+
+logger = logging.getLogger(__name__)
+
+#: The batch stops a request by itself only here: stopping is decided by ``check_stop``.
+_NEVER: Final = 1 << 40
+
+BuildCache = Callable[[Any], list[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class Output:
+    """What one decode step gave one job.
+
+    ``position`` counts output tokens from 0; vLLM's own first token, where there is one, is 0.
+    ``finish`` is "", "stop" or "length".
+    """
+
+    job: Job
+    position: int
+    token_ids: list[int]
+    finish: str = ""
+    stop_reason: int | None = None
+    logprobs: list[Logprobs] | None = None
+
+
+class Sink(Protocol):
+    """Where a job's results go. Called on the decoding thread; must not block."""
+
+    def decoded(self, outputs: list[Output]) -> None:
+        """What one step gave this sink's jobs. A job whose output has a ``finish`` is over."""
+
+    def failed(self, job: Job, code: str, reason: str) -> None:
+        """The job is over without a result."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request to decode.
+
+    With ``first_token`` and ``build_cache`` it continues a prompt whose cache exists: that is
+    called once, on the decoding thread, with the model's dtype, and returns one cache a layer.
+    Without them MLX prefills the prompt itself.
+    """
+
+    prompt_token_ids: list[int]
+    sampling: Sampling
+    sink: Sink
+    first_token: int | None = None
+    build_cache: BuildCache | None = None
+    _outputs: int = field(default=0, init=False)
+    _sampler: Any = field(default=None, init=False)
+    _uid: int | None = field(default=None, init=False)
+    _over: bool = field(default=False, init=False)
+
+
+class DecodeEngine:
+    """Loads the model and decodes. Public methods may be called from any thread."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        dtype: str = "auto",
+        max_batch: int = 32,
+        metrics: Metrics | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.source = source
+        self.loaded: LoadedModel | None = None
+        #: Bytes that the padded batch may take; set once the memory budget is known.
+        self.batch_bytes: int | None = None
+        self._dtype = dtype
+        self._max_batch = max_batch
+        self._metrics = metrics or Metrics()
+        self._progress = progress
+        self._condition = threading.Condition()
+        self._submitted: deque[Job] = deque()
+        self._cancelled: deque[Job] = deque()
+        self._stopping = False
+        self._loaded_or_failed = threading.Event()
+        self._error: Exception | None = None
+        self._queue: deque[Job] = deque()
+        self._active: dict[int, Job] = {}
+        self._thread = threading.Thread(target=self._run, name="mlx-decode", daemon=True)
+
+    def start(self) -> None:
+        """Start loading the model; returns at once."""
+        self._thread.start()
+
+    def wait_loaded(self, timeout: float | None = None) -> LoadedModel | None:
+        """The loaded model, or None after ``timeout`` seconds. Raises what loading raised."""
+        if not self._loaded_or_failed.wait(timeout):
+            return None
+        if self._error is not None:
+            raise self._error
+        return self.loaded
+
+    def submit(self, job: Job) -> None:
+        """Decode the job as soon as the batch has room."""
+        with self._condition:
+            if not self._stopping:
+                self._submitted.append(job)
+                self._condition.notify()
+                return
+        job.sink.failed(job, E_SHUTDOWN, "the receiver is stopping")
+
+    def cancel(self, job: Job) -> None:
+        """Forget the job and free its memory; nothing is reported any more."""
+        job._over = True
+        with self._condition:
+            self._cancelled.append(job)
+            self._condition.notify()
+
+    def stop(self, timeout: float = 2.0) -> None:
+        """End the thread after the current step. Jobs that are left fail with ``shutdown``."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def decoding(self) -> int:
+        """Jobs in the batch."""
+        return len(self._active)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that are ready and wait for room in the batch."""
+        return len(self._queue) + len(self._submitted)
+
+    # --- the decoding thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self.loaded = load_model(self.source, self._dtype, self._progress)
+            self._make_generator()
+        except Exception as error:
+            self._error = error
+            return
+        finally:
+            self._loaded_or_failed.set()
+        while self._take_commands():
+            self._admit()
+            if self._active:
+                self._step()
+        for job in [*self._active.values(), *self._queue, *self._submitted]:
+            self._fail(job, E_SHUTDOWN, "the receiver is stopping")
+        self._generator.close()
+
+    def _make_generator(self) -> None:
+        import mlx_lm
+        from mlx_lm.generate import BatchGenerator
+
+        from mlx_receiver.sampling import greedy
+
+        assert self.loaded is not None
+        self._generator = BatchGenerator(
+            Float32Logits(self.loaded.model),
+            max_tokens=_NEVER,
+            sampler=greedy,
+            completion_batch_size=self._max_batch,
+            prefill_batch_size=min(8, self._max_batch),
+        )
+        # Filtering in mlx-lm 0.31 leaves empty processor lists in place, and the next request to
+        # join would get another row's: there every request carries a processor.
+        version = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
+        self._least_processors: list[Any] = [_unchanged] if version < (0, 32) else []
+
+    def _take_commands(self) -> bool:
+        """Take what was submitted and cancelled; waits while idle. False when stopping."""
+        with self._condition:
+            while not (
+                self._stopping
+                or self._submitted
+                or self._cancelled
+                or self._active
+                or self._queue
+            ):
+                self._condition.wait()
+            if self._stopping:
+                return False
+            self._queue.extend(self._submitted)
+            self._submitted.clear()
+            cancelled = list(self._cancelled)
+            self._cancelled.clear()
+        if cancelled:
+            self._queue = deque(job for job in self._queue if not job._over)
+            self._remove([job for job in cancelled if job._uid is not None])
+        return True
+
+    def _admit(self) -> None:
+        while self._queue and len(self._active) < self._max_batch and self._fits(self._queue[0]):
+            job = self._queue.popleft()
+            if job._over:
+                continue
+            try:
+                self._insert(job)
+            except Exception as error:
+                logger.exception("a job could not join the batch")
+                self._fail(job, E_INTERNAL, f"joining the batch failed: {error}")
+
+    def _fits(self, job: Job) -> bool:
+        """Whether the batch, in which every row is as long as the longest, stays in its budget."""
+        if not self._active or self.batch_bytes is None:
+            return True
+        longest = max(
+            len(other.prompt_token_ids) + other._outputs for other in [*self._active.values(), job]
+        )
+        return (len(self._active) + 1) * longest * self._bytes_per_token <= self.batch_bytes
+
+    @property
+    def _bytes_per_token(self) -> int:
+        from mlx_receiver.wire.frames import ITEMSIZE
+
+        assert self.loaded is not None
+        return self.source.signature.kv_bytes_per_token(ITEMSIZE[self.loaded.dtype])
+
+    def _insert(self, job: Job) -> None:
+        from mlx_receiver.cache import mlx_dtype
+        from mlx_receiver.sampling import RequestSampler
+
+        assert self.loaded is not None
+        signature = self.source.signature
+        handed_over = job.first_token is not None and job.build_cache is not None
+        job._outputs = 1 if handed_over else 0
+        job._sampler = RequestSampler(
+            job.sampling, job.prompt_token_ids, job._outputs, signature.vocab_size
+        )
+        if handed_over:
+            assert job.build_cache is not None
+            caches = job.build_cache(mlx_dtype(self.loaded.dtype))
+            job.build_cache = None
+            prompt, before = [job.first_token], list(job.prompt_token_ids)
+        else:
+            caches = self.source.adapter.empty(signature)
+            prompt, before = list(job.prompt_token_ids), []
+        (job._uid,) = self._generator.insert(
+            [prompt],
+            max_tokens=[_NEVER],
+            caches=[caches],
+            all_tokens=[before],
+            samplers=[job._sampler.sampler],
+            logits_processors=[job._sampler.processors or self._least_processors],
+        )
+        self._active[job._uid] = job
+
+    def _step(self) -> None:
+        from mlx_receiver.sampling import check_stop
+
+        began = time.perf_counter()
+        try:
+            _, responses = self._generator.next()
+        except Exception as error:
+            logger.exception("a decode step failed")
+            for job in list(self._active.values()):
+                self._fail(job, E_INTERNAL, f"a decode step failed: {error}")
+            self._active.clear()
+            self._make_generator()
+            return
+        outputs: dict[int, tuple[Sink, list[Output]]] = {}
+        finished = []
+        for response in responses:
+            job = self._active[response.uid]
+            output = Output(job, job._outputs, [response.token])
+            job._outputs += 1
+            finish = check_stop(
+                job.sampling,
+                response.token,
+                job._outputs,
+                len(job.prompt_token_ids) + job._outputs,
+                self.source.max_tokens,
+            )
+            output.finish, output.stop_reason = finish.reason, finish.stop_reason
+            if (logprobs := job._sampler.pop_logprobs()) is not None:
+                output.logprobs = [logprobs]
+            if finish.reason:
+                finished.append(job)
+            if not job._over:
+                outputs.setdefault(id(job.sink), (job.sink, []))[1].append(output)
+        if responses:
+            self._metrics.decode_step_seconds.observe(time.perf_counter() - began)
+            self._metrics.decoded_tokens.inc(len(responses))
+        for sink, results in outputs.values():
+            sink.decoded(results)
+        self._remove(finished)
+
+    def _remove(self, jobs: list[Job]) -> None:
+        leaving = [job._uid for job in jobs if job._uid in self._active]
+        if not leaving:
+            return
+        self._generator.remove(leaving)
+        for uid in leaving:
+            if uid is not None:
+                del self._active[uid]
+        if not self._active:
+            import mlx.core as mx
+
+            mx.clear_cache()
+
+    def _fail(self, job: Job, code: str, reason: str) -> None:
+        if not job._over:
+            job._over = True
+            job.sink.failed(job, code, reason)
+
+
+class Float32Logits:
+    """The model with float32 logits, as vLLM samples from them.
+
+    ``BatchGenerator`` normalises logits in their own dtype; in bfloat16 that rounds different
+    logits to equal ones.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.layers = model.layers
+
+    def __call__(self, inputs: Any, cache: Any = None) -> Any:
+        import mlx.core as mx
+
+        return self._model(inputs, cache=cache).astype(mx.float32)
+
+
+def _unchanged(_context: Any, logits: Any) -> Any:
+    return logits

@@ -1,0 +1,220 @@
+"""What ties one request together: its client, its session in the store, its job in the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from mlx_receiver.engine import DecodeEngine, Job, Output
+from mlx_receiver.metrics import Metrics
+from mlx_receiver.sampling import check_sampling, check_stop
+from mlx_receiver.session import Session, State
+from mlx_receiver.store import SessionStore
+from mlx_receiver.wire.messages import (
+    E_CAPACITY,
+    E_SESSION,
+    E_UNSUPPORTED,
+    Cancel,
+    Complete,
+    Decoded,
+    Failed,
+    Open,
+    Opened,
+    Progress,
+    ReceiverMessage,
+    Start,
+    Status,
+    Step,
+    WireError,
+)
+
+Post = Callable[[ReceiverMessage], None]
+
+
+class Client:
+    """A welcomed vLLM, and the engine's sink for its jobs: one Step message a decode step."""
+
+    def __init__(self, name: str, kv_dtype: str, post: Post, handover: Handover) -> None:
+        self.name = name
+        self.kv_dtype = kv_dtype
+        self.post = post
+        self.last_heard = time.monotonic()
+        self.jobs: dict[Job, Session] = {}
+        self._handover = handover
+
+    def decoded(self, outputs: list[Output]) -> None:
+        """See ``engine.Sink.decoded``."""
+        decoded = []
+        for output in outputs:
+            session = self.jobs.get(output.job)
+            if session is None:
+                continue
+            decoded.append(
+                Decoded(
+                    session.id,
+                    output.position,
+                    output.token_ids,
+                    output.finish,
+                    output.stop_reason,
+                    output.logprobs,
+                )
+            )
+            self._handover.progressed(session, output)
+        if decoded:
+            self.post(Step(decoded))
+
+    def failed(self, job: Job, code: str, reason: str) -> None:
+        """See ``engine.Sink.failed``."""
+        session = self.jobs.pop(job, None)
+        if session is not None:
+            self._handover.store.fail(session, code, reason)
+
+
+class Handover:
+    """The receiver's answers to Open, Start and Cancel, and to what happens to a session."""
+
+    store: SessionStore
+
+    def __init__(self, engine: DecodeEngine, metrics: Metrics) -> None:
+        self._engine = engine
+        self._metrics = metrics
+
+    # --- what a client asks; called on the control thread --------------------------------------
+
+    def open(self, client: Client, message: Open) -> None:
+        """Admit a session; ``Opened`` follows once its memory is there. Raises WireError."""
+        source = self._engine.source
+        try:
+            tokens = len(message.prompt_token_ids)
+            if not 0 <= message.session < 1 << 63:
+                raise WireError(E_SESSION, f"session {message.session} is not below 2**63")
+            if message.codec != "raw":
+                raise WireError(E_UNSUPPORTED, f"codec {message.codec!r} (known: raw)")
+            if not tokens:
+                raise WireError(E_UNSUPPORTED, "the prompt is empty")
+            if tokens >= source.max_tokens:
+                raise WireError(
+                    E_CAPACITY, f"{tokens} prompt tokens leave none of {source.max_tokens} to decode"
+                )
+            vocab = source.signature.vocab_size
+            if not 0 <= min(message.prompt_token_ids) <= max(message.prompt_token_ids) < vocab:
+                raise WireError(E_UNSUPPORTED, f"a prompt token is outside the vocabulary of {vocab}")
+            check_sampling(message.sampling, vocab)
+            self.store.open(message, client, client.kv_dtype)
+        except WireError:
+            self._metrics.sessions.labels("refused").inc()
+            raise
+
+    def start(self, client: Client, message: Start) -> None:
+        """Note the first token and decode once the cache is complete. Raises WireError."""
+        session = self._own(client, message.session)
+        vocab = self._engine.source.signature.vocab_size
+        if not 0 <= message.first_token < vocab:
+            raise WireError(
+                E_UNSUPPORTED, f"first token {message.first_token} is outside the vocabulary of {vocab}"
+            )
+        if session.begin(first_token=message.first_token):
+            self._decode(session)
+
+    def cancel(self, client: Client, message: Cancel) -> None:
+        """Forget a session; one that is not the client's own is ignored."""
+        session = self.store.get(message.session)
+        if session is not None and session.client is client:
+            self._drop(client, session, "cancelled")
+
+    def drop_client(self, client: Client, outcome: str) -> int:
+        """Forget all sessions of a client; how many there were."""
+        sessions = self.store.of_client(client)
+        for session in sessions:
+            self._drop(client, session, outcome)
+        return len(sessions)
+
+    def status(self, client: Client, ping_ns: int) -> Status:
+        """Capacity and the client's sessions."""
+        return Status(
+            ping_ns=ping_ns,
+            clock_ns=time.monotonic_ns(),
+            accepting=self.store.accepting,
+            free_bytes=max(0, self.store.free_bytes),
+            sessions=[
+                Progress(s.id, s.state.value, s.kv_bytes, s.decoded)
+                for s in self.store.of_client(client)
+            ],
+        )
+
+    # --- what happens to a session (``store.SessionEvents``) -----------------------------------
+
+    def opened(self, session: Session) -> None:
+        """See ``SessionEvents.opened``."""
+        _client(session).post(Opened(session.id))
+
+    def complete(self, session: Session) -> None:
+        """See ``SessionEvents.complete``."""
+        _client(session).post(Complete(session.id, session.kv_bytes))
+        if session.begin(announced=True):
+            self._decode(session)
+
+    def failed(self, session: Session, code: str, reason: str) -> None:
+        """See ``SessionEvents.failed``."""
+        client = _client(session)
+        self._cancel_job(client, session)
+        client.post(Failed(session.id, code, reason))
+
+    def progressed(self, session: Session, output: Output) -> None:
+        """Account for a decoded token; called on the decoding thread."""
+        timeline = session.timeline
+        if not timeline.first_decoded_ns:
+            timeline.first_decoded_ns = time.monotonic_ns()
+            began = max(timeline.complete_ns, timeline.started_ns)
+            self._metrics.handoff_seconds.observe((timeline.first_decoded_ns - began) / 1e9)
+        session.decoded = output.position
+        if session.decoded % 256 == 0:
+            self.store.grow(session, session.tokens + session.decoded)
+        if output.finish:
+            _client(session).jobs.pop(output.job, None)
+            self.store.end(session, "finished")
+
+    def _decode(self, session: Session) -> None:
+        client = _client(session)
+        first = session.first_token
+        assert first is not None
+        finish = check_stop(
+            session.sampling, first, 1, session.tokens + 1, self._engine.source.max_tokens
+        )
+        if finish.reason:
+            client.post(Step([Decoded(session.id, 1, [], finish.reason, finish.stop_reason)]))
+            self.store.end(session, "finished")
+            return
+        job = Job(
+            session.prompt_token_ids,
+            session.sampling,
+            client,
+            first,
+            lambda dtype: session.take_memory().build(dtype),
+        )
+        client.jobs[job] = session
+        session.job = job
+        self._engine.submit(job)
+        if session.state is State.ENDED:
+            # It was cancelled while the job was being made.
+            self._cancel_job(client, session)
+
+    def _own(self, client: Client, session_id: int) -> Session:
+        session = self.store.get(session_id)
+        if session is None or session.client is not client:
+            raise WireError(E_SESSION, f"session {session_id} is not open on this connection")
+        return session
+
+    def _drop(self, client: Client, session: Session, outcome: str) -> None:
+        if self.store.end(session, outcome):
+            self._cancel_job(client, session)
+
+    def _cancel_job(self, client: Client, session: Session) -> None:
+        job = session.job
+        if job is not None and client.jobs.pop(job, None) is not None:
+            self._engine.cancel(job)
+
+
+def _client(session: Session) -> Client:
+    assert isinstance(session.client, Client)
+    return session.client

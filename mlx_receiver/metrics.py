@@ -1,0 +1,48 @@
+"""Prometheus metrics of one receiver, in a registry of their own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class Metrics:
+    """Everything that ``GET /metrics`` shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.decoded_tokens = Counter(
+            "mlx_receiver_decoded_tokens_total", "Tokens decoded.", registry=self.registry
+        )
+        self.kv_bytes = Counter(
+            "mlx_receiver_kv_bytes_total", "Bytes of KV received.", registry=self.registry
+        )
+        self.sessions = Counter(
+            "mlx_receiver_sessions_total",
+            "Sessions that ended or were refused.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.refused_blocks = Counter(
+            "mlx_receiver_refused_blocks_total",
+            "KV blocks read and thrown away.",
+            ["code"],
+            registry=self.registry,
+        )
+        self.sessions_active = Gauge(
+            "mlx_receiver_sessions_active", "Sessions that exist.", registry=self.registry
+        )
+        self.kv_reserved_bytes = Gauge(
+            "mlx_receiver_kv_reserved_bytes", "KV memory reserved.", registry=self.registry
+        )
+        self.handoff_seconds = Histogram(
+            "mlx_receiver_handoff_seconds",
+            "From the first token's arrival, or the last block's if later, to the first decoded token.",
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+            registry=self.registry,
+        )
+        self.decode_step_seconds = Histogram(
+            "mlx_receiver_decode_step_seconds",
+            "One decode step of the whole batch.",
+            buckets=(0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5),
+            registry=self.registry,
+        )

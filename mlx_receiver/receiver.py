@@ -1,0 +1,177 @@
+"""A whole receiver: model, decode engine, sessions, control channel, bulk channel, HTTP."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from importlib import metadata
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+from mlx_receiver.engine import DecodeEngine
+from mlx_receiver.handover import Handover
+from mlx_receiver.metrics import Metrics
+from mlx_receiver.model import LoadedModel, ModelSource, Progress, find_model
+from mlx_receiver.server import ControlServer
+from mlx_receiver.settings import Settings, SettingsError
+from mlx_receiver.store import SessionStore
+from mlx_receiver.wire import hooks
+from mlx_receiver.wire.messages import Endpoint
+from mlx_receiver.wire.tcp import TcpTransport
+from mlx_receiver.wire.transport import Transport
+
+if TYPE_CHECKING:
+    from mlx_receiver.http import HttpServer
+
+#: Of the memory that the model leaves, the share that sessions may reserve. Joining a running
+#: batch copies it, so about as much again must be free.
+_KV_SHARE: Final = 0.4
+
+
+class Receiver:
+    """Starts and stops everything. A context manager: ``with Receiver(settings) as receiver``.
+
+    After ``start`` the ports are bound and the model loads; after ``wait_ready`` it serves.
+    """
+
+    def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
+        """Raises SettingsError or ModelError; binds and loads nothing yet."""
+        settings.check()
+        self.settings = settings
+        self.metrics = Metrics()
+        self.source: ModelSource = find_model(settings.model)
+        self.engine = DecodeEngine(
+            self.source,
+            dtype=settings.dtype,
+            max_batch=settings.max_batch,
+            metrics=self.metrics,
+            progress=progress,
+        )
+        self.handover = Handover(self.engine, self.metrics)
+        self.store = SessionStore(
+            self.source.adapter,
+            self.source.signature,
+            max_sessions=settings.max_sessions,
+            token=settings.token,
+            events=self.handover,
+            metrics=self.metrics,
+        )
+        self.handover.store = self.store
+        self.metrics.sessions_active.set_function(lambda: len(self.store.sessions()))
+        self.metrics.kv_reserved_bytes.set_function(lambda: self.store.reserved_bytes)
+        self.control = ControlServer(self.handover, self.source.signature, settings.token)
+        self.port = 0
+        self.http: HttpServer | None = None
+        self.started = time.monotonic()
+        self._listener: Any = None
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the control channel: what MAC_DECODE_RECEIVER is set to."""
+        return f"{self.settings.host}:{self.port}"
+
+    @property
+    def data_endpoint(self) -> Endpoint:
+        """Where the bulk channel listens."""
+        endpoint: Endpoint = self._listener.endpoint
+        return endpoint
+
+    def start(self) -> None:
+        """Bind every port, then start to load. Raises SettingsError naming a port in use."""
+        settings = self.settings
+        self.port = self.control.bind(settings.host, settings.port)
+        try:
+            self._listener = _transport(settings.transport).listen(
+                settings.host, settings.data_port, self.store
+            )
+        except OSError as error:
+            raise SettingsError(
+                f"the data port {settings.host}:{settings.data_port} cannot be used "
+                f"({error.strerror}): choose another with --data-port"
+            ) from None
+        if settings.http_port is not None:
+            from mlx_receiver.http import HttpServer
+
+            self.http = HttpServer(self)
+            self.http.start()
+        self.engine.start()
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Serve clients as soon as the model is loaded; False after ``timeout`` seconds.
+
+        Raises ModelError when it cannot be loaded.
+        """
+        loaded = self.engine.wait_loaded(timeout)
+        if loaded is None:
+            return False
+        budget = self.settings.kv_memory or default_kv_memory(loaded)
+        self.store.configure(loaded.dtype, budget)
+        self.engine.batch_bytes = budget
+        self.control.start(
+            self.source.name, engine_name(), [self.data_endpoint], self.source.max_tokens
+        )
+        return True
+
+    def stop(self) -> None:
+        """Tell the clients, end every session, free the ports. Takes at most about 2 s."""
+        self.control.stop()
+        self.store.close()
+        if self._listener is not None:
+            self._listener.close()
+        if self.http is not None:
+            self.http.stop()
+        self.engine.stop(timeout=1.0)
+
+    def __enter__(self) -> Receiver:
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def engine_name() -> str:
+    """The decoding engine and its version, e.g. "mlx 0.32.4"."""
+    return f"mlx {metadata.version('mlx')}"
+
+
+def default_kv_memory(loaded: LoadedModel) -> int:
+    """Bytes that sessions may reserve on this machine when nobody said otherwise."""
+    import mlx.core as mx
+
+    working_set = mx.device_info().get("max_recommended_working_set_size")
+    if working_set is not None:
+        return max(1, int((working_set - loaded.nbytes) * _KV_SHARE))
+    # The weights are in memory already, so what is available does not contain them.
+    return int(_available_memory() * _KV_SHARE)
+
+
+def _available_memory() -> int:
+    """Bytes of main memory that are free or can be freed at once."""
+    if sys.platform == "linux":
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    pages = os.sysconf("SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _transport(name: str) -> Transport:
+    if name == "tcp" and name not in hooks.transports():
+        return TcpTransport()
+    try:
+        return hooks.transport(name)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None

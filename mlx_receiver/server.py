@@ -1,0 +1,282 @@
+"""The control channel: one thread that owns the ZeroMQ socket and talks to every client."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import socket
+import threading
+import time
+import uuid
+from collections import deque
+from typing import Final
+
+import zmq
+
+from mlx_receiver.handover import Client, Handover
+from mlx_receiver.settings import SettingsError
+from mlx_receiver.wire.frames import DTYPES
+from mlx_receiver.wire.messages import (
+    E_CREDENTIALS,
+    E_MODEL,
+    E_PROTOCOL,
+    E_SHUTDOWN,
+    E_UNSUPPORTED,
+    MAX_MESSAGE_BYTES,
+    Cancel,
+    ClientMessage,
+    Endpoint,
+    Failed,
+    Hello,
+    Open,
+    Ping,
+    ReceiverMessage,
+    Refused,
+    Rejected,
+    Start,
+    Welcome,
+    WireError,
+    check_protocol,
+    decode_client,
+    encode,
+)
+from mlx_receiver.wire.signature import ModelSignature
+
+logger = logging.getLogger(__name__)
+
+#: A client that says nothing for this many seconds is taken for dead.
+SILENCE_SECONDS: Final = 5.0
+
+_MAX_CLIENTS: Final = 64
+#: Messages that may wait for one client before it is given up as too slow.
+_MAX_UNSENT: Final = 20_000
+_TICK_SECONDS: Final = 0.2
+_LINGER_MS: Final = 500
+
+
+class ControlServer:
+    """A ROUTER socket and its thread. ``bind`` first, ``start`` when there is a model to serve."""
+
+    def __init__(self, handover: Handover, signature: ModelSignature, token: str) -> None:
+        self._handover = handover
+        self._signature = signature
+        self._token = token
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._clients: dict[bytes, Client] = {}
+        # Other threads append here and wake the socket's thread through a pair of sockets.
+        self._outbox: deque[tuple[bytes, ReceiverMessage]] = deque()
+        self._unsent: dict[bytes, deque[bytes]] = {}
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._welcome: Welcome | None = None
+
+    def bind(self, host: str, port: int) -> int:
+        """Listen; the port, also where 0 was asked for. Raises SettingsError when it cannot."""
+        try:
+            if port:
+                self._socket.bind(f"tcp://{host}:{port}")
+                return port
+            return self._socket.bind_to_random_port(f"tcp://{host}")
+        except zmq.ZMQError as error:
+            raise SettingsError(
+                f"the control port {host}:{port} cannot be used ({error.strerror}): "
+                "choose another with --port"
+            ) from None
+
+    def start(self, model: str, engine: str, endpoints: list[Endpoint], max_tokens: int) -> None:
+        """Answer clients from now on; what they sent before has been kept."""
+        self._welcome = Welcome(
+            receiver=uuid.uuid4().hex,
+            model=model,
+            engine=engine,
+            endpoints=endpoints,
+            max_tokens=max_tokens,
+            codecs=["raw"],
+        )
+        self._thread.start()
+
+    def stop(self, timeout: float = 1.0) -> None:
+        """Tell every client, then close."""
+        self._stopping.set()
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        else:
+            self._close()
+
+    @property
+    def clients(self) -> list[str]:
+        """Names of the clients that are connected."""
+        return [client.name for client in list(self._clients.values())]
+
+    def _post(self, identity: bytes, message: ReceiverMessage) -> None:
+        """Send from any thread."""
+        self._outbox.append((identity, message))
+        self._wake()
+
+    def _wake(self) -> None:
+        # A full pipe means that a wake-up is pending already.
+        with contextlib.suppress(OSError):
+            self._wake_write.send(b"\0")
+
+    # --- the control thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake_read, zmq.POLLIN)
+        next_sweep = time.monotonic()
+        while not self._stopping.is_set():
+            poller.poll(_TICK_SECONDS * 1000)
+            with contextlib.suppress(OSError):
+                self._wake_read.recv(4096)
+            self._receive()
+            if time.monotonic() >= next_sweep:
+                next_sweep = time.monotonic() + _TICK_SECONDS
+                self._sweep()
+            self._flush()
+        for identity, client in list(self._clients.items()):
+            self._say_goodbye(identity, client)
+        self._flush()
+        self._close()
+
+    def _close(self) -> None:
+        self._socket.close()
+        self._context.term()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _receive(self) -> None:
+        # A bounded share of the thread's time: answers must go out as well.
+        for _ in range(256):
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._handle(identity, frames)
+            except Exception:
+                logger.exception("a control message could not be handled")
+
+    def _handle(self, identity: bytes, frames: list[bytes]) -> None:
+        client = self._clients.get(identity)
+        try:
+            if len(frames) != 1:
+                raise WireError(E_PROTOCOL, f"a control message of {len(frames)} frames, not 1")
+            message = decode_client(frames[0])
+            if isinstance(message, Hello):
+                self._greet(identity, message)
+                return
+            if client is None:
+                raise WireError(
+                    E_PROTOCOL,
+                    "say Hello first: this receiver does not know the connection, or has dropped "
+                    f"it after {SILENCE_SECONDS:.0f} s of silence",
+                )
+        except WireError as error:
+            logger.warning("refused a control message: %s", error)
+            self._outbox.append((identity, Rejected(error.code, error.reason)))
+            return
+        client.last_heard = time.monotonic()
+        self._serve(client, message)
+
+    def _serve(self, client: Client, message: ClientMessage) -> None:
+        match message:
+            case Ping():
+                client.post(self._handover.status(client, message.sent_ns))
+            case Open():
+                try:
+                    self._handover.open(client, message)
+                except WireError as error:
+                    client.post(Refused(message.session, error.code, error.reason))
+            case Start():
+                try:
+                    self._handover.start(client, message)
+                except WireError as error:
+                    client.post(Failed(message.session, error.code, error.reason))
+            case Cancel():
+                self._handover.cancel(client, message)
+
+    def _greet(self, identity: bytes, hello: Hello) -> None:
+        """Welcome a client. Raises WireError saying why not."""
+        assert self._welcome is not None
+        known = self._clients.pop(identity, None)
+        if known is not None:
+            # It has lost its connection, and with it perhaps messages.
+            self._handover.drop_client(known, "reconnected")
+        check_protocol(hello.protocol)
+        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            raise WireError(
+                E_CREDENTIALS,
+                "wrong or missing token: set MAC_DECODE_TOKEN to the same value on both machines",
+            )
+        differences = self._signature.differences(hello.signature)
+        if differences:
+            raise WireError(
+                E_MODEL,
+                f"the receiver serves {self._welcome.model}, which is not the client's model: "
+                + "; ".join(differences),
+            )
+        if hello.kv_dtype not in DTYPES:
+            raise WireError(
+                E_UNSUPPORTED, f"KV dtype {hello.kv_dtype!r} (known: {', '.join(DTYPES)})"
+            )
+        if len(self._clients) >= _MAX_CLIENTS:
+            raise WireError(E_UNSUPPORTED, f"{_MAX_CLIENTS} clients are connected already")
+        client = Client(
+            hello.client,
+            hello.kv_dtype,
+            lambda message: self._post(identity, message),
+            self._handover,
+        )
+        self._clients[identity] = client
+        logger.info("client %s (%s) connected, KV in %s", hello.client, hello.engine, hello.kv_dtype)
+        client.post(self._welcome)
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for identity, client in list(self._clients.items()):
+            if client.last_heard + SILENCE_SECONDS < now:
+                self._forget(identity, "silent", f"said nothing for {SILENCE_SECONDS:.0f} s")
+        self._handover.store.sweep()
+
+    def _forget(self, identity: bytes, outcome: str, why: str) -> None:
+        self._unsent.pop(identity, None)
+        client = self._clients.pop(identity, None)
+        if client is not None:
+            dropped = self._handover.drop_client(client, outcome)
+            logger.warning("client %s dropped with %d sessions: %s", client.name, dropped, why)
+
+    def _flush(self) -> None:
+        while self._outbox:
+            identity, message = self._outbox.popleft()
+            self._unsent.setdefault(identity, deque()).append(encode(message))
+        for identity, frames in list(self._unsent.items()):
+            try:
+                while frames:
+                    self._socket.send_multipart([identity, frames[0]], zmq.NOBLOCK)
+                    frames.popleft()
+            except zmq.Again:
+                if len(frames) > _MAX_UNSENT:
+                    self._forget(identity, "slow", "reads nothing")
+                continue
+            except zmq.ZMQError as error:
+                self._forget(identity, "disconnected", f"its connection is gone ({error.strerror})")
+            self._unsent.pop(identity, None)
+
+    def _say_goodbye(self, identity: bytes, client: Client) -> None:
+        for session in self._handover.store.of_client(client):
+            self._outbox.append(
+                (identity, Failed(session.id, E_SHUTDOWN, "the receiver is stopping"))
+            )
+        self._handover.drop_client(client, "shutdown")
+        self._outbox.append((identity, Rejected(E_SHUTDOWN, "the receiver is stopping")))

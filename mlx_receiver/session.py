@@ -1,0 +1,307 @@
+"""One request on the receiver: its memory, what of its cache has arrived, and when."""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_receiver.cache import CacheBuffers
+from mlx_receiver.wire.frames import ITEMSIZE, Header, Plane
+from mlx_receiver.wire.messages import E_BLOCK, E_SESSION, Open, WireError
+from mlx_receiver.wire.signature import ModelSignature
+from mlx_receiver.wire.transport import Landing
+
+if TYPE_CHECKING:
+    from mlx_receiver.engine import Job
+
+#: Blocks whose times are kept per session; further ones are only counted.
+MAX_TIMED_BLOCKS: Final = 4096
+
+#: How long a duplicate waits, in seconds, for the block it duplicates to finish arriving.
+_DUPLICATE_WAIT: Final = 10.0
+
+_ABSENT, _ARRIVING, _RESIDENT = 0, 1, 2
+
+
+class State(enum.StrEnum):
+    """Where a session is in its life; the first three are the wire's ``Progress.state``."""
+
+    RECEIVING = "receiving"
+    WAITING = "waiting"
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTimes:
+    """When one block was where. The first three are the sender's clock, the last two ours (ns)."""
+
+    layer: int
+    plane: str
+    head_start: int
+    heads: int
+    token_start: int
+    tokens: int
+    computed_ns: int
+    gathered_ns: int
+    sent_ns: int
+    arrived_ns: int
+    committed_ns: int
+
+
+@dataclass(slots=True)
+class Timeline:
+    """A session's times in nanoseconds of the receiver's monotonic clock; 0 where not reached."""
+
+    opened_ns: int = 0
+    allocated_ns: int = 0
+    complete_ns: int = 0
+    started_ns: int = 0
+    first_decoded_ns: int = 0
+    ended_ns: int = 0
+    outcome: str = ""
+    blocks: list[BlockTimes] = field(default_factory=list)
+    blocks_received: int = 0
+    duplicate_blocks: int = 0
+
+
+class Session:
+    """Coverage and memory of one request's cache.
+
+    Thread-safe: bulk threads call ``landing`` and its ``commit`` concurrently.
+    """
+
+    def __init__(
+        self,
+        opened: Open,
+        client: object,
+        signature: ModelSignature,
+        kv_dtype: str,
+        reserved_bytes: int,
+    ) -> None:
+        self.id = opened.session
+        self.request_id = opened.request_id
+        self.prompt_token_ids = opened.prompt_token_ids
+        self.sampling = opened.sampling
+        self.client = client
+        self.kv_dtype = kv_dtype
+        self.reserved_bytes = reserved_bytes
+        self.state = State.RECEIVING
+        self.first_token: int | None = None
+        self.job: Job | None = None
+        self.kv_bytes = 0
+        self.decoded = 0
+        self.timeline = Timeline(opened_ns=time.monotonic_ns())
+        self.last_progress = time.monotonic()
+        self._signature = signature
+        self._tokens = len(opened.prompt_token_ids)
+        self._buffers: CacheBuffers | None = None
+        self._changed = threading.Condition()
+        shape = (signature.layers, 2, signature.kv_heads, self._tokens)
+        self._cells: NDArray[np.uint8] = np.zeros(shape, np.uint8)
+        self._absent = self._cells.size
+        self._claimed = False
+        self._announced = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt, each of which has K and V to receive."""
+        return self._tokens
+
+    @property
+    def complete(self) -> bool:
+        """Whether every (layer, plane, head, token) is resident."""
+        return self._absent == 0
+
+    def give_memory(self, buffers: CacheBuffers) -> bool:
+        """Take the session's memory. False when the session ended meanwhile."""
+        with self._changed:
+            if self.state is State.ENDED:
+                return False
+            self._buffers = buffers
+            self.timeline.allocated_ns = time.monotonic_ns()
+            return True
+
+    def take_memory(self) -> CacheBuffers:
+        """Hand the complete memory to the decoder. Raises WireError when the session has ended."""
+        with self._changed:
+            if self._buffers is None:
+                raise WireError(E_SESSION, f"session {self.id} has ended")
+            buffers, self._buffers = self._buffers, None
+            return buffers
+
+    def begin(self, first_token: int | None = None, announced: bool = False) -> bool:
+        """Note the first token, or that completeness was announced; True once, with both."""
+        with self._changed:
+            self._announced = self._announced or announced
+            if first_token is not None and self.first_token is None:
+                self.first_token = first_token
+                self.timeline.started_ns = time.monotonic_ns()
+                self.last_progress = time.monotonic()
+            ready = self._announced and self.first_token is not None
+            if self.state not in (State.RECEIVING, State.WAITING):
+                return False
+            if ready:
+                self.state = State.DECODING
+            elif self._announced:
+                self.state = State.WAITING
+            return ready
+
+    def claim_completion(self) -> bool:
+        """True for the one caller that may announce the complete cache."""
+        with self._changed:
+            claimed, self._claimed = not self._claimed, True
+            return claimed
+
+    def end(self, outcome: str) -> bool:
+        """Release the memory. False when the session had ended before."""
+        with self._changed:
+            if self.state is State.ENDED:
+                return False
+            self.state = State.ENDED
+            self.timeline.outcome = outcome
+            self.timeline.ended_ns = time.monotonic_ns()
+            self._buffers = None
+            self._changed.notify_all()
+            return True
+
+    def missing(self) -> str:
+        """The first hole in words; "" when the cache is complete."""
+        holes = np.argwhere(self._cells != _RESIDENT)
+        if not len(holes):
+            return ""
+        layer, plane, head, token = (int(index) for index in holes[0])
+        row = self._cells[layer, plane, head, token:]
+        after = np.flatnonzero(row == _RESIDENT)
+        last = token + (int(after[0]) if len(after) else len(row)) - 1
+        return (
+            f"layer {layer}, {Plane(plane).name.lower()}, head {head}, tokens {token}..{last} "
+            f"({len(holes)} of {self._cells.size} cells are missing)"
+        )
+
+    def landing(self, header: Header) -> Landing:
+        """Memory for a block: the cache itself, or scratch for what is there already.
+
+        Raises WireError (``block``) naming what is wrong with the block.
+        """
+        self._check(header)
+        arrived = time.monotonic_ns()
+        heads = slice(header.head_start, header.head_start + header.heads)
+        tokens = slice(header.token_start, header.token_start + header.tokens)
+        with self._changed:
+            buffers = self._live()
+            place = buffers.plane(header.layer, header.plane)[heads, tokens]
+            cells = self._cells[header.layer, header.plane, heads, tokens]
+            if cells.any():
+                # The connections' threads bound this: one duplicate each at a time.
+                scratch = np.empty(place.shape, place.dtype)
+                return Landing(
+                    [memoryview(scratch).cast("B")],
+                    lambda: self._commit_duplicate(header, cells, place, scratch, arrived),
+                )
+            cells[...] = _ARRIVING
+        rows = [memoryview(row).cast("B") for row in place]
+        return Landing(
+            rows,
+            lambda: self._commit(header, cells, rows, arrived),
+            lambda: self._abort(cells),
+        )
+
+    def _live(self) -> CacheBuffers:
+        if self._buffers is None:
+            raise WireError(E_SESSION, f"session {self.id} does not receive blocks any more")
+        return self._buffers
+
+    def _commit(
+        self, header: Header, cells: NDArray[np.uint8], rows: list[memoryview], arrived: int
+    ) -> None:
+        # Whoever still held an alias of the cache would make MLX copy it before decoding.
+        rows.clear()
+        with self._changed:
+            self._note(header, cells, arrived)
+
+    def _abort(self, cells: NDArray[np.uint8]) -> None:
+        """The connection broke inside the block: its place is free for another attempt."""
+        with self._changed:
+            cells[...] = _ABSENT
+            self._changed.notify_all()
+
+    def _commit_duplicate(
+        self,
+        header: Header,
+        cells: NDArray[np.uint8],
+        place: NDArray[Any],
+        scratch: NDArray[Any],
+        arrived: int,
+    ) -> None:
+        with self._changed:
+            if not self._changed.wait_for(
+                lambda: self._buffers is None or not (cells == _ARRIVING).any(), _DUPLICATE_WAIT
+            ):
+                raise WireError(
+                    E_BLOCK, f"{header.describe()}: another connection is still sending a part of it"
+                )
+            self._live()
+            resident = cells == _RESIDENT
+            conflict = resident & (place != scratch).any(axis=-1)
+            if conflict.any():
+                head, token = (int(index) for index in np.argwhere(conflict)[0])
+                raise WireError(
+                    E_BLOCK,
+                    f"{header.describe()}: arrived twice with different bytes, first at head "
+                    f"{header.head_start + head}, token {header.token_start + token}",
+                )
+            place[~resident] = scratch[~resident]
+            self.timeline.duplicate_blocks += 1
+            self._note(header, cells, arrived)
+
+    def _note(self, header: Header, cells: NDArray[np.uint8], arrived: int) -> None:
+        new = int(np.count_nonzero(cells != _RESIDENT))
+        cells[...] = _RESIDENT
+        self._changed.notify_all()
+        self._absent -= new
+        self.kv_bytes += new * header.head_dim * ITEMSIZE[header.dtype]
+        self.last_progress = time.monotonic()
+        timeline = self.timeline
+        timeline.blocks_received += 1
+        now = time.monotonic_ns()
+        if len(timeline.blocks) < MAX_TIMED_BLOCKS:
+            timeline.blocks.append(
+                BlockTimes(
+                    header.layer,
+                    header.plane.name.lower(),
+                    header.head_start,
+                    header.heads,
+                    header.token_start,
+                    header.tokens,
+                    header.computed_ns,
+                    header.gathered_ns,
+                    header.sent_ns,
+                    arrived,
+                    now,
+                )
+            )
+        if self._absent == 0 and not timeline.complete_ns:
+            timeline.complete_ns = now
+
+    def _check(self, header: Header) -> None:
+        signature = self._signature
+        wrong = ""
+        if header.layer >= signature.layers:
+            wrong = f"the model has {signature.layers} layers"
+        elif header.head_dim != signature.head_dim:
+            wrong = f"head_dim is {header.head_dim}, the model's {signature.head_dim}"
+        elif header.dtype != self.kv_dtype:
+            wrong = f"dtype is {header.dtype}, agreed was {self.kv_dtype}"
+        elif header.head_start + header.heads > signature.kv_heads:
+            wrong = f"the model has {signature.kv_heads} KV heads"
+        elif header.token_start + header.tokens > self._tokens:
+            wrong = f"the prompt has {self._tokens} tokens"
+        if wrong:
+            raise WireError(E_BLOCK, f"{header.describe()}: {wrong}")

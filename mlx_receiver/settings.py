@@ -1,0 +1,72 @@
+"""What a receiver is told at its start."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Final
+
+import msgspec
+
+_UNITS: Final = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class SettingsError(Exception):
+    """A setting that cannot work; the text names the option."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of ``mlx-receiver start``; the command's help explains each.
+
+    ``port`` and ``data_port`` may be 0 (any free port), ``http_port`` None (no HTTP).
+    ``kv_memory`` is in bytes, None for a share of what the machine has.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 7790
+    data_port: int = 0
+    http_port: int | None = 7791
+    token: str = ""
+    dtype: str = "auto"
+    kv_memory: int | None = None
+    max_sessions: int = 64
+    max_batch: int = 32
+    transport: str = "tcp"
+
+    def check(self) -> None:
+        """Raise SettingsError for a combination that must not run."""
+        if not self.token and not is_loopback(self.host):
+            raise SettingsError(
+                f"--host {self.host} is reachable from other machines, and without a token anyone "
+                "there could use this receiver: set --token (or MAC_DECODE_TOKEN), and the same "
+                "one on the vLLM side"
+            )
+        for name in ("max_sessions", "max_batch"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.kv_memory is not None and self.kv_memory < 1:
+            raise SettingsError("--kv-memory must be positive")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "24GB", "512 MiB", "1.5g" or "1000000" (all units are powers of 1024).
+
+    Raises SettingsError for anything else.
+    """
+    compact = text.strip().lower().replace(" ", "")
+    number = compact.rstrip("bkmgti")
+    unit = compact[len(number) :].replace("ib", "").replace("b", "")
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise SettingsError(f"{text!r} is no amount of memory, e.g. 24GB or 512MB") from None

@@ -1,0 +1,299 @@
+"""The sessions that exist, the memory they may take, and the blocks that arrive for them."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Protocol
+
+from mlx_receiver.cache import CacheAdapter
+from mlx_receiver.metrics import Metrics
+from mlx_receiver.session import Session, State
+from mlx_receiver.wire.frames import ITEMSIZE, DataHello, DataReply, Header
+from mlx_receiver.wire.messages import (
+    E_BLOCK,
+    E_CAPACITY,
+    E_CREDENTIALS,
+    E_INTERNAL,
+    E_SESSION,
+    Open,
+    WireError,
+)
+from mlx_receiver.wire.signature import ModelSignature
+from mlx_receiver.wire.transport import Landing
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a worker's ATTACH waits for the Open of its session on the other channel.
+ATTACH_SECONDS: Final = 5.0
+
+#: Seconds without a block after which a started session with a hole is given up.
+STALL_SECONDS: Final = 15.0
+
+#: Ended sessions whose timelines are kept.
+KEPT_TIMELINES: Final = 32
+
+#: ATTACHes that may wait at once; a client has one for each worker and session.
+_MAX_WAITING: Final = 4096
+
+#: Tokens of decoded text that a session's memory has room for from the start. Beyond them the
+#: cache grows as mlx-lm's does, by copying; reserving ``max_tokens`` would refuse most clients,
+#: which ask for all that the context allows.
+_HEADROOM: Final = 512
+
+Reply = Callable[[DataReply], None]
+
+
+class SessionEvents(Protocol):
+    """What the store tells its owner. Called from bulk and allocator threads; must not block."""
+
+    def opened(self, session: Session) -> None:
+        """The session's memory is there."""
+
+    def complete(self, session: Session) -> None:
+        """Every cell of the session's cache is resident."""
+
+    def failed(self, session: Session, code: str, reason: str) -> None:
+        """The session has been given up and freed."""
+
+
+class SessionStore:
+    """Admits sessions within a byte budget and lands their blocks (a ``BlockSink``)."""
+
+    def __init__(
+        self,
+        adapter: CacheAdapter,
+        signature: ModelSignature,
+        *,
+        max_sessions: int,
+        token: str,
+        events: SessionEvents,
+        metrics: Metrics,
+    ) -> None:
+        self._adapter = adapter
+        self._signature = signature
+        self._model_itemsize = 0
+        self.budget_bytes = 0
+        self.max_sessions = max_sessions
+        self._token = token
+        self._events = events
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._sessions: dict[int, Session] = {}
+        self._waiting: dict[int, list[tuple[float, Reply]]] = {}
+        self._reserved = 0
+        self._recent: deque[Session] = deque(maxlen=KEPT_TIMELINES)
+        # Zeroing gigabytes takes a while: neither the control nor the decoding thread may wait.
+        self._allocator = ThreadPoolExecutor(1, thread_name_prefix="kv-allocate")
+        self._accepting = True
+
+    def configure(self, model_dtype: str, budget_bytes: int) -> None:
+        """What is known once the model is loaded; until then nothing is admitted."""
+        self._model_itemsize = ITEMSIZE[model_dtype]
+        self.budget_bytes = budget_bytes
+
+    # --- what the control channel asks ---------------------------------------------------------
+
+    def open(self, message: Open, client: object, kv_dtype: str) -> Session:
+        """Reserve a session's memory; ``SessionEvents.opened`` follows when it is allocated.
+
+        Raises WireError: ``capacity`` when it does not fit, ``session`` for an id in use.
+        """
+        itemsize = max(ITEMSIZE[kv_dtype], self._model_itemsize)
+        tokens = len(message.prompt_token_ids)
+        headroom = min(max(message.sampling.max_tokens, 1), _HEADROOM)
+        need = self._adapter.capacity(tokens, headroom) * self._signature.kv_bytes_per_token(itemsize)
+        with self._lock:
+            if message.session in self._sessions:
+                raise WireError(E_SESSION, f"session {message.session} exists already")
+            if not self._accepting:
+                raise WireError(E_CAPACITY, "the receiver is stopping")
+            if len(self._sessions) >= self.max_sessions:
+                raise WireError(
+                    E_CAPACITY, f"{len(self._sessions)} sessions are open (--max-sessions)"
+                )
+            if self._reserved + need > self.budget_bytes:
+                raise WireError(
+                    E_CAPACITY,
+                    f"{tokens} tokens need {need >> 20} MiB of KV memory; "
+                    f"{max(0, self.free_bytes) >> 20} of {self.budget_bytes >> 20} MiB are free "
+                    "(--kv-memory)",
+                )
+            session = Session(message, client, self._signature, kv_dtype, need)
+            self._sessions[session.id] = session
+            self._reserved += need
+        self._allocator.submit(self._allocate, session, headroom)
+        return session
+
+    def get(self, session_id: int) -> Session | None:
+        """The session of that id, unless it has ended."""
+        with self._lock:
+            return self._sessions.get(session_id)
+
+    def of_client(self, client: object) -> list[Session]:
+        """The client's sessions."""
+        with self._lock:
+            return [s for s in self._sessions.values() if s.client is client]
+
+    def end(self, session: Session, outcome: str) -> bool:
+        """Forget the session and free its memory. False when it had ended before."""
+        if not session.end(outcome):
+            return False
+        with self._lock:
+            self._sessions.pop(session.id, None)
+            self._reserved -= session.reserved_bytes
+            self._recent.append(session)
+            waiting = self._waiting.pop(session.id, [])
+        self._metrics.sessions.labels(outcome).inc()
+        _answer(waiting, DataReply(session.id, False, E_SESSION, f"the session ended: {outcome}"))
+        return True
+
+    def fail(self, session: Session, code: str, reason: str) -> None:
+        """Give the session up and tell the owner."""
+        if self.end(session, f"failed:{code}"):
+            logger.warning("session %s (%s) failed: %s", session.id, session.request_id, reason)
+            self._events.failed(session, code, reason)
+
+    def sweep(self) -> None:
+        """Answer attaches that waited too long; give up sessions whose last blocks never came."""
+        now = time.monotonic()
+        with self._lock:
+            late = {
+                session: replies
+                for session, replies in self._waiting.items()
+                if session not in self._sessions and replies[0][0] < now
+            }
+            for session_id in late:
+                del self._waiting[session_id]
+            stalled = [
+                s
+                for s in self._sessions.values()
+                if s.first_token is not None
+                and not s.complete
+                and s.last_progress + STALL_SECONDS < now
+            ]
+        for session_id, replies in late.items():
+            _answer(replies, DataReply(session_id, False, E_SESSION, "no such session was opened"))
+        for session in stalled:
+            self.fail(
+                session,
+                E_BLOCK,
+                f"no block came for {STALL_SECONDS:.0f} s, but the cache is incomplete: "
+                f"{session.missing()}",
+            )
+
+    def grow(self, session: Session, tokens: int) -> None:
+        """Account for a cache that has outgrown what was reserved for it."""
+        need = self._adapter.capacity(tokens, 0) * self._signature.kv_bytes_per_token(
+            self._model_itemsize
+        )
+        with self._lock:
+            if session.id in self._sessions and need > session.reserved_bytes:
+                self._reserved += need - session.reserved_bytes
+                session.reserved_bytes = need
+
+    def close(self) -> None:
+        """Accept nothing any more and end every session."""
+        with self._lock:
+            self._accepting = False
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            self.end(session, "shutdown")
+        self._allocator.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the budget that nothing is reserved in; negative when caches outgrew it."""
+        return self.budget_bytes - self._reserved
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes reserved by the sessions that exist."""
+        return self._reserved
+
+    @property
+    def accepting(self) -> bool:
+        """Whether another session may be opened now, memory aside."""
+        return self._accepting and len(self._sessions) < self.max_sessions
+
+    def sessions(self) -> list[Session]:
+        """Every session that exists."""
+        with self._lock:
+            return list(self._sessions.values())
+
+    def recent(self) -> list[Session]:
+        """Ended sessions, the latest last."""
+        with self._lock:
+            return list(self._recent)
+
+    def _allocate(self, session: Session, headroom: int) -> None:
+        try:
+            buffers = self._adapter.allocate(
+                self._signature, session.kv_dtype, session.tokens, headroom
+            )
+        except Exception as error:
+            logger.exception("allocating session %s failed", session.id)
+            self.fail(session, E_CAPACITY, f"allocating its KV memory failed: {error}")
+            return
+        if not session.give_memory(buffers):
+            return
+        with self._lock:
+            waiting = self._waiting.pop(session.id, [])
+        self._events.opened(session)
+        _answer(waiting, DataReply(session.id, True))
+
+    # --- BlockSink: called from the transports' threads ----------------------------------------
+
+    def authenticate(self, hello: DataHello) -> None:
+        """See ``transport.BlockSink.authenticate``."""
+        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            raise WireError(E_CREDENTIALS, "wrong or missing token on the bulk channel")
+
+    def attach(self, session: int, reply: Reply) -> None:
+        """See ``transport.BlockSink.attach``."""
+        with self._lock:
+            known = self._sessions.get(session)
+            if known is None or not known.timeline.allocated_ns:
+                waits = sum(map(len, self._waiting.values()))
+                if waits < _MAX_WAITING:
+                    until = time.monotonic() + ATTACH_SECONDS
+                    self._waiting.setdefault(session, []).append((until, reply))
+                    return
+                answer = DataReply(session, False, E_CAPACITY, "too many workers wait to attach")
+            else:
+                answer = DataReply(session, True)
+        reply(answer)
+
+    def landing(self, header: Header) -> Landing:
+        """See ``transport.BlockSink.landing``."""
+        session = self.get(header.session)
+        if session is None:
+            raise WireError(E_SESSION, f"no session {header.session}")
+        landing = session.landing(header)
+        commit = landing.commit
+
+        def committed() -> None:
+            commit()
+            self._metrics.kv_bytes.inc(header.payload_bytes)
+            if session.complete and session.claim_completion():
+                self._events.complete(session)
+
+        landing.commit = committed
+        return landing
+
+    def rejected(self, header: Header, code: str, reason: str) -> None:
+        """See ``transport.BlockSink.rejected``: the block's session cannot be trusted any more."""
+        self._metrics.refused_blocks.labels(code).inc()
+        session = self.get(header.session)
+        if session is not None and session.state in (State.RECEIVING, State.WAITING):
+            self.fail(session, code or E_INTERNAL, reason)
+
+
+def _answer(waiting: Iterable[tuple[float, Reply]], answer: DataReply) -> None:
+    for _, reply in waiting:
+        reply(answer)

@@ -1,0 +1,245 @@
+"""A hand-written client of the receiver: what vLLM's side does, block by block."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+
+from mlx_receiver.receiver import Receiver
+from mlx_receiver.wire.frames import DataHello, Header, Kind, Plane
+from mlx_receiver.wire.messages import (
+    PROTOCOL_VERSION,
+    Cancel,
+    Complete,
+    Failed,
+    Hello,
+    Open,
+    Opened,
+    Ping,
+    Refused,
+    Rejected,
+    Sampling,
+    Start,
+    Status,
+    Step,
+    Welcome,
+    decode_receiver,
+    encode,
+)
+from mlx_receiver.wire.tcp import TcpTransport
+from mlx_receiver.wire.transport import Sender
+
+_sessions = itertools.count(1)
+
+
+@dataclass
+class Prefilled:
+    """A prompt's K and V ``[layers][2]`` of ``[heads, tokens, head_dim]`` carriers and its text."""
+
+    prompt: list[int]
+    planes: list[list[np.ndarray]]
+    dtype: str
+    tokens: list[int]
+
+    @property
+    def first(self) -> int:
+        return self.tokens[0]
+
+
+class FakeVllm:
+    """One control connection and one bulk connection."""
+
+    def __init__(self, receiver: Receiver, *, token: str = "", kv_dtype: str = "float32") -> None:
+        self.receiver = receiver
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(f"tcp://{receiver.address}")
+        self.kv_dtype = kv_dtype
+        self.token = token
+        self.inbox: list[Any] = []
+        self.bulk: Sender | None = None
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._alive = threading.Thread(target=self._ping, daemon=True)
+
+    def hello(self, **changes: Any) -> Any:
+        hello = Hello(
+            protocol=PROTOCOL_VERSION,
+            signature=self.receiver.source.signature,
+            kv_dtype=self.kv_dtype,
+            token=self.token,
+            client="test",
+        )
+        self.send(msgspec.structs.replace(hello, **changes))
+        answer = self.wait(lambda m: isinstance(m, Welcome | Rejected))
+        if isinstance(answer, Welcome):
+            self.bulk = self.connect_bulk()
+            self._alive.start()
+        return answer
+
+    def connect_bulk(self) -> Sender:
+        endpoint = self.receiver.data_endpoint
+        endpoint = msgspec.structs.replace(endpoint, host=endpoint.host or "127.0.0.1")
+        return TcpTransport().connect(endpoint, DataHello(self.token, "test"), 5.0)
+
+    def send(self, message: Any) -> None:
+        self.send_raw(encode(message))
+
+    def send_raw(self, *frames: bytes) -> None:
+        with self._lock:
+            self.socket.send_multipart(frames)
+
+    def _ping(self) -> None:
+        while not self._closing.wait(0.5):
+            self.send(Ping(time.monotonic_ns()))
+
+    def wait(self, matches: Callable[[Any], bool], seconds: float = 20.0) -> Any:
+        """The first message, received already or not, for which ``matches`` is true."""
+        until = time.monotonic() + seconds
+        checked = 0
+        while True:
+            for index in range(checked, len(self.inbox)):
+                if matches(self.inbox[index]):
+                    return self.inbox.pop(index)
+            checked = len(self.inbox)
+            assert time.monotonic() < until, f"no such message within {seconds} s: {self.inbox}"
+            with self._lock:
+                if self.socket.poll(20):
+                    message = decode_receiver(self.socket.recv())
+                    if not isinstance(message, Status) or matches(message):
+                        self.inbox.append(message)
+
+    def open(self, prompt: list[int], sampling: Sampling, **changes: Any) -> int:
+        """Ask for a session and return its id; the answer is for ``opened``."""
+        session = next(_sessions)
+        message = Open(session, f"request-{session}", prompt, sampling)
+        self.send(msgspec.structs.replace(message, **changes))
+        return session
+
+    def opened(self, session: int) -> Any:
+        return self.wait(lambda m: isinstance(m, Opened | Refused) and m.session == session)
+
+    def failed(self, session: int) -> Failed:
+        return self.wait(lambda m: isinstance(m, Failed) and m.session == session)
+
+    def complete(self, session: int) -> Complete:
+        return self.wait(lambda m: isinstance(m, Complete) and m.session == session)
+
+    def start(self, session: int, first_token: int) -> None:
+        self.send(Start(session, first_token))
+
+    def cancel(self, session: int) -> None:
+        self.send(Cancel(session))
+
+    def steps(self, session: int) -> Iterator[Any]:
+        """The session's Decoded entries, up to the one that finishes it."""
+        while True:
+            step = self.wait(lambda m: isinstance(m, Step) and _of(m, session) is not None)
+            decoded = _of(step, session)
+            others = [d for d in step.decoded if d.session != session]
+            if others:
+                # Put back at the front, so that the others' order is kept.
+                self.inbox.insert(0, Step(others))
+            yield decoded
+            if decoded.finish:
+                return
+
+    def tokens(self, session: int) -> list[int]:
+        return [token for decoded in self.steps(session) for token in decoded.token_ids]
+
+    def send_kv(self, session: int, kv: Prefilled, rng: random.Random | None = None) -> None:
+        """Every block, in order whole planes or with ``rng`` in random rectangles and order."""
+        assert self.bulk is not None
+        for header, payload in blocks(session, kv, rng):
+            self.bulk.send(header, [payload])
+
+    def request(self, kv: Prefilled, sampling: Sampling, rng: random.Random | None = None) -> int:
+        """A whole hand-off up to Start."""
+        session = self.open(kv.prompt, sampling)
+        assert isinstance(self.opened(session), Opened)
+        self.send_kv(session, kv, rng)
+        self.start(session, kv.first)
+        return session
+
+    def silence(self) -> None:
+        """Stop saying that it lives."""
+        self._closing.set()
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._alive.is_alive():
+            self._alive.join()
+        if self.bulk is not None:
+            self.bulk.close()
+        self.socket.close()
+        self._context.term()
+
+
+def _of(step: Step, session: int) -> Any:
+    return next((d for d in step.decoded if d.session == session), None)
+
+
+def block(
+    session: int, kv: Prefilled, layer: int, plane: int, heads: slice, tokens: slice, **changes: Any
+) -> tuple[Header, memoryview]:
+    """One rectangle of a prompt's cache as a frame."""
+    data = np.ascontiguousarray(kv.planes[layer][plane][heads, tokens])
+    payload = memoryview(data).cast("B")
+    fields: dict[str, Any] = dict(
+        kind=Kind.BLOCK,
+        session=session,
+        payload_bytes=payload.nbytes,
+        layer=layer,
+        plane=Plane(plane),
+        dtype=kv.dtype,
+        head_start=heads.start,
+        heads=data.shape[0],
+        head_dim=data.shape[2],
+        token_start=tokens.start,
+        tokens=data.shape[1],
+    )
+    return Header(**{**fields, **changes}), payload
+
+
+def blocks(
+    session: int, kv: Prefilled, rng: random.Random | None = None
+) -> list[tuple[Header, memoryview]]:
+    """The whole cache as frames."""
+    found = []
+    for layer, pair in enumerate(kv.planes):
+        for plane in range(2):
+            heads, tokens, _ = pair[plane].shape
+            for h in _cuts(heads, rng):
+                for t in _cuts(tokens, rng):
+                    found.append(block(session, kv, layer, plane, h, t))
+    if rng is not None:
+        rng.shuffle(found)
+    return found
+
+
+def _cuts(length: int, rng: random.Random | None) -> list[slice]:
+    inner = sorted(rng.sample(range(1, length), min(length - 1, rng.randrange(4)))) if rng else []
+    edges = [0, *inner, length]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+@contextmanager
+def connected(receiver: Receiver, **options: Any) -> Iterator[FakeVllm]:
+    """A welcomed client."""
+    client = FakeVllm(receiver, **options)
+    try:
+        assert isinstance(client.hello(), Welcome)
+        yield client
+    finally:
+        client.close()

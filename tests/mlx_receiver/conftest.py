@@ -1,0 +1,59 @@
+"""A receiver with a tiny model, and prompts that MLX has prefilled for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_receiver.model import find_model, load_model
+from mlx_receiver.receiver import Receiver
+from mlx_receiver.settings import Settings
+from tests.mlx_receiver.client import FakeVllm, Prefilled, connected
+
+Prefill = Callable[..., Prefilled]
+
+
+@pytest.fixture(scope="session")
+def prefill(tiny_llama_path: Path) -> Prefill:
+    """``prefill(tokens, decode=8, seed=0)``: MLX's own prefill and greedy text of a random prompt."""
+    import mlx.core as mx
+
+    source = find_model(str(tiny_llama_path))
+    model = load_model(source).model
+
+    @functools.cache
+    def run(tokens: int, decode: int = 8, seed: int = 0) -> Prefilled:
+        rng = np.random.default_rng((tokens, seed))
+        prompt = rng.integers(20, source.signature.vocab_size, tokens).tolist()
+        cache = source.adapter.empty(source.signature)
+        logits = model(mx.array([prompt]), cache=cache)
+        planes = [
+            [np.array(plane[0, :, :tokens]).view(np.uint32) for plane in (c.keys, c.values)]
+            for c in cache
+        ]
+        text = [int(mx.argmax(logits[0, -1]).item())]
+        while len(text) < decode:
+            logits = model(mx.array([[text[-1]]]), cache=cache)
+            text.append(int(mx.argmax(logits[0, -1]).item()))
+        return Prefilled(prompt, planes, "float32", text)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def receiver(tiny_llama_path: Path) -> Iterator[Receiver]:
+    """A receiver on free ports, shared by the tests that leave it as they found it."""
+    settings = Settings(model=str(tiny_llama_path), port=0, http_port=0, kv_memory=1 << 30)
+    with Receiver(settings) as started:
+        yield started
+
+
+@pytest.fixture
+def client(receiver: Receiver) -> Iterator[FakeVllm]:
+    """A welcomed client of the shared receiver."""
+    with connected(receiver) as started:
+        yield started
