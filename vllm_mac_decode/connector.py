@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    SupportsHMA,
 )
 from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
@@ -64,7 +65,7 @@ def _guarded(default: Callable[[], Any]) -> Callable[[_F], _F]:
     return decorate
 
 
-class MacDecodeConnector(KVConnectorBase_V1):
+class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module's text."""
 
     def __init__(
@@ -244,6 +245,13 @@ class MacDecodeConnector(KVConnectorBase_V1):
         if self.relay is not None and str(request.get_finished_reason()) == "abort":
             self.relay.aborted(request.request_id)
         return self._plan is not None and self._plan.forget(request.request_id), None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The same for models with several KV cache groups. Those are not exported yet, but
+        vLLM would switch its hybrid cache manager off for a connector without this method."""
+        return self.request_finished(request, [])
 
     # --- reporting --------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 vLLM has no public way for a connector to add tokens to a response, so three methods are
 wrapped, once per process and only acting where the connector is ours:
 
-- ``EngineCore.__init__``: gives the connector's scheduler half its engine;
+- ``EngineCoreProc.run_busy_loop``: gives the connector's scheduler half its engine (the
+  constructor is already running when the connector is made);
 - ``Scheduler.update_from_output``: the relay sees each step's outputs before the clients do;
 - ``EngineCore.abort_requests``: the relay hears of clients that went away.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import queue
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from vllm.v1.engine import (
     EngineCoreRequestType,
     FinishReason,
 )
-from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
@@ -47,16 +49,8 @@ def install() -> None:
         return
     setattr(EngineCore, _INSTALLED, True)
 
-    core_init = EngineCore.__init__
     update_from_output = Scheduler.update_from_output
     abort_requests = EngineCore.abort_requests
-
-    @functools.wraps(core_init)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        core_init(self, *args, **kwargs)
-        attach = getattr(self.scheduler.get_kv_connector(), "attach_engine", None)
-        if attach is not None:
-            attach(self)
 
     @functools.wraps(update_from_output)
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,9 +65,21 @@ def install() -> None:
         relay = _relay(self.scheduler)
         return abort_requests(self, relay.abort(request_ids) if relay is not None else request_ids)
 
-    EngineCore.__init__ = init
+    for engine in (EngineCoreProc, DPEngineCoreProc):
+        engine.run_busy_loop = _attaching(engine.run_busy_loop)
     Scheduler.update_from_output = update
     EngineCore.abort_requests = abort
+
+
+def _attaching(run_busy_loop: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(run_busy_loop)
+    def run(self: Any) -> None:
+        attach = getattr(self.scheduler.get_kv_connector(), "attach_engine", None)
+        if attach is not None:
+            attach(self)
+        run_busy_loop(self)
+
+    return run
 
 
 def _relay(scheduler: Any) -> Relay | None:

@@ -1,0 +1,302 @@
+"""Prefill on a CUDA GPU with the KV export on and off, side by side in one engine.
+
+Both kinds of request go through the same vLLM engine, alternating: one kind is handed off to an
+MLX receiver on this machine, the other carries an ``extra_args`` marker that keeps it local.
+What differs between their times to the first token is what exporting costs.
+
+    python bench/overlap_gpu.py --out bench/results/overlap_gpu.json
+
+The model has Llama-3.1-8B's shape and random weights, written once to ``--model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+SHAPE_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "torch_dtype": "bfloat16",
+}
+
+
+def write_model(folder: Path, layers: int, dtype: str) -> None:
+    """A random model of the 8B shape as safetensors, one file a layer; written once."""
+    import torch
+    from safetensors.torch import save_file
+
+    if (folder / "model.safetensors.index.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = SHAPE_8B | {"num_hidden_layers": layers, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = getattr(torch, dtype)
+    torch.manual_seed(0)
+
+    def random_weight(rows: int, columns: int) -> Any:
+        return (torch.randn(rows, columns, device=device, dtype=torch.float32) * columns**-0.5).to(kind)
+
+    h, f = config["hidden_size"], config["intermediate_size"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    vocabulary = config["vocab_size"]
+    index: dict[str, str] = {}
+
+    def save(name: str, tensors: dict[str, Any]) -> None:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / name,
+                  metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, name))
+
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        save(f"layer-{i}.safetensors", {
+            p + "self_attn.q_proj.weight": random_weight(h, h),
+            p + "self_attn.k_proj.weight": random_weight(kv, h),
+            p + "self_attn.v_proj.weight": random_weight(kv, h),
+            p + "self_attn.o_proj.weight": random_weight(h, h),
+            p + "mlp.gate_proj.weight": random_weight(f, h),
+            p + "mlp.up_proj.weight": random_weight(f, h),
+            p + "mlp.down_proj.weight": random_weight(h, f),
+            p + "input_layernorm.weight": torch.ones(h, dtype=kind),
+            p + "post_attention_layernorm.weight": torch.ones(h, dtype=kind),
+        })  # fmt: skip
+    save("outer.safetensors", {
+        "model.embed_tokens.weight": random_weight(vocabulary, h) * h**0.5 * 0.5,
+        "model.norm.weight": torch.ones(h, dtype=kind),
+        "lm_head.weight": random_weight(vocabulary, h),
+    })  # fmt: skip
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+
+
+class ReceiverProcess:
+    """``mlx-receiver start`` on this machine."""
+
+    def __init__(self, model: Path, dtype: str, log: Path, port: int = 17790) -> None:
+        self.port, self.http = port, port + 1
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_receiver.cli", "start", "--model", str(model),
+             "--dtype", dtype, "--port", str(port), "--http-port", str(self.http)],
+            stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def wait(self, seconds: float) -> None:
+        """Until ``GET /health`` answers."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.http}/health", timeout=2)
+                return
+            except OSError:
+                time.sleep(0.3)
+        raise RuntimeError(self.log.read_text(errors="replace")[-3000:])
+
+    def json(self, path: str) -> Any:
+        """``GET path``."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=10) as answer:
+            return json.load(answer)
+
+    def stop(self) -> None:
+        """End it."""
+        try:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            self.process.wait(10)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Engine:
+    """vLLM, stepped by hand so that the first token's time is seen."""
+
+    def __init__(self, model: Path, connector: bool, receiver: str, **options: Any) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        if connector:
+            options["kv_transfer_config"] = {
+                "kv_connector": "mac_decode",
+                "kv_role": "kv_producer",
+                "kv_connector_extra_config": {"receiver": receiver},
+            }
+        arguments = EngineArgs(model=str(model), skip_tokenizer_init=True, **options)
+        if connector:
+            from vllm.config import KVTransferConfig
+
+            arguments.kv_transfer_config = KVTransferConfig(**options["kv_transfer_config"])
+        self.engine = LLMEngine.from_engine_args(arguments)
+        self.count = 0
+
+    def run(self, prompt: list[int], tokens: int, local: bool) -> dict[str, Any]:
+        """One greedy request: token ids, seconds to the first token and between the others."""
+        from vllm import SamplingParams
+
+        self.count += 1
+        params = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
+            extra_args={"keep": "local"} if local else None,
+        )  # fmt: skip
+        began = time.perf_counter()
+        self.engine.add_request(f"r{self.count}", {"prompt_token_ids": prompt}, params)
+        times, ids = [], []
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                now = time.perf_counter() - began
+                ids = list(output.outputs[0].token_ids)
+                times += [now] * (len(ids) - len(times))
+        return {"ids": ids, "times": times}
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    """Random token ids, so that no prefix is cached."""
+    source = random.Random(seed)
+    return [source.randrange(1000, 120000) for _ in range(length)]
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and range in milliseconds."""
+    ms = [1000 * value for value in values]
+    return {"median": round(statistics.median(ms), 2), "min": round(min(ms), 2), "max": round(max(ms), 2)}
+
+
+def measure(engine: Engine, receiver: ReceiverProcess | None, length: int, tokens: int,
+            repeats: int) -> dict[str, Any]:
+    """Alternate local and handed-off requests of one length."""
+    local, handed, gaps, local_tpot, remote_tpot, lags = [], [], [], [], [], []
+    for i in range(repeats + 1):
+        a = engine.run(prompt_of(length, 2 * i), tokens, local=True)
+        b = engine.run(prompt_of(length, 2 * i + 1), tokens, local=False)
+        if i == 0:
+            continue  # buffers, kernels and caches are made in the first round
+        local.append(a["times"][0])
+        handed.append(b["times"][0])
+        gaps.append(b["times"][1] - b["times"][0])
+        local_tpot.append((a["times"][-1] - a["times"][1]) / (tokens - 2))
+        remote_tpot.append((b["times"][-1] - b["times"][1]) / (tokens - 2))
+        if receiver is not None:
+            lags.append(exposed(receiver.json("/handoffs")))
+    result = {
+        "prompt_tokens": length,
+        "repeats": repeats,
+        "first_token_local_ms": summary(local),
+        "first_token_handed_off_ms": summary(handed),
+        "slowdown_percent": round(
+            100 * (statistics.median(handed) / statistics.median(local) - 1), 2),
+        "handoff_gap_ms": summary(gaps),
+        "local_ms_per_token": summary(local_tpot),
+        "receiver_ms_per_token": summary(remote_tpot),
+    }
+    known = [lag for lag in lags if lag is not None]
+    if known:
+        result["cache_complete_after_last_layer_ms"] = summary([lag[0] for lag in known])
+        result["export_span_ms"] = summary([lag[1] for lag in known])
+    return result
+
+
+def exposed(handoffs: Any) -> tuple[float, float] | None:
+    """Seconds from the last layer's compute to a complete cache, and from the first layer's."""
+    rows = handoffs.get("handoffs", handoffs) if isinstance(handoffs, dict) else handoffs
+    if not rows:
+        return None
+    blocks = max(rows, key=lambda r: max((b["committed_ns"] for b in r["blocks"]), default=0))["blocks"]
+    if not blocks:
+        return None
+    done = max(b["committed_ns"] for b in blocks)
+    return (
+        (done - max(b["computed_ns"] for b in blocks)) / 1e9,
+        (done - min(b["computed_ns"] for b in blocks)) / 1e9,
+    )
+
+
+def main() -> None:
+    """Measure and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("/tmp/llama-8b-shape"))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 1024, 4096, 16384, 32768])
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--chunk", type=int, default=None, help="max tokens of one step")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--no-connector", action="store_true", help="plain vLLM, for comparison")
+    parser.add_argument("--memory", type=float, default=0.45)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    import torch
+    import vllm
+
+    write_model(options.model, options.layers, "bfloat16")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    receiver = None
+    if not options.no_connector:
+        receiver = ReceiverProcess(options.model, "bfloat16", options.out.with_suffix(".receiver.log"))
+    longest = max(options.lengths) + options.tokens
+    engine = Engine(
+        options.model,
+        not options.no_connector,
+        "127.0.0.1:17790",
+        max_model_len=longest + 16,
+        max_num_batched_tokens=options.chunk or longest,
+        gpu_memory_utilization=options.memory,
+        enforce_eager=options.eager,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+    result: dict[str, Any] = {
+        "what": "prefill with KV export on and off, one engine, alternating requests",
+        "command": " ".join(sys.argv),
+        "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.processor()},
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [],
+    }
+    try:
+        if receiver is not None:
+            receiver.wait(180)
+            time.sleep(6)  # the link's retry interval
+            warm = engine.run(prompt_of(256, 99), 8, local=False)  # compiles MLX's kernels
+            result["warm_gap_s"] = round(warm["times"][1] - warm["times"][0], 2)
+        for length in options.lengths:
+            row = measure(engine, receiver, length, options.tokens, options.repeats)
+            result["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            options.out.write_text(json.dumps(result, indent=1))
+    finally:
+        if receiver is not None:
+            receiver.stop()
+
+
+if __name__ == "__main__":
+    main()

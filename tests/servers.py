@@ -1,0 +1,234 @@
+"""Real servers for tests: ``vllm serve`` and ``mlx-receiver start`` as their users start them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.conftest import free_port
+
+BIN = Path(sys.executable).parent
+START_SECONDS = 240.0
+
+
+class Server:
+    """A server in its own process group, with its output in a file."""
+
+    def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
+                start_new_session=True,
+            )
+
+    def wait_healthy(self, url: str, seconds: float = START_SECONDS) -> None:
+        """Wait for ``GET url`` to answer 200; fails with the log's end if the process dies."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                raise AssertionError(f"exit {self.process.returncode}: {self.tail()}")
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                with urllib.request.urlopen(url, timeout=2) as response:
+                    if response.status == 200:
+                        return
+            time.sleep(0.2)
+        raise AssertionError(f"{url} did not answer within {seconds:.0f} s: {self.tail()}")
+
+    def tail(self, count: int = 4000) -> str:
+        """The end of the output."""
+        return self.log.read_text(errors="replace")[-count:]
+
+    def signal(self, number: int) -> None:
+        """Signal the whole process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def stop(self) -> None:
+        """End it, firmly if need be."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=15)
+        self.signal(signal.SIGKILL)
+        self.process.wait(timeout=15)
+
+
+@dataclass
+class Receiver:
+    """A running ``mlx-receiver``."""
+
+    server: Server
+    port: int
+    http_port: int
+
+    @property
+    def address(self) -> str:
+        """Its control address."""
+        return f"127.0.0.1:{self.port}"
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        return metric(f"http://127.0.0.1:{self.http_port}", name)
+
+    def health(self) -> dict[str, Any]:
+        """``GET /health``."""
+        return httpx.get(f"http://127.0.0.1:{self.http_port}/health").json()
+
+
+def metric(base: str, name: str, **labels: str) -> float:
+    """The sum of a Prometheus metric's samples that carry these labels."""
+    total = 0.0
+    for line in httpx.get(f"{base}/metrics", timeout=30).text.splitlines():
+        if line.startswith((f"{name} ", f"{name}{{")):
+            if all(f'{key}="{value}"' in line for key, value in labels.items()):
+                total += float(line.rsplit(" ", 1)[1])
+    return total
+
+
+def start_receiver(
+    model: Path, log: Path, *, port: int = 0, http_port: int = 0, args: tuple[str, ...] = ()
+) -> Receiver:
+    """Start a receiver in fp32 and wait until it is ready."""
+    port, http_port = port or free_port(), http_port or free_port()
+    command = [
+        str(BIN / "mlx-receiver"), "start", "--model", str(model), "--dtype", "float32",
+        "--port", str(port), "--http-port", str(http_port), *args,
+    ]  # fmt: skip
+    server = Server(command, log)
+    try:
+        server.wait_healthy(f"http://127.0.0.1:{http_port}/health", 120)
+    except BaseException:
+        server.stop()
+        raise
+    return Receiver(server, port, http_port)
+
+
+@dataclass
+class Vllm:
+    """A running ``vllm serve``; ``name`` is the served model's."""
+
+    server: Server
+    port: int
+    name: str = "m"
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def complete(self, prompt: list[int] | str, max_tokens: int, **fields: Any) -> dict[str, Any]:
+        """``POST /v1/completions``, greedy unless said otherwise, with token ids."""
+        body = {
+            "model": self.name,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "return_token_ids": True,
+        } | fields
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def tokens(self, prompt: list[int], max_tokens: int, **fields: Any) -> list[int]:
+        """The output token ids of a greedy completion that runs to its limit."""
+        fields = {"ignore_eos": True} | fields
+        return self.complete(prompt, max_tokens, **fields)["choices"][0]["token_ids"]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric over its labels."""
+        return metric(self.url, name, **labels)
+
+    def wait_connected(self, receiver: Receiver, seconds: float = 20.0) -> None:
+        """Wait until hand-offs work, by making some."""
+        until = time.monotonic() + seconds
+        before = receiver.metric("mlx_receiver_decoded_tokens_total")
+        while time.monotonic() < until:
+            self.tokens([1, 2, 3], 3)
+            if receiver.metric("mlx_receiver_decoded_tokens_total") > before:
+                return
+            time.sleep(0.3)
+        raise AssertionError(f"no hand-off within {seconds} s: {self.server.tail()}")
+
+
+def start_vllm(
+    model: Path,
+    log: Path,
+    *,
+    receiver: str | None = None,
+    args: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+    wait: bool = True,
+) -> Vllm:
+    """Start ``vllm serve`` in fp32, with the connector if a receiver's address is given."""
+    port = free_port()
+    connector = ["--kv-connector", "mac_decode"] if receiver is not None else []
+    command = [
+        str(BIN / "vllm"), "serve", str(model), "--dtype", "float32", "--port", str(port),
+        "--served-model-name", "m", "--enforce-eager", "--max-model-len", "2048",
+        *connector, *args,
+    ]  # fmt: skip
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "MAC_DECODE_RECEIVER": receiver or ""}
+    server = Server(command, log, environment | (env or {}))
+    vllm = Vllm(server, port)
+    if wait:
+        try:
+            server.wait_healthy(f"{vllm.url}/health")
+        except BaseException:
+            server.stop()
+            raise
+    return vllm
+
+
+@contextlib.contextmanager
+def pair(
+    model: Path, logs: Path, *, args: tuple[str, ...] = (), receiver_args: tuple[str, ...] = ()
+) -> Iterator[tuple[Vllm, Receiver]]:
+    """Both servers for one model, connected."""
+    receiver = start_receiver(model, logs / "receiver.log", args=receiver_args)
+    try:
+        vllm = start_vllm(model, logs / "vllm.log", receiver=receiver.address, args=args)
+        try:
+            vllm.wait_connected(receiver)
+            yield vllm, receiver
+        finally:
+            vllm.server.stop()
+    finally:
+        receiver.server.stop()
+
+
+def mlx_greedy(model: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """MLX's own prefill and greedy decode in fp32, in a process of its own."""
+    code = (
+        "import json, sys\n"
+        "from tests.mlx_alone import greedy\n"
+        "model, prompts, n = json.load(sys.stdin)\n"
+        "json.dump(greedy(model, prompts, n), sys.stdout)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([str(model), prompts, max_tokens]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
