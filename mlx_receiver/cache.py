@@ -1,7 +1,7 @@
 """Cache adapters: from blocks on the wire to the caches that mlx-lm decodes with.
 
-An adapter owns one family of caches. It allocates a session's memory in the layout of that family,
-lends NumPy aliases of it to the bulk threads, which write each block where it belongs, and hands the
+An adapter owns one family of caches. It allocates a session's memory in that family's layout, lends
+NumPy aliases of it to the bulk threads, which write each block where it belongs, and hands the
 finished caches over without copying them.
 """
 

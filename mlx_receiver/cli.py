@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -127,7 +127,11 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("Loading {task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    columns = (
+        TextColumn("Loading {task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(settings.model, total=None)
         receiver = _make_receiver(
@@ -158,7 +162,6 @@ def _make_receiver(settings: Settings, progress: Any) -> Receiver:
         return Receiver(settings, progress)
     except ModelError as error:
         _give_up(error)
-        raise AssertionError from error
 
 
 def _ready(receiver: Receiver) -> bool:
@@ -169,7 +172,6 @@ def _ready(receiver: Receiver) -> bool:
     except ModelError as error:
         receiver.stop()
         _give_up(error)
-        raise AssertionError from error
 
 
 def _announcement(receiver: Receiver) -> list[str]:
@@ -181,7 +183,7 @@ def _announcement(receiver: Receiver) -> list[str]:
         f"{loaded.nbytes / 2**30:.2f} GiB of weights",
         f"KV memory {receiver.store.budget_bytes / 2**30:.2f} GiB, up to {settings.max_sessions} "
         f"sessions, {settings.max_batch} of them decoding",
-        f"Listening on {receiver.address} (control) and port {endpoint.port} ({endpoint.transport})",
+        f"Listening on {receiver.address}; KV comes to port {endpoint.port} ({endpoint.transport})",
     ]
     if receiver.http is not None:
         lines.append(f"Health and metrics on http://{settings.host}:{receiver.http.port}/health")
@@ -250,7 +252,7 @@ def _configure_logging(level: str) -> None:
     logging.basicConfig(level=number, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
-def _give_up(error: Exception) -> None:
+def _give_up(error: Exception) -> NoReturn:
     typer.echo(f"mlx-receiver: {error}", err=True)
     raise typer.Exit(2)
 

@@ -186,11 +186,7 @@ class DecodeEngine:
         """Take what was submitted and cancelled; waits while idle. False when stopping."""
         with self._condition:
             while not (
-                self._stopping
-                or self._submitted
-                or self._cancelled
-                or self._active
-                or self._queue
+                self._stopping or self._submitted or self._cancelled or self._active or self._queue
             ):
                 self._condition.wait()
             if self._stopping:

@@ -94,11 +94,12 @@ class Handover:
                 raise WireError(E_UNSUPPORTED, "the prompt is empty")
             if tokens >= source.max_tokens:
                 raise WireError(
-                    E_CAPACITY, f"{tokens} prompt tokens leave none of {source.max_tokens} to decode"
+                    E_CAPACITY,
+                    f"a prompt of {tokens} tokens fills the model's {source.max_tokens}",
                 )
             vocab = source.signature.vocab_size
             if not 0 <= min(message.prompt_token_ids) <= max(message.prompt_token_ids) < vocab:
-                raise WireError(E_UNSUPPORTED, f"a prompt token is outside the vocabulary of {vocab}")
+                raise WireError(E_UNSUPPORTED, f"a prompt token is not below {vocab}")
             check_sampling(message.sampling, vocab)
             self.store.open(message, client, client.kv_dtype)
         except WireError:
@@ -111,7 +112,8 @@ class Handover:
         vocab = self._engine.source.signature.vocab_size
         if not 0 <= message.first_token < vocab:
             raise WireError(
-                E_UNSUPPORTED, f"first token {message.first_token} is outside the vocabulary of {vocab}"
+                E_UNSUPPORTED,
+                f"first token {message.first_token} is not below {vocab}",
             )
         if session.begin(first_token=message.first_token):
             self._decode(session)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import threading
 import time
@@ -34,7 +35,7 @@ class HttpServer:
         except OSError as error:
             raise SettingsError(
                 f"the HTTP port {settings.host}:{settings.http_port} cannot be used "
-                f"({error.strerror}): choose another with --http-port"
+                f"({os.strerror(error.errno or 0)}): choose another with --http-port"
             ) from None
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
@@ -83,9 +84,7 @@ def routes(receiver: Receiver) -> list[BaseRoute]:
         return JSONResponse(body, 200 if loaded is not None else 503)
 
     async def metrics(_request: Request) -> Response:
-        return Response(
-            generate_latest(receiver.metrics.registry), media_type=CONTENT_TYPE_LATEST
-        )
+        return Response(generate_latest(receiver.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def handoffs(_request: Request) -> Response:
         store = receiver.store

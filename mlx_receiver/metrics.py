@@ -36,7 +36,7 @@ class Metrics:
         )
         self.handoff_seconds = Histogram(
             "mlx_receiver_handoff_seconds",
-            "From the first token's arrival, or the last block's if later, to the first decoded token.",
+            "From the arrival of the first token or the last block to the first decoded token.",
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
             registry=self.registry,
         )

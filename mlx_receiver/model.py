@@ -74,7 +74,9 @@ def find_model(name: str) -> ModelSource:
     raise ModelError(f"{name} cannot be served: {'; '.join(refusals)}")
 
 
-def load_model(source: ModelSource, dtype: str = "auto", progress: Progress | None = None) -> LoadedModel:
+def load_model(
+    source: ModelSource, dtype: str = "auto", progress: Progress | None = None
+) -> LoadedModel:
     """Read the weights, on the thread that will decode. ``progress(done, total)`` counts layers.
 
     Raises ModelError when the weights do not fit the configuration or are not there.
@@ -126,7 +128,9 @@ def _folder(name: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]
+            )
         )
     except Exception as error:
         first = str(error).strip().splitlines()

@@ -88,7 +88,7 @@ class Receiver:
         except OSError as error:
             raise SettingsError(
                 f"the data port {settings.host}:{settings.data_port} cannot be used "
-                f"({error.strerror}): choose another with --data-port"
+                f"({os.strerror(error.errno or 0)}): choose another with --data-port"
             ) from None
         if settings.http_port is not None:
             from mlx_receiver.http import HttpServer

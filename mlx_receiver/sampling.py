@@ -1,8 +1,9 @@
 """vLLM's sampling semantics in MLX: masks, penalties, temperature, truncation, stopping.
 
-The order is that of ``vllm/v1/sample/sampler.py``: log-probabilities of the raw logits; allowed ids,
-bad words, min_tokens, logit bias; penalties; then temperature, min_p, top_k and top_p. Everything stays
-lazy in MLX: nothing here waits for a token, so the decode pipeline is never held up.
+The order is that of ``vllm/v1/sample/sampler.py``: log-probabilities of the raw logits; allowed
+ids, bad words, min_tokens, logit bias; penalties; then temperature, min_p, top_k and top_p.
+Everything stays lazy in MLX: nothing here waits for a token, so the decode pipeline is never held
+up.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ class RequestSampler:
             self._counts = mx.zeros(vocab_size, mx.int32)
         self._static = _static_bias(sampling, vocab_size)
         self._phrases = [words for words in s.bad_words_token_ids or () if len(words) > 1]
-        self._ends = sorted({*s.stop_token_ids, *([] if s.eos_token_id is None else [s.eos_token_id])})
+        ends = {*s.stop_token_ids, s.eos_token_id}
+        self._ends = sorted(token for token in ends if token is not None)
         holds_back = bool(self._ends) and outputs < s.min_tokens
 
         self.sampler: Sampler
@@ -145,7 +147,9 @@ class RequestSampler:
             return None
         token, value, rank, ids, values = self._records.popleft()
         return Logprobs(
-            [int(token.item()), *ids.tolist()], [float(value.item()), *values.tolist()], int(rank.item())
+            [int(token.item()), *ids.tolist()],
+            [float(value.item()), *values.tolist()],
+            int(rank.item()),
         )
 
     def _process(self, context: mx.array, logits: mx.array) -> mx.array:
@@ -237,22 +241,27 @@ def _draw_function(
     k = top_k if 0 < top_k < vocab_size else 0
 
     def draw(logprobs: mx.array, key: mx.array | None = None) -> mx.array:
-        logits = logprobs / temperature
-        if min_p > 0:
-            probabilities = mx.softmax(logits, axis=-1)
-            least = probabilities.max(axis=-1, keepdims=True) * min_p
-            logits = mx.where(probabilities < least, _LOWEST, logits)
-        if top_p < 1:
-            logits = _top_k_top_p(logits, k, top_p)
-        elif k:
-            least = mx.topk(logits, k, axis=-1).min(axis=-1, keepdims=True)
-            logits = mx.where(logits < least, _LOWEST, logits)
+        logits = truncate(logprobs / temperature, k, top_p, min_p)
         if key is None:
             # MLX's global generator is shared by every thread of the process.
             key = mx.random.key(random.getrandbits(63))
         return mx.random.categorical(logits, axis=-1, key=key)
 
     return draw
+
+
+def truncate(logits: mx.array, top_k: int, top_p: float, min_p: float) -> mx.array:
+    """Logits ``[rows, vocab]`` with -inf where they are cut off; ``top_k`` 0 cuts nothing."""
+    if min_p > 0:
+        probabilities = mx.softmax(logits, axis=-1)
+        least = probabilities.max(axis=-1, keepdims=True) * min_p
+        logits = mx.where(probabilities < least, _LOWEST, logits)
+    if top_p < 1:
+        return _top_k_top_p(logits, top_k, top_p)
+    if top_k:
+        least = mx.topk(logits, top_k, axis=-1).min(axis=-1, keepdims=True)
+        logits = mx.where(logits < least, _LOWEST, logits)
+    return logits
 
 
 def _top_k_top_p(logits: mx.array, k: int, p: float) -> mx.array:

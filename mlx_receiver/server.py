@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import logging
+import os
 import socket
 import threading
 import time
@@ -88,7 +89,7 @@ class ControlServer:
             return self._socket.bind_to_random_port(f"tcp://{host}")
         except zmq.ZMQError as error:
             raise SettingsError(
-                f"the control port {host}:{port} cannot be used ({error.strerror}): "
+                f"the control port {host}:{port} cannot be used ({os.strerror(error.errno or 0)}): "
                 "choose another with --port"
             ) from None
 
@@ -136,7 +137,7 @@ class ControlServer:
         poller.register(self._wake_read, zmq.POLLIN)
         next_sweep = time.monotonic()
         while not self._stopping.is_set():
-            poller.poll(_TICK_SECONDS * 1000)
+            poller.poll(int(_TICK_SECONDS * 1000))
             with contextlib.suppress(OSError):
                 self._wake_read.recv(4096)
             self._receive()
@@ -239,7 +240,9 @@ class ControlServer:
             self._handover,
         )
         self._clients[identity] = client
-        logger.info("client %s (%s) connected, KV in %s", hello.client, hello.engine, hello.kv_dtype)
+        logger.info(
+            "client %s (%s) connected, KV in %s", hello.client, hello.engine, hello.kv_dtype
+        )
         client.post(self._welcome)
 
     def _sweep(self) -> None:

@@ -202,11 +202,11 @@ class Session:
                 # The connections' threads bound this: one duplicate each at a time.
                 scratch = np.empty(place.shape, place.dtype)
                 return Landing(
-                    [memoryview(scratch).cast("B")],
+                    [scratch.data.cast("B")],
                     lambda: self._commit_duplicate(header, cells, place, scratch, arrived),
                 )
             cells[...] = _ARRIVING
-        rows = [memoryview(row).cast("B") for row in place]
+        rows = [row.data.cast("B") for row in place]
         return Landing(
             rows,
             lambda: self._commit(header, cells, rows, arrived),
@@ -245,7 +245,8 @@ class Session:
                 lambda: self._buffers is None or not (cells == _ARRIVING).any(), _DUPLICATE_WAIT
             ):
                 raise WireError(
-                    E_BLOCK, f"{header.describe()}: another connection is still sending a part of it"
+                    E_BLOCK,
+                    f"{header.describe()}: another connection still sends part of it",
                 )
             self._live()
             resident = cells == _RESIDENT

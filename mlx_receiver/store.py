@@ -107,7 +107,9 @@ class SessionStore:
         itemsize = max(ITEMSIZE[kv_dtype], self._model_itemsize)
         tokens = len(message.prompt_token_ids)
         headroom = min(max(message.sampling.max_tokens, 1), _HEADROOM)
-        need = self._adapter.capacity(tokens, headroom) * self._signature.kv_bytes_per_token(itemsize)
+        need = self._adapter.capacity(tokens, headroom) * self._signature.kv_bytes_per_token(
+            itemsize
+        )
         with self._lock:
             if message.session in self._sessions:
                 raise WireError(E_SESSION, f"session {message.session} exists already")

@@ -162,8 +162,8 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         if expected == 0 or payload != expected:
             raise WireError(
                 E_BLOCK,
-                f"{header.describe()}: {payload} payload bytes, but {heads} heads x {tokens} tokens "
-                f"x {head_dim} x {header.dtype} are {expected}",
+                f"{header.describe()}: {payload} payload bytes, but {heads} heads x {tokens} "
+                f"tokens x {head_dim} x {header.dtype} are {expected}",
             )
     return header
 

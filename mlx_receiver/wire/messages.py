@@ -11,9 +11,9 @@ A conversation::
        ... KV blocks arrive on the bulk channel (``frames``) ...
                                     <-       Complete(session)
     Start(session, first_token)     ->
-                                    <-       Step([Decoded(session, tokens), ...]) once a decode step
+                                    <-       Step([Decoded(session, ...), ...]) once a decode step
     Cancel(session)                 ->
-                                    <-       Failed(session, code, reason) when the receiver gives up
+                                    <-       Failed(session, reason) when the receiver gives up
     Ping                            ->
                                     <-       Status(capacity, progress)
 
@@ -250,9 +250,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
 
 
 ClientMessage = Hello | Open | Start | Cancel | Ping
-ReceiverMessage = (
-    Welcome | Rejected | Opened | Refused | Complete | Step | Failed | Status
-)
+ReceiverMessage = Welcome | Rejected | Opened | Refused | Complete | Step | Failed | Status
 
 _T = TypeVar("_T")
 
@@ -285,7 +283,9 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
     try:
         return decoder.decode(frame)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(E_PROTOCOL, f"not a message of protocol {PROTOCOL_VERSION}: {error}") from None
+        raise WireError(
+            E_PROTOCOL, f"not a message of protocol {PROTOCOL_VERSION}: {error}"
+        ) from None
 
 
 def check_protocol(protocol: int) -> None:

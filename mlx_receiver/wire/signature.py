@@ -75,7 +75,7 @@ def signature_from_config(config: Mapping[str, Any]) -> ModelSignature:
 
 
 def _rope(c: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rotary parameters; ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling``."""
+    """``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``."""
     raw = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
     kind = raw.pop("rope_type", None) or raw.pop("type", None) or "default"
     raw.pop("type", None)

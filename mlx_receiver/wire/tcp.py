@@ -305,7 +305,5 @@ class TcpTransport:
         _set_timeout(sock, socket.SO_SNDTIMEO, timeout)
         sender = TcpSender(sock, peer)
         body = msgspec.msgpack.encode(hello)
-        sender.send(
-            Header(kind=Kind.HELLO, session=0, payload_bytes=len(body)), [memoryview(body)]
-        )
+        sender.send(Header(kind=Kind.HELLO, session=0, payload_bytes=len(body)), [memoryview(body)])
         return sender
