@@ -21,6 +21,7 @@ from mlx_receiver.wire.messages import (
     PROTOCOL_VERSION,
     Cancel,
     Complete,
+    Decoded,
     Failed,
     Hello,
     Open,
@@ -67,7 +68,9 @@ class FakeVllm:
         self.socket.connect(f"tcp://{receiver.address}")
         self.kv_dtype = kv_dtype
         self.token = token
+        #: Messages not yet waited for; of a Step its entries.
         self.inbox: list[Any] = []
+        self.largest_step = 0
         self.bulk: Sender | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -117,14 +120,17 @@ class FakeVllm:
             with self._lock:
                 if self.socket.poll(20):
                     message = decode_receiver(self.socket.recv())
-                    if not isinstance(message, Status) or matches(message):
+                    if isinstance(message, Step):
+                        self.inbox += message.decoded
+                        self.largest_step = max(self.largest_step, len(message.decoded))
+                    elif not isinstance(message, Status) or matches(message):
                         self.inbox.append(message)
 
-    def open(self, prompt: list[int], sampling: Sampling, **changes: Any) -> int:
+    def open(self, prompt: list[int], sampling: Sampling, changes: Any = None) -> int:
         """Ask for a session and return its id; the answer is for ``opened``."""
         session = next(_sessions)
         message = Open(session, f"request-{session}", prompt, sampling)
-        self.send(msgspec.structs.replace(message, **changes))
+        self.send(msgspec.structs.replace(message, **(changes or {})))
         return session
 
     def opened(self, session: int) -> Any:
@@ -145,12 +151,7 @@ class FakeVllm:
     def steps(self, session: int) -> Iterator[Any]:
         """The session's Decoded entries, up to the one that finishes it."""
         while True:
-            step = self.wait(lambda m: isinstance(m, Step) and _of(m, session) is not None)
-            decoded = _of(step, session)
-            others = [d for d in step.decoded if d.session != session]
-            if others:
-                # Put back at the front, so that the others' order is kept.
-                self.inbox.insert(0, Step(others))
+            decoded = self.wait(lambda m: isinstance(m, Decoded) and m.session == session)
             yield decoded
             if decoded.finish:
                 return
@@ -186,14 +187,16 @@ class FakeVllm:
         self._context.term()
 
 
-def _of(step: Step, session: int) -> Any:
-    return next((d for d in step.decoded if d.session == session), None)
-
-
 def block(
-    session: int, kv: Prefilled, layer: int, plane: int, heads: slice, tokens: slice, **changes: Any
+    session: int,
+    kv: Prefilled,
+    layer: int,
+    plane: int,
+    heads: slice,
+    tokens: slice,
+    changes: dict[str, Any] | None = None,
 ) -> tuple[Header, memoryview]:
-    """One rectangle of a prompt's cache as a frame."""
+    """One rectangle of a prompt's cache as a frame, with ``changes`` to its header."""
     data = np.ascontiguousarray(kv.planes[layer][plane][heads, tokens])
     payload = memoryview(data).cast("B")
     fields: dict[str, Any] = dict(
@@ -209,7 +212,7 @@ def block(
         token_start=tokens.start,
         tokens=data.shape[1],
     )
-    return Header(**{**fields, **changes}), payload
+    return Header(**{**fields, **(changes or {})}), payload
 
 
 def blocks(

@@ -160,7 +160,10 @@ def test_no_alternatives_still_report_the_sampled_token() -> None:
 
 def test_a_plain_greedy_request_has_the_shared_sampler_and_no_processors() -> None:
     plain = RequestSampler(
-        Sampling(max_tokens=9, temperature=0.0, eos_token_id=2, stop_token_ids=[5]), PROMPT, 1, VOCAB
+        Sampling(max_tokens=9, temperature=0.0, eos_token_id=2, stop_token_ids=[5]),
+        PROMPT,
+        1,
+        VOCAB,
     )
     assert plain.sampler is greedy
     assert plain.processors == []
