@@ -1,0 +1,137 @@
+"""The ``mac-decode`` command. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_mac_decode import __version__
+
+app = typer.Typer(
+    help="Prefill with vLLM, decode on a Mac with MLX: see, trace and check the hand-off.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mac-decode {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        str, typer.Option(help="What to ask. Default: a text of some 450 tokens to summarise.")
+    ] = "",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A model folder. Default: SmolLM2-135M-Instruct, fetched once."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to answer with at most.")] = 64,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pictures, the trace and the servers' logs.")
+    ] = Path("mac-decode-demo"),
+) -> None:
+    """Hand one request from vLLM to MLX on this machine, draw it, and check every token.
+
+    The last line on stdout is a JSON object; the exit status is 0 only if everything in it held.
+    """
+    from vllm_mac_decode.demo.run import Options, run
+
+    options = Options(model=model, max_tokens=max_tokens, out=out)
+    if prompt.strip():
+        options = Options(prompt, model, max_tokens, out)
+    raise typer.Exit(run(options))
+
+
+@app.command()
+def trace(
+    out: Annotated[Path, typer.Option(help="Where to write the trace, for ui.perfetto.dev.")],
+    receiver_http: Annotated[
+        str, typer.Option(envvar="MAC_DECODE_RECEIVER_HTTP", help="The receiver's HTTP address.")
+    ] = "http://127.0.0.1:7791",
+    request: Annotated[
+        str, typer.Option(help="A request id, as the response shows it, or latest.")
+    ] = "latest",
+    svg: Annotated[
+        Path | None, typer.Option(help="Also draw it; .svg, .png or .pdf (needs matplotlib).")
+    ] = None,
+) -> None:
+    """Write the timeline of a hand-off that the receiver remembers."""
+    import json
+
+    from rich.console import Console
+
+    from vllm_mac_decode import timeline, timeline_plot, timeline_text
+    from vllm_mac_decode.handoffs import fetch
+
+    try:
+        handoff = timeline.parse(fetch(receiver_http, request))
+        out.write_text(json.dumps(timeline.trace_events(handoff)))
+        if svg is not None:
+            timeline_plot.draw(handoff, svg)
+    except (timeline.TimelineError, OSError, ValueError) as error:
+        _give_up(str(error))
+    except ModuleNotFoundError as error:
+        _give_up(f"drawing needs {error.name}: pip install 'vllm-mac-decode[demo]'")
+    console = Console(highlight=False)
+    console.print(f"[bold]{handoff.request_id}[/]: {timeline_plot.headline(handoff)}")
+    console.print(timeline_plot.caption(handoff))
+    console.print(timeline_text.render(handoff, console.width))
+    console.print(f"Written: {', '.join(str(path) for path in (out, svg) if path)}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    receiver: Annotated[
+        str, typer.Option(help="host:port. Default: MAC_DECODE_RECEIVER, else 127.0.0.1:7790.")
+    ] = "",
+    model: Annotated[
+        str,
+        typer.Option(help="The model that vLLM will serve: compared with the receiver's own."),
+    ] = "",
+) -> None:
+    """Say whether this machine is ready to hand requests off, and if not, what to do."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from vllm_mac_decode.check import run_checks
+
+    console = Console(highlight=False, soft_wrap=True)
+    ready = True
+    for finding in run_checks(receiver, model):
+        ready = ready and finding.ok
+        console.print(f"[green]✓[/] {escape(finding.text)}" if finding.ok else
+                      f"[red]✗[/] {escape(finding.text)}")  # fmt: skip
+        if finding.remedy:
+            console.print(f"  → {escape(finding.remedy)}")
+    console.print("[bold]Ready.[/]" if ready else "[bold]Not ready.[/]")
+    raise typer.Exit(0 if ready else 1)
+
+
+def _give_up(text: str) -> None:
+    typer.echo(f"mac-decode: {text}", err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

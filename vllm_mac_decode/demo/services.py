@@ -1,0 +1,117 @@
+"""The demo's two servers as child processes that never outlive it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+# vLLM's "(EngineCore pid=12) INFO 11-22 10:00:00 [file.py:1] ", logging's, terminal colours.
+_DECORATION = re.compile(
+    r"\x1b\[[0-9;]*[A-Za-z]|^\([^)]*pid=\d+\)\s*|^[A-Z]+ [\d-]+ [\d:]+ (\[[^\]]*\] )?"
+    r"|^[\d-]+ [\d:,]+ [A-Z]+ \S+ "
+)
+
+
+class ServiceDied(RuntimeError):
+    """A server ended by itself; the text holds the end of its log."""
+
+
+class Service:
+    """One server in a process group of its own, with its output in a file.
+
+    It is ended by ``stop``, at the latest when this interpreter exits; on Linux it ends as well
+    when this process is killed.
+    """
+
+    def __init__(
+        self, name: str, command: list[str], log: Path, environment: dict[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self.log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                # One system call, looked up before the fork.
+                preexec_fn=_die_with_parent() if sys.platform == "linux" else None,  # noqa: PLW1509
+            )
+        self._over = False
+        atexit.register(self.stop)
+
+    def check(self) -> None:
+        """Raise ServiceDied if the server has ended."""
+        status = self._process.poll()
+        if status is not None:
+            raise ServiceDied(
+                f"{self.name} ended with status {status}. The end of {self.log}:\n{self.tail()}"
+            )
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status, or None if the process still runs after that many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(seconds)
+        return None
+
+    def tail(self, lines: int = 25) -> str:
+        """The last lines of the log."""
+        text = self.log.read_text(errors="replace").replace("\r", "\n")
+        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+    def last_line(self) -> str:
+        """What the server says it is doing, without the decoration of log lines."""
+        line = self.tail(1)
+        while (plain := _DECORATION.sub("", line)) != line:
+            line = plain
+        return line.strip()
+
+    def stop(self, seconds: float = 15.0) -> None:
+        """End the server and everything that it started. Safe to call more than once."""
+        if self._over:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+        # The server may be gone while processes that it started are not.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._over = True
+        atexit.unregister(self.stop)
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of this machine that nothing listens on."""
+    with contextlib.ExitStack() as probes:
+        found = []
+        for _ in range(count):
+            probe = probes.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            found.append(int(probe.getsockname()[1]))
+    return found
+
+
+def console_script(name: str) -> str:
+    """The command of that name in the environment that runs this program."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def _die_with_parent() -> Callable[[], int]:
+    """Linux: the child gets SIGTERM when this process ends in whichever way, SIGKILL included."""
+    # Looked up here: after the fork only what is ready may be used.
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: int(prctl(_PR_SET_PDEATHSIG, signal.SIGTERM))
