@@ -48,15 +48,17 @@ SHAPE_8B = {
 }
 
 
-def write_model(folder: Path, layers: int, dtype: str) -> None:
-    """A random model of the 8B shape as safetensors, one file a layer; written once."""
+def write_model(folder: Path, dtype: str, **shape: Any) -> None:
+    """A random model of the 8B shape (or with other ``shape`` keys) as safetensors, one file a
+    layer; written once."""
     import torch
     from safetensors.torch import save_file
 
     if (folder / "model.safetensors.index.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    config = SHAPE_8B | {"num_hidden_layers": layers, "torch_dtype": dtype}
+    config: dict[str, Any] = SHAPE_8B | {"torch_dtype": dtype} | shape
+    layers = config["num_hidden_layers"]
     (folder / "config.json").write_text(json.dumps(config))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = getattr(torch, dtype)
@@ -66,6 +68,7 @@ def write_model(folder: Path, layers: int, dtype: str) -> None:
         return (torch.randn(rows, columns, device=device, dtype=torch.float32) * columns**-0.5).to(kind)
 
     h, f = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"] * config["head_dim"]
     kv = config["num_key_value_heads"] * config["head_dim"]
     vocabulary = config["vocab_size"]
     index: dict[str, str] = {}
@@ -77,18 +80,18 @@ def write_model(folder: Path, layers: int, dtype: str) -> None:
 
     for i in range(layers):
         p = f"model.layers.{i}."
-        save(f"layer-{i}.safetensors", {
-            p + "self_attn.q_proj.weight": random_weight(h, h),
+        save(f"model-layer-{i}.safetensors", {
+            p + "self_attn.q_proj.weight": random_weight(heads, h),
             p + "self_attn.k_proj.weight": random_weight(kv, h),
             p + "self_attn.v_proj.weight": random_weight(kv, h),
-            p + "self_attn.o_proj.weight": random_weight(h, h),
+            p + "self_attn.o_proj.weight": random_weight(h, heads),
             p + "mlp.gate_proj.weight": random_weight(f, h),
             p + "mlp.up_proj.weight": random_weight(f, h),
             p + "mlp.down_proj.weight": random_weight(h, f),
             p + "input_layernorm.weight": torch.ones(h, dtype=kind),
             p + "post_attention_layernorm.weight": torch.ones(h, dtype=kind),
         })  # fmt: skip
-    save("outer.safetensors", {
+    save("model-outer.safetensors", {
         "model.embed_tokens.weight": random_weight(vocabulary, h) * h**0.5 * 0.5,
         "model.norm.weight": torch.ones(h, dtype=kind),
         "lm_head.weight": random_weight(vocabulary, h),
@@ -142,20 +145,21 @@ class Engine:
 
     def __init__(self, model: Path, connector: bool, receiver: str, **options: Any) -> None:
         from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        if connector:
-            options["kv_transfer_config"] = {
-                "kv_connector": "mac_decode",
-                "kv_role": "kv_producer",
-                "kv_connector_extra_config": {"receiver": receiver},
-            }
-        arguments = EngineArgs(model=str(model), skip_tokenizer_init=True, **options)
-        if connector:
-            from vllm.config import KVTransferConfig
+        from vllm.config import KVTransferConfig
 
-            arguments.kv_transfer_config = KVTransferConfig(**options["kv_transfer_config"])
-        self.engine = LLMEngine.from_engine_args(arguments)
+        if "attention_backend" in options:
+            options["attention_backend"] = AttentionBackendEnum[options["attention_backend"]]
+        if connector:
+            options["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="mac_decode",
+                kv_role="kv_producer",
+                kv_connector_extra_config={"receiver": receiver},
+            )
+        arguments = EngineArgs(model=str(model), skip_tokenizer_init=True, **options)
+        self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=True)
         self.count = 0
 
     def run(self, prompt: list[int], tokens: int, local: bool) -> dict[str, Any]:
@@ -257,7 +261,7 @@ def main() -> None:
     import torch
     import vllm
 
-    write_model(options.model, options.layers, "bfloat16")
+    write_model(options.model, "bfloat16", num_hidden_layers=options.layers)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     receiver = None
     if not options.no_connector:

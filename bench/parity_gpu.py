@@ -1,0 +1,149 @@
+"""Greedy parity on a CUDA GPU: vLLM CUDA prefill -> MLX CUDA decode against MLX alone.
+
+For each attention backend and dtype: a small random Llama, prompts around block boundaries,
+chunked prefill, prefix-cache hits, CUDA graphs on. Tokens must equal MLX's own in fp32; in bf16
+the first token that differs is reported, with MLX's margin between its two best logits there.
+
+    python bench/parity_gpu.py --out bench/results/parity_gpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from overlap_gpu import Engine, ReceiverProcess, prompt_of, write_model
+
+LENGTHS = (1, 2, 15, 16, 17, 33, 128, 129, 700, 3000)
+TOKENS = 32
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 128256,
+}
+
+_ALONE = """
+import json, sys
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.utils import load_model
+from mlx_lm.models.cache import make_prompt_cache
+from pathlib import Path
+path, prompts, n, dtype = json.load(sys.stdin)
+model, _ = load_model(Path(path))
+model.update(tree_map(lambda p: p.astype(getattr(mx, dtype)), model.parameters()))
+out = []
+for prompt in prompts:
+    cache = make_prompt_cache(model)
+    logits = model(mx.array([prompt]), cache=cache)
+    tokens, margins = [], []
+    for _ in range(n):
+        last = logits[0, -1].astype(mx.float32)
+        best = mx.sort(last)[-2:]
+        margins.append(float((best[1] - best[0]).item()))
+        tokens.append(int(mx.argmax(last).item()))
+        logits = model(mx.array([[tokens[-1]]]), cache=cache)
+    out.append([tokens, margins])
+json.dump(out, sys.stdout)
+"""
+
+
+def mlx_alone(model: Path, prompts: list[list[int]], dtype: str) -> list[Any]:
+    """For each prompt MLX's own greedy tokens, and the margin of each choice."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ALONE],
+        input=json.dumps([str(model), prompts, TOKENS, dtype]),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout)
+
+
+def compare(got: list[int], alone: list[Any]) -> dict[str, Any]:
+    """Where the tokens part, if they do."""
+    tokens, margins = alone
+    for i, (a, b) in enumerate(zip(got, tokens, strict=True)):
+        if a != b:
+            return {"equal": False, "first_difference": i, "mlx_margin_there": round(margins[i], 4)}
+    return {"equal": True}
+
+
+def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
+    """One engine, all prompts, each three times: fresh, a full prefix hit, a longer one."""
+    model = Path(f"/tmp/small-{dtype}")
+    write_model(model, dtype, **SHAPE)
+    receiver = ReceiverProcess(model, dtype, out.with_suffix(f".{backend}.{dtype}.log"))
+    engine = Engine(
+        model, True, "127.0.0.1:17790", dtype=dtype, attention_backend=backend,
+        max_model_len=4096, max_num_batched_tokens=512, max_num_seqs=8,
+        gpu_memory_utilization=0.3, disable_log_stats=True,
+    )  # fmt: skip
+    try:
+        receiver.wait(120)
+        time.sleep(6)
+        engine.run(prompt_of(64, 1), 4, local=False)
+        fresh = [prompt_of(n, 1000 + n) for n in LENGTHS]
+        prompts = fresh + fresh + [p + prompt_of(40, len(p)) for p in fresh]
+        before = receiver.json("/health")
+        got = [engine.run(p, TOKENS, local=False)["ids"] for p in prompts]
+        local = [engine.run(p, TOKENS, local=True)["ids"] for p in fresh]
+        after = receiver.json("/health")
+    finally:
+        receiver.stop()
+    alone = mlx_alone(model, prompts, dtype)
+    rows = [{"prompt_tokens": len(p)} | compare(g, a)
+            for p, g, a in zip(prompts, got, alone, strict=True)]
+    vllm_rows = [compare(g, a)["equal"] for g, a in zip(local, alone, strict=False)]
+    return {
+        "backend": backend,
+        "dtype": dtype,
+        "equal": sum(row["equal"] for row in rows),
+        "of": len(rows),
+        "vllm_alone_equal": sum(vllm_rows),
+        "of_vllm_alone": len(vllm_rows),
+        "differing": [row for row in rows if not row["equal"]],
+        "health": [before, after],
+    }
+
+
+def main() -> None:
+    """Every backend in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--one", nargs=2, metavar=("BACKEND", "DTYPE"))
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        result = one(*options.one, options.out)
+        options.out.write_text(json.dumps(result))
+        return
+    rows = []
+    for backend, dtype in (("TRITON_ATTN", "float32"), ("FLASH_ATTN", "bfloat16"),
+                           ("TRITON_ATTN", "bfloat16")):
+        part = options.out.with_suffix(f".{backend}.{dtype}.json")
+        with part.with_suffix(".engine.log").open("wb") as log:
+            code = subprocess.run(
+                [sys.executable, __file__, "--one", backend, dtype, "--out", str(part)],
+                check=False, stdout=log, stderr=subprocess.STDOUT,
+            ).returncode
+        if code == 0:
+            rows.append(json.loads(part.read_text()))
+        else:
+            tail = part.with_suffix(".engine.log").read_text(errors="replace")[-1500:]
+            rows.append({"backend": backend, "dtype": dtype, "exit": code, "log": tail})
+        print(json.dumps(rows[-1]), flush=True)
+        options.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
