@@ -132,18 +132,19 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
         BarColumn(),
         TextColumn("{task.percentage:.0f}%"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(settings.model, total=None)
-        receiver = _make_receiver(
-            settings, lambda done, total: bar.update(task, completed=done, total=total)
-        )
-        try:
-            receiver.start()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(settings.model, total=None)
+    receiver = _make_receiver(
+        settings, lambda done, total: bar.update(task, completed=done, total=total)
+    )
+    try:
+        receiver.start()
+        with bar:
             while not stop.is_set() and not _ready(receiver):
                 pass
-        except BaseException:
-            receiver.stop()
-            raise
+    except BaseException:
+        receiver.stop()
+        raise
     if not stop.is_set():
         for line in _announcement(receiver):
             console.print(line, soft_wrap=True)

@@ -208,7 +208,8 @@ class DecodeEngine:
             try:
                 self._insert(job)
             except Exception as error:
-                logger.exception("a job could not join the batch")
+                if not job._over:
+                    logger.exception("a job could not join the batch")
                 self._fail(job, E_INTERNAL, f"joining the batch failed: {error}")
 
     def _fits(self, job: Job) -> bool:
@@ -293,7 +294,11 @@ class DecodeEngine:
             self._metrics.decode_step_seconds.observe(time.perf_counter() - began)
             self._metrics.decoded_tokens.inc(len(responses))
         for sink, results in outputs.values():
-            sink.decoded(results)
+            try:
+                sink.decoded(results)
+            except Exception:
+                logger.exception("a sink failed; its jobs are dropped")
+                finished += [output.job for output in results if not output.finish]
         self._remove(finished)
 
     def _remove(self, jobs: list[Job]) -> None:
@@ -310,9 +315,13 @@ class DecodeEngine:
             mx.clear_cache()
 
     def _fail(self, job: Job, code: str, reason: str) -> None:
-        if not job._over:
-            job._over = True
+        if job._over:
+            return
+        job._over = True
+        try:
             job.sink.failed(job, code, reason)
+        except Exception:
+            logger.exception("a sink failed")
 
 
 class Float32Logits:

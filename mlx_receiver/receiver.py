@@ -108,6 +108,7 @@ class Receiver:
         budget = self.settings.kv_memory or default_kv_memory(loaded)
         self.store.configure(loaded.dtype, budget)
         self.engine.batch_bytes = budget
+        _limit_mlx_cache(budget // 8)
         self.control.start(
             self.source.name, engine_name(), [self.data_endpoint], self.source.max_tokens
         )
@@ -155,6 +156,16 @@ def default_kv_memory(loaded: LoadedModel) -> int:
         return max(1, int((working_set - loaded.nbytes) * _KV_SHARE))
     # The weights are in memory already, so what is available does not contain them.
     return int(_available_memory() * _KV_SHARE)
+
+
+def _limit_mlx_cache(nbytes: int) -> None:
+    """Let MLX keep at most ``nbytes`` of freed buffers for reuse; by default it keeps nearly all.
+
+    Sessions of similar length reuse one another's buffers, which is worth a little memory.
+    """
+    import mlx.core as mx
+
+    mx.set_cache_limit(nbytes)
 
 
 def _available_memory() -> int:

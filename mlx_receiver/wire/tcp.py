@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 _SCRATCH_BYTES = 1 << 20
 _MAX_SMALL_PAYLOAD = 64 << 10
 _HELLO_SECONDS = 5.0
+_REPLY_SECONDS = 1.0
 
 
 def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
@@ -209,11 +210,17 @@ class TcpListener:
         def reply(message: DataReply) -> None:
             body = msgspec.msgpack.encode(message)
             header = Header(kind=Kind.REPLY, session=message.session, payload_bytes=len(body))
-            with send_lock, contextlib.suppress(OSError):
-                sock.sendall(header.pack() + body)
+            with send_lock:
+                try:
+                    sock.sendall(header.pack() + body)
+                except OSError:
+                    # A client that reads no replies must not hold up whoever has one for it.
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
 
         # Whoever has not shown the token gets neither time nor memory.
         _set_timeout(sock, socket.SO_RCVTIMEO, _HELLO_SECONDS)
+        _set_timeout(sock, socket.SO_SNDTIMEO, _REPLY_SECONDS)
         if not _recv_into(sock, [head]):
             return
         first = unpack(head)

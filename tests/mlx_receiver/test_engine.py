@@ -1,0 +1,166 @@
+"""The decode engine by itself: what joins copy, what fails, what waits."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_receiver.cache import PlainKV
+from mlx_receiver.engine import DecodeEngine, Job, Output
+from mlx_receiver.local import LocalJob, generate_tokens
+from mlx_receiver.model import find_model
+from mlx_receiver.wire.messages import Sampling, WireError
+from tests.mlx_receiver.conftest import Prefill
+
+GREEDY = Sampling(max_tokens=8, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama_path: Path) -> Iterator[DecodeEngine]:
+    engine = DecodeEngine(find_model(str(tiny_llama_path)), max_batch=3)
+    engine.start()
+    engine.wait_loaded()
+    yield engine
+    engine.stop()
+
+
+class Collector:
+    """A sink that keeps everything."""
+
+    def __init__(self) -> None:
+        self.outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        self.failures: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+
+    def decoded(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self.outputs.put(output)
+
+    def failed(self, job: Job, code: str, reason: str) -> None:
+        self.failures.put((code, reason))
+
+    def tokens(self) -> list[int]:
+        tokens = []
+        while True:
+            output = self.outputs.get(timeout=20)
+            tokens += output.token_ids
+            if output.finish:
+                return tokens
+
+
+def handed_over(engine: DecodeEngine, prompt: list[int], planes: Any, capacity: int) -> Any:
+    buffers = PlainKV().allocate(engine.source.signature, "float32", len(prompt), capacity)
+    for layer, pair in enumerate(planes):
+        for plane, data in enumerate(pair):
+            buffers.plane(layer, plane)[:, : len(prompt)] = data
+    return buffers
+
+
+def test_joining_an_empty_batch_copies_nothing(engine: DecodeEngine) -> None:
+    tokens = 8192 - 64
+    prompt = [30] * tokens
+    signature = engine.source.signature
+    one = np.full((signature.kv_heads, tokens, signature.head_dim), 0x3C000000, np.uint32)
+    buffers = handed_over(engine, prompt, [[one, one]] * signature.layers, 64)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    sink = Collector()
+    engine.submit(Job(prompt, GREEDY, sink, 30, buffers.build))
+    assert len(sink.tokens()) == 7
+    # Anything copied whole would be at least one layer's keys.
+    grown = mx.get_peak_memory() - before
+    assert grown < buffers.nbytes / (2 * signature.layers), (grown, buffers.nbytes)
+
+
+def test_a_cache_that_cannot_be_built_fails_its_job_only(
+    engine: DecodeEngine, prefill: Prefill
+) -> None:
+    kv = prefill(17)
+
+    def broken(_dtype: Any) -> list[Any]:
+        raise RuntimeError("no memory left")
+
+    sink = Collector()
+    neighbour = LocalJob(engine, kv.prompt, GREEDY)
+    engine.submit(Job(kv.prompt, GREEDY, sink, kv.first, broken))
+    code, reason = sink.failures.get(timeout=10)
+    assert code == "internal"
+    assert "no memory left" in reason
+    assert [neighbour.next(10).token_ids[0] for _ in range(8)] == kv.tokens
+
+
+def test_a_failing_step_ends_its_jobs_and_not_the_engine(
+    engine: DecodeEngine, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = prefill(17)
+
+    def explode() -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._generator, "next", explode)
+    with pytest.raises(WireError, match="a decode step failed: out of memory"):
+        generate_tokens(engine, kv.prompt, GREEDY)
+    assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
+
+
+def test_a_failing_sink_ends_its_own_jobs(engine: DecodeEngine, prefill: Prefill) -> None:
+    kv = prefill(17)
+
+    class Broken(Collector):
+        def decoded(self, outputs: list[Output]) -> None:
+            raise RuntimeError("nobody listens")
+
+    engine.submit(Job(kv.prompt, GREEDY, Broken()))
+    assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
+
+
+def test_more_jobs_than_the_batch_holds_wait_their_turn(
+    engine: DecodeEngine, prefill: Prefill
+) -> None:
+    kvs = [prefill(tokens) for tokens in (17, 2, 255, 17, 2, 17, 2)]
+    jobs = [LocalJob(engine, kv.prompt, GREEDY) for kv in kvs]
+    assert engine.decoding + engine.waiting <= len(jobs)
+    for kv, job in zip(kvs, jobs, strict=True):
+        assert [job.next(20).token_ids[0] for _ in range(8)] == kv.tokens
+
+
+def test_a_row_that_would_pad_the_batch_too_far_waits(
+    engine: DecodeEngine, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Room for one row of 255 tokens, and for several of 17.
+    monkeypatch.setattr(engine, "batch_bytes", 300 * engine._bytes_per_token)
+    small, large = prefill(17), prefill(255)
+    jobs = [LocalJob(engine, kv.prompt, GREEDY) for kv in (small, small, large)]
+    sizes = []
+    for kv, job in zip((small, small, large), jobs, strict=True):
+        tokens = []
+        for _ in range(8):
+            tokens.append(job.next(20).token_ids[0])
+            sizes.append(engine.decoding)
+        assert tokens == kv.tokens
+    assert max(sizes) <= 2
+
+
+def test_unusable_local_prompts_are_refused(engine: DecodeEngine) -> None:
+    for prompt in ([], [10**6], [-1], [5] * 8192):
+        with pytest.raises(WireError):
+            LocalJob(engine, prompt, GREEDY)
+
+
+def test_stopping_fails_what_is_left(tiny_llama_path: Path) -> None:
+    engine = DecodeEngine(find_model(str(tiny_llama_path)), max_batch=1)
+    engine.start()
+    engine.wait_loaded()
+    long = Sampling(max_tokens=5000, temperature=0.0)
+    jobs = [LocalJob(engine, [30, 31], long) for _ in range(2)]
+    jobs[0].next(10)
+    engine.stop()
+    for job in [*jobs, LocalJob(engine, [30], long)]:
+        with pytest.raises(WireError, match="stopping"):
+            while True:
+                job.next(5)
