@@ -74,11 +74,11 @@ def caption(handoff: Handoff) -> str:
         return "The request ended before its first token."
     text = (
         f"first token after {figures.prefill_ms:,.0f} ms; "
-        f"{figures.hidden_share:.1%} of the KV resident by then; "
-        f"transfer exposed for {figures.exposed_ms:,.1f} ms"
+        f"{figures.hidden_share:.1%} of KV resident by then; "
+        f"{figures.exposed_ms:,.1f} ms exposed"
     )
     if figures.handoff_gap_ms is not None:
-        text += f"; first remote token {figures.handoff_gap_ms:,.1f} ms later"
+        text += f"; hand-off gap {figures.handoff_gap_ms:,.1f} ms"
     return text
 
 
