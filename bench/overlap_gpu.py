@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=None, help="max tokens of one step")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--no-connector", action="store_true", help="plain vLLM, for comparison")
-    parser.add_argument("--memory", type=float, default=0.45)
+    parser.add_argument("--memory", type=float, default=0.6)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -267,17 +267,6 @@ def main() -> None:
     if not options.no_connector:
         receiver = ReceiverProcess(options.model, "bfloat16", options.out.with_suffix(".receiver.log"))
     longest = max(options.lengths) + options.tokens
-    engine = Engine(
-        options.model,
-        not options.no_connector,
-        "127.0.0.1:17790",
-        max_model_len=longest + 16,
-        max_num_batched_tokens=options.chunk or longest,
-        gpu_memory_utilization=options.memory,
-        enforce_eager=options.eager,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-    )
     result: dict[str, Any] = {
         "what": "prefill with KV export on and off, one engine, alternating requests",
         "command": " ".join(sys.argv),
@@ -287,6 +276,17 @@ def main() -> None:
         "rows": [],
     }
     try:
+        engine = Engine(
+            options.model,
+            not options.no_connector,
+            "127.0.0.1:17790",
+            max_model_len=longest + 16,
+            max_num_batched_tokens=options.chunk or longest,
+            gpu_memory_utilization=options.memory,
+            enforce_eager=options.eager,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        )
         if receiver is not None:
             receiver.wait(180)
             time.sleep(6)  # the link's retry interval

@@ -83,12 +83,12 @@ def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
     model = Path(f"/tmp/small-{dtype}")
     write_model(model, dtype, **SHAPE)
     receiver = ReceiverProcess(model, dtype, out.with_suffix(f".{backend}.{dtype}.log"))
-    engine = Engine(
-        model, True, "127.0.0.1:17790", dtype=dtype, attention_backend=backend,
-        max_model_len=4096, max_num_batched_tokens=512, max_num_seqs=8,
-        gpu_memory_utilization=0.3, disable_log_stats=True,
-    )  # fmt: skip
     try:
+        engine = Engine(
+            model, True, "127.0.0.1:17790", dtype=dtype, attention_backend=backend,
+            max_model_len=4096, max_num_batched_tokens=512, max_num_seqs=8,
+            gpu_memory_utilization=0.3, disable_log_stats=True,
+        )  # fmt: skip
         receiver.wait(120)
         time.sleep(6)
         engine.run(prompt_of(64, 1), 4, local=False)
