@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -213,22 +212,3 @@ def pair(
             vllm.server.stop()
     finally:
         receiver.server.stop()
-
-
-def mlx_greedy(model: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """MLX's own prefill and greedy decode in fp32, in a process of its own."""
-    code = (
-        "import json, sys\n"
-        "from tests.mlx_alone import greedy\n"
-        "model, prompts, n = json.load(sys.stdin)\n"
-        "json.dump(greedy(model, prompts, n), sys.stdout)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps([str(model), prompts, max_tokens]),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)

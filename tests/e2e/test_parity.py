@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import mlx_greedy, pair
+from tests.mlx_alone import greedy
+from tests.servers import pair
 
 pytestmark = pytest.mark.server
 
@@ -27,7 +28,7 @@ def test_handed_off_tokens_equal_mlx_alone(
 ) -> None:
     model: Path = request.getfixturevalue(model_fixture)
     wanted = prompts(49000)
-    expected = mlx_greedy(model, wanted, TOKENS)
+    expected = greedy(model, wanted, TOKENS)
     with pair(model, tmp_path) as (vllm, receiver):
         before = receiver.metric("mlx_receiver_decoded_tokens_total")
         got = [vllm.tokens(prompt, TOKENS) for prompt in wanted]

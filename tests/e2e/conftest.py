@@ -1,0 +1,32 @@
+"""One running pair of servers for the tests that do not need their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import Receiver, Vllm, pair
+
+
+@pytest.fixture(scope="session")
+def served(
+    tiny_llama_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Vllm, Receiver]]:
+    """vLLM and a receiver for the tiny Llama, in fp32; prompts over 256 tokens are chunked."""
+    logs = tmp_path_factory.mktemp("served")
+    with pair(tiny_llama_path, logs, args=("--max-num-batched-tokens", "256")) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def vllm(served: tuple[Vllm, Receiver]) -> Vllm:
+    """The pair's vLLM."""
+    return served[0]
+
+
+@pytest.fixture(scope="session")
+def receiver(served: tuple[Vllm, Receiver]) -> Receiver:
+    """The pair's receiver."""
+    return served[1]
