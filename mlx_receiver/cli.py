@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import select
 import signal
-import threading
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -100,9 +103,7 @@ def start(
 ) -> None:
     """Serve a model until interrupted."""
     _configure_logging(log_level)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = _Interruption()
     try:
         settings = Settings(
             model=model,
@@ -122,7 +123,29 @@ def start(
         _give_up(error)
 
 
-def _serve(settings: Settings, stop: threading.Event) -> None:
+class _Interruption:
+    """SIGINT or SIGTERM, as something to wait for.
+
+    A pipe, because setting a ``threading.Event`` in a handler deadlocks when the signal comes
+    while the same thread holds the event's lock.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def wait(self, seconds: float | None) -> bool:
+        """Whether a signal has come, after at most ``seconds``; None waits for it."""
+        return bool(select.select([self._read], [], [], seconds)[0])
+
+    def _note(self, *_: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write, b"!")
+
+
+def _serve(settings: Settings, stop: _Interruption) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -140,19 +163,21 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
     try:
         receiver.start()
         with bar:
-            while not stop.is_set() and not _ready(receiver):
+            while not stop.wait(0) and not _ready(receiver):
                 pass
     except BaseException:
         receiver.stop()
         raise
-    if not stop.is_set():
+    if not stop.wait(0):
         for line in _announcement(receiver):
             console.print(line, soft_wrap=True)
-    # A wait without a limit would keep Python from running the signal handler on some platforms.
-    while not stop.wait(1.0):
-        pass
+    stop.wait(None)
     receiver.stop()
     console.print("Stopped.")
+    # Everything is closed. Taking the imported libraries down one by one lasts seconds.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _make_receiver(settings: Settings, progress: Any) -> Receiver:
