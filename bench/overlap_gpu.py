@@ -65,7 +65,9 @@ def write_model(folder: Path, dtype: str, **shape: Any) -> None:
     torch.manual_seed(0)
 
     def random_weight(rows: int, columns: int) -> Any:
-        return (torch.randn(rows, columns, device=device, dtype=torch.float32) * columns**-0.5).to(kind)
+        return (torch.randn(rows, columns, device=device, dtype=torch.float32) * columns**-0.5).to(
+            kind
+        )
 
     h, f = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"] * config["head_dim"]
@@ -74,8 +76,11 @@ def write_model(folder: Path, dtype: str, **shape: Any) -> None:
     index: dict[str, str] = {}
 
     def save(name: str, tensors: dict[str, Any]) -> None:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / name,
-                  metadata={"format": "pt"})
+        save_file(
+            {k: v.cpu().contiguous() for k, v in tensors.items()},
+            folder / name,
+            metadata={"format": "pt"},
+        )
         index.update(dict.fromkeys(tensors, name))
 
     for i in range(layers):
@@ -144,11 +149,10 @@ class Engine:
     """vLLM, stepped by hand so that the first token's time is seen."""
 
     def __init__(self, model: Path, connector: bool, receiver: str, **options: Any) -> None:
+        from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
         from vllm.v1.engine.llm_engine import LLMEngine
-
-        from vllm.config import KVTransferConfig
 
         if "attention_backend" in options:
             options["attention_backend"] = AttentionBackendEnum[options["attention_backend"]]
@@ -191,11 +195,16 @@ def prompt_of(length: int, seed: int) -> list[int]:
 def summary(values: list[float]) -> dict[str, float]:
     """Median and range in milliseconds."""
     ms = [1000 * value for value in values]
-    return {"median": round(statistics.median(ms), 2), "min": round(min(ms), 2), "max": round(max(ms), 2)}
+    return {
+        "median": round(statistics.median(ms), 2),
+        "min": round(min(ms), 2),
+        "max": round(max(ms), 2),
+    }
 
 
-def measure(engine: Engine, receiver: ReceiverProcess | None, length: int, tokens: int,
-            repeats: int) -> dict[str, Any]:
+def measure(
+    engine: Engine, receiver: ReceiverProcess | None, length: int, tokens: int, repeats: int
+) -> dict[str, Any]:
     """Alternate local and handed-off requests of one length."""
     local, handed, gaps, local_tpot, remote_tpot, lags = [], [], [], [], [], []
     for i in range(repeats + 1):
@@ -216,7 +225,8 @@ def measure(engine: Engine, receiver: ReceiverProcess | None, length: int, token
         "first_token_local_ms": summary(local),
         "first_token_handed_off_ms": summary(handed),
         "slowdown_percent": round(
-            100 * (statistics.median(handed) / statistics.median(local) - 1), 2),
+            100 * (statistics.median(handed) / statistics.median(local) - 1), 2
+        ),
         "handoff_gap_ms": summary(gaps),
         "local_ms_per_token": summary(local_tpot),
         "receiver_ms_per_token": summary(remote_tpot),
@@ -233,7 +243,9 @@ def exposed(handoffs: Any) -> tuple[float, float] | None:
     rows = handoffs.get("handoffs", handoffs) if isinstance(handoffs, dict) else handoffs
     if not rows:
         return None
-    blocks = max(rows, key=lambda r: max((b["committed_ns"] for b in r["blocks"]), default=0))["blocks"]
+    blocks = max(rows, key=lambda r: max((b["committed_ns"] for b in r["blocks"]), default=0))[
+        "blocks"
+    ]
     if not blocks:
         return None
     done = max(b["committed_ns"] for b in blocks)
@@ -265,7 +277,9 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     receiver = None
     if not options.no_connector:
-        receiver = ReceiverProcess(options.model, "bfloat16", options.out.with_suffix(".receiver.log"))
+        receiver = ReceiverProcess(
+            options.model, "bfloat16", options.out.with_suffix(".receiver.log")
+        )
     longest = max(options.lengths) + options.tokens
     result: dict[str, Any] = {
         "what": "prefill with KV export on and off, one engine, alternating requests",

@@ -101,8 +101,10 @@ def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
     finally:
         receiver.stop()
     alone = mlx_alone(model, prompts, dtype)
-    rows = [{"prompt_tokens": len(p)} | compare(g, a)
-            for p, g, a in zip(prompts, got, alone, strict=True)]
+    rows = [
+        {"prompt_tokens": len(p)} | compare(g, a)
+        for p, g, a in zip(prompts, got, alone, strict=True)
+    ]
     vllm_rows = [compare(g, a)["equal"] for g, a in zip(local, alone, strict=False)]
     return {
         "backend": backend,
@@ -128,13 +130,18 @@ def main() -> None:
         options.out.write_text(json.dumps(result))
         return
     rows = []
-    for backend, dtype in (("TRITON_ATTN", "float32"), ("FLASH_ATTN", "bfloat16"),
-                           ("TRITON_ATTN", "bfloat16")):
+    for backend, dtype in (
+        ("TRITON_ATTN", "float32"),
+        ("FLASH_ATTN", "bfloat16"),
+        ("TRITON_ATTN", "bfloat16"),
+    ):
         part = options.out.with_suffix(f".{backend}.{dtype}.json")
         with part.with_suffix(".engine.log").open("wb") as log:
             code = subprocess.run(
                 [sys.executable, __file__, "--one", backend, dtype, "--out", str(part)],
-                check=False, stdout=log, stderr=subprocess.STDOUT,
+                check=False,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             ).returncode
         if code == 0:
             rows.append(json.loads(part.read_text()))

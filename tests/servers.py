@@ -97,9 +97,10 @@ def metric(base: str, name: str, **labels: str) -> float:
     """The sum of a Prometheus metric's samples that carry these labels."""
     total = 0.0
     for line in httpx.get(f"{base}/metrics", timeout=30).text.splitlines():
-        if line.startswith((f"{name} ", f"{name}{{")):
-            if all(f'{key}="{value}"' in line for key, value in labels.items()):
-                total += float(line.rsplit(" ", 1)[1])
+        if line.startswith((f"{name} ", f"{name}{{")) and all(
+            f'{key}="{value}"' in line for key, value in labels.items()
+        ):
+            total += float(line.rsplit(" ", 1)[1])
     return total
 
 

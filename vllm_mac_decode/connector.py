@@ -110,7 +110,9 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             layers = exported_layers(self._vllm_config, self._kv_cache_config, kv_caches)
             if layers:
                 self._early = updates_before_hook(self._vllm_config, kv_caches)
-                self._exporter = Exporter(layers, _block_size(self._kv_cache_config), self._settings)
+                self._exporter = Exporter(
+                    layers, _block_size(self._kv_cache_config), self._settings
+                )
             self._report = WorkerReport(dtype)
         except LayoutError as error:
             self._report = WorkerReport(dtype, str(error))
@@ -185,7 +187,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         if signature.model_type not in PLAIN_KV_ARCHITECTURES:
             known = ", ".join(sorted(PLAIN_KV_ARCHITECTURES))
             raise ValueError(
-                f"models of type {signature.model_type!r} are not supported yet (supported: {known})"
+                f"models of type {signature.model_type!r} are not supported (supported: {known})"
             )
         if signature.sliding_window is not None:
             raise ValueError("models with sliding-window attention are not supported yet")

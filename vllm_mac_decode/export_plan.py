@@ -49,7 +49,9 @@ class ExportPlan:
 
     def preempted(self, output: SchedulerOutput) -> list[str]:
         """Exported requests whose blocks this step took away or gave back anew."""
-        lost = set(output.preempted_req_ids or ()) | set(output.scheduled_cached_reqs.resumed_req_ids)
+        lost = set(output.preempted_req_ids or ()) | set(
+            output.scheduled_cached_reqs.resumed_req_ids
+        )
         lost |= {
             new.req_id
             for new in output.scheduled_new_reqs

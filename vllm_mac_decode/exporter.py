@@ -15,6 +15,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -57,6 +58,10 @@ class _Job:
     computed_ns: int
 
 
+#: A staging slot and the frames whose payloads lie in it.
+_Staged = tuple[Slot, list[tuple[Header, list[memoryview]]]]
+
+
 @dataclass
 class _Session:
     accepted: bool = False
@@ -87,12 +92,13 @@ class Exporter:
         self._unwritten: set[str] = set()
 
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._sends: queue.SimpleQueue[tuple[Slot, list[tuple[Header, list[memoryview]]]] | None]
-        self._sends = queue.SimpleQueue()
+        self._sends: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
         self._sender: Sender | None = None
         self._connected_to: BulkTarget | None = None
         self._sender_lock = threading.Lock()
-        self._sessions: dict[int, _Session] = {}  # gather thread only
+        self._sessions: dict[int, _Session] = {}  # gather thread only, like the next two
+        self._ids_of: tuple[int, int] | None = None
+        self._ids = torch.empty(0, dtype=torch.int64)
         self._closing = False
         self._threads = [
             threading.Thread(target=self._run, args=(loop,), name=f"mac-decode-{name}", daemon=True)
@@ -291,39 +297,30 @@ class Exporter:
         """Copy one layer of a span into staging, piece by piece, and queue it for sending."""
         layer, layout = job.layer, job.layer.layout
         size = layout.block_size
-        ids = self._tensor_blocks(span.block_ids)
+        ids = self._tensor_blocks(span, stream)
         base = span.start - span.start % (size * self._split)  # first token of ids[0]
         row = layout.heads * size * layout.head_dim * layer.cache.element_size()
         per_piece = max(1, self._ring.slot_bytes // (2 * row))
-        first = (span.start - base) // size
         last = -(-(span.end - base) // size)
-        for at in range(first, last, per_piece):
-            count = min(per_piece, last - at)
+        for at in range((span.start - base) // size, last, per_piece):
             if self._is_dead(span.session) or self._closing:
                 break
-            slot = self._ring.acquire(2 * count * row)
-            frames = []
-            low = max(span.start, base + at * size)
-            high = min(span.end, base + (at + count) * size)
-            shape = (2, layout.heads, count, size, layout.head_dim)
+            piece = ids[at : min(at + per_piece, last)]
+            slot = self._ring.acquire(2 * len(piece) * row)
             staged = slot.copy_in(
                 layer.cache.dtype,
-                shape,
-                lambda out, at=at, count=count: [
-                    layout.gather(layer.cache, plane, ids[at : at + count], out[i])
-                    for i, plane in enumerate((layout.keys, layout.values))
-                ],
+                (2, layout.heads, len(piece), size, layout.head_dim),
+                partial(_gather_planes, layer, piece),
                 job.written,
                 stream,
             )
-            skip = low - (base + at * size)
+            first = base + at * size  # the token in the piece's first row
+            low, high = max(span.start, first), min(span.end, first + len(piece) * size)
+            frames = []
             for plane in Plane:
-                rows = staged[plane].view(layout.heads, count * size, layout.head_dim)
-                rows = rows[:, skip : skip + high - low]
+                rows = staged[plane].flatten(1, 2)[:, low - first : high - first]
                 payload = [memoryview(head.view(torch.uint8).numpy()).cast("B") for head in rows]
-                frames.append(
-                    (self._header(job, span, plane, low, high), payload)
-                )
+                frames.append((self._header(job, span, plane, low, high), payload))
             self._sends.put((slot, frames))
         self._read_when_staged(job, span)
 
@@ -335,11 +332,19 @@ class Exporter:
         else:
             self._read(job, span)
 
-    def _tensor_blocks(self, block_ids: list[int]) -> torch.Tensor:
-        ids = torch.tensor(block_ids, dtype=torch.int64)
-        if self._split > 1:
-            ids = (ids[:, None] * self._split + torch.arange(self._split)).flatten()
-        return ids.to(self._device, non_blocking=True)
+    def _tensor_blocks(self, span: ExportSpan, stream: Any) -> torch.Tensor:
+        """The tensor's block ids of a span, on its device; the same for every layer of a step."""
+        key = (span.session, span.start)
+        if self._ids_of != key:
+            ids = torch.tensor(span.block_ids, dtype=torch.int64)
+            if self._split > 1:
+                ids = (ids[:, None] * self._split + torch.arange(self._split)).flatten()
+            if stream is not None:
+                # On the stream that will read them: the default one has compute queued on it.
+                with torch.cuda.stream(stream):
+                    ids = ids.to(self._device)
+            self._ids_of, self._ids = key, ids
+        return self._ids
 
     def _header(self, job: _Job, span: ExportSpan, plane: Plane, low: int, high: int) -> Header:
         layout = job.layer.layout
@@ -388,3 +393,9 @@ class Exporter:
                     self._fail(header.session, str(error))
                     self._drop_connection()
             self._ring.release(slot)
+
+
+def _gather_planes(layer: ExportedLayer, block_ids: torch.Tensor, out: torch.Tensor) -> None:
+    """K into ``out[0]``, V into ``out[1]``, each ``[heads, blocks, block_size, head_dim]``."""
+    for plane, target in zip((layer.layout.keys, layer.layout.values), out, strict=True):
+        layer.layout.gather(layer.cache, plane, block_ids, target)

@@ -47,7 +47,7 @@ class StepExports(KVConnectorMetadata):
 
 @dataclass
 class WorkerReport(KVConnectorHandshakeMetadata):
-    """What a worker found when it looked at its KV cache; ``problem`` is empty when it can export."""
+    """What a worker found in its KV cache; ``problem`` is empty when it can export it."""
 
     kv_dtype: str
     problem: str = ""

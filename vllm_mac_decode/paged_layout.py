@@ -110,7 +110,11 @@ def storage_elements(tensor: torch.Tensor) -> int:
 
 
 def probe(
-    cache: torch.Tensor, num_blocks: int, block_size: int, heads: int, head_dim: int,
+    cache: torch.Tensor,
+    num_blocks: int,
+    block_size: int,
+    heads: int,
+    head_dim: int,
     update: CacheUpdate,
 ) -> PagedLayout:
     """Learn the layout of ``cache``, a layer's paged KV of ``num_blocks`` scheduler blocks.
@@ -119,8 +123,10 @@ def probe(
     has no block dimension, or does not give back what was written.
     """
     if not cache.is_floating_point() or cache.element_size() < 2:
-        raise LayoutError(f"its dtype is {cache.dtype}: only float16, bfloat16 and float32 KV "
-                          "caches can be exported (use --kv-cache-dtype auto)")
+        raise LayoutError(
+            f"its dtype is {cache.dtype}: only float16, bfloat16 and float32 KV "
+            "caches can be exported (use --kv-cache-dtype auto)"
+        )
     block_dim, ratio = _block_dim(cache, num_blocks)
     if block_size % ratio:
         raise LayoutError(f"{ratio} tensor blocks do not divide a block of {block_size} tokens")
@@ -170,7 +176,7 @@ def _scratch(cache: torch.Tensor, block_dim: int) -> torch.Tensor:
 def _write_codes(
     scratch: torch.Tensor, tokens: int, heads: int, head_dim: int, update: CacheUpdate
 ) -> torch.Tensor:
-    """Write every element's number into block 1; returns what each storage element holds (-1: nothing)."""
+    """Write every element's number into block 1; what each storage element holds (-1: nothing)."""
     count = tokens * heads * head_dim
     numbers = torch.arange(2 * count, device=scratch.device)
     slots = torch.arange(tokens, 2 * tokens, device=scratch.device, dtype=torch.int64)
@@ -195,8 +201,10 @@ def _positions(codes: torch.Tensor, first: int, count: int) -> torch.Tensor:
     """Storage offsets of the elements numbered first .. first + count - 1."""
     at = torch.nonzero((codes >= first) & (codes < first + count)).flatten()
     if at.numel() != count:
-        raise LayoutError(f"{at.numel()} of {count} elements could be found again: "
-                          "the backend stores them in another form")
+        raise LayoutError(
+            f"{at.numel()} of {count} elements could be found again: "
+            "the backend stores them in another form"
+        )
     where = torch.full((count,), -1, dtype=torch.int64, device=codes.device)
     where[codes[at] - first] = at
     if bool((where < 0).any()):
@@ -228,7 +236,9 @@ def _rebase(
     if not outer:
         return plane
     if plane.strides is None or len(outer) != 1:
-        raise LayoutError(f"cannot read strides {cache.stride()} with blocks in dimension {block_dim}")
+        raise LayoutError(
+            f"cannot read strides {cache.stride()} with blocks in dimension {block_dim}"
+        )
     step = scratch.stride(outer[0])
     return PlaneMap(
         plane.offset // step * cache.stride(outer[0]) + plane.offset % step, plane.strides, None
@@ -264,7 +274,7 @@ def _verify(
         expected = torch.empty_like(data)
         expected[slots] = data
         if not torch.equal(out.flatten(1, 2).transpose(0, 1), expected):
-            raise LayoutError(f"{name} read back through the learnt layout differs from what was written")
+            raise LayoutError(f"{name} does not read back as it was written")
 
 
 def layer_update(layer: Any) -> CacheUpdate:

@@ -315,9 +315,7 @@ class Relay:
                 case m.Refused() | m.Failed():
                     session = self._sessions.get(message.session)
                     if session is not None:
-                        logger.debug(
-                            "session of %s: %s", session.request_id, message.reason
-                        )
+                        logger.debug("session of %s: %s", session.request_id, message.reason)
                         refused = isinstance(message, m.Refused)
                         self._give_up(
                             session,

@@ -38,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: Seconds without any progress after which a response goes on locally.
     stall_timeout: float = 2.0
     #: Bounds the staging memory of each worker, in MiB.
-    staging_mib: int = 64
+    staging_mib: int = 128
     #: CRC-32 of every block: the receiver refuses damaged ones. Costs one pass over the bytes.
     checksum: bool = False
 
@@ -46,8 +46,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         self.address()  # raises
         if self.stall_timeout <= 0:
             raise ValueError("stall_timeout must be above 0 seconds")
-        if self.staging_mib < 4:
-            raise ValueError("staging_mib must be at least 4")
+        if self.staging_mib < 16:
+            raise ValueError("staging_mib must be at least 16")
         if self.min_output_tokens < 2:
             raise ValueError("min_output_tokens must be at least 2")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 #: Small enough to pipeline gather and send, large enough to amortise a frame's overhead.
-SLOT_BYTES = 4 << 20
+SLOT_BYTES = 8 << 20
 
 
 class Slot:
@@ -44,7 +44,7 @@ class Slot:
         self,
         dtype: torch.dtype,
         shape: tuple[int, ...],
-        gather: Callable[[torch.Tensor], Any],
+        gather: Callable[[torch.Tensor], None],
         written: Any,
         stream: Any,
     ) -> torch.Tensor:

@@ -9,14 +9,18 @@ import pytest
 
 from tests.servers import Receiver, Vllm, pair
 
+#: Prompts over 256 tokens are chunked; a KV cache of 96 x 128 tokens is soon touched entirely,
+#: so that a process's resident memory can be compared.
+ARGS = ("--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "96")
+
 
 @pytest.fixture(scope="session")
 def served(
     tiny_llama_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Vllm, Receiver]]:
-    """vLLM and a receiver for the tiny Llama, in fp32; prompts over 256 tokens are chunked."""
+    """vLLM and a receiver for the tiny Llama, in fp32."""
     logs = tmp_path_factory.mktemp("served")
-    with pair(tiny_llama_path, logs, args=("--max-num-batched-tokens", "256")) as servers:
+    with pair(tiny_llama_path, logs, args=ARGS) as servers:
         yield servers
 
 
