@@ -218,7 +218,7 @@ def measure(
         local_tpot.append((a["times"][-1] - a["times"][1]) / (tokens - 2))
         remote_tpot.append((b["times"][-1] - b["times"][1]) / (tokens - 2))
         if receiver is not None:
-            lags.append(exposed(receiver.json("/handoffs")))
+            lags.append(exposed(receiver))
     result = {
         "prompt_tokens": length,
         "repeats": repeats,
@@ -238,21 +238,17 @@ def measure(
     return result
 
 
-def exposed(handoffs: Any) -> tuple[float, float] | None:
-    """Seconds from the last layer's compute to a complete cache, and from the first layer's."""
-    rows = handoffs.get("handoffs", handoffs) if isinstance(handoffs, dict) else handoffs
-    if not rows:
+def exposed(receiver: ReceiverProcess) -> tuple[float, float] | None:
+    """For the latest hand-off: seconds to a complete cache from the last layer's compute, and
+    from the first layer's."""
+    handoffs = receiver.json("/handoffs")
+    if not handoffs:
         return None
-    blocks = max(rows, key=lambda r: max((b["committed_ns"] for b in r["blocks"]), default=0))[
-        "blocks"
-    ]
-    if not blocks:
-        return None
-    done = max(b["committed_ns"] for b in blocks)
-    return (
-        (done - max(b["computed_ns"] for b in blocks)) / 1e9,
-        (done - min(b["computed_ns"] for b in blocks)) / 1e9,
-    )
+    latest = max(handoffs, key=lambda row: row["opened_ns"])
+    blocks = receiver.json(f"/handoffs/{latest['request_id']}")["blocks"]
+    done = max(block["committed_ns"] for block in blocks)
+    computed = [block["computed_ns"] for block in blocks]
+    return (done - max(computed)) / 1e9, (done - min(computed)) / 1e9
 
 
 def main() -> None:

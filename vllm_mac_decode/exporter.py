@@ -68,6 +68,20 @@ class _Session:
     backlog: deque[_Job] = field(default_factory=deque)
 
 
+class _DeviceClock:
+    """Turns the times of CUDA events into the host's monotonic clock."""
+
+    def __init__(self) -> None:
+        self._zero = torch.cuda.Event(enable_timing=True)
+        self._zero.record()
+        self._zero.synchronize()
+        self._zero_ns = time.monotonic_ns()
+
+    def ns(self, event: Any) -> int:
+        """When a finished event happened."""
+        return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
+
+
 class Exporter:
     """Streams spans of the paged cache to a receiver, in the background."""
 
@@ -82,6 +96,7 @@ class Exporter:
         #: tensor blocks per scheduler block
         self._split = block_size // first.layout.block_size
         self._ring = StagingRing(settings.staging_mib << 20, self._device)
+        self._clock = _DeviceClock() if self._device.type == "cuda" else None
 
         self._lock = threading.Lock()
         self._unread: defaultdict[str, int] = defaultdict(int)  # request: jobs not read yet
@@ -129,7 +144,7 @@ class Exporter:
         self._unwritten.discard(name)
         written = None
         if self._device.type == "cuda":
-            written = torch.cuda.Event()
+            written = torch.cuda.Event(enable_timing=True)
             written.record()
         self._jobs.put(_Job(self._layers[name], self._spans, written, time.monotonic_ns()))
 
@@ -373,6 +388,9 @@ class Exporter:
             slot, frames = item
             slot.wait()
             gathered = time.monotonic_ns()
+            if self._clock is not None and frames:
+                computed = self._clock.ns(slot.written)
+                frames = [(replace(h, computed_ns=computed), payload) for h, payload in frames]
             for header, payload in frames:
                 if self._is_dead(header.session):
                     continue

@@ -26,13 +26,15 @@ class Slot:
         self._device_buffer = device_buffer
         self._copied: Any = torch.cuda.Event() if device_buffer is not None else None
         self._after: Callable[[], None] | None = None
+        #: The event after which the layer's K and V were in the cache (None on the CPU).
+        self.written: Any = None
 
     @classmethod
     def marker(cls, after: Callable[[], None]) -> Slot:
         """No buffer: calls ``after`` when everything queued before it has been waited for."""
         slot = cls.__new__(cls)
         slot._buffer, slot._device_buffer = torch.empty(0), None
-        slot._copied, slot._after = None, after
+        slot._copied, slot._after, slot.written = None, after, None
         return slot
 
     @property
@@ -55,6 +57,7 @@ class Slot:
         if self._device_buffer is None:
             gather(staged)
             return staged
+        self.written = written
         with torch.cuda.stream(stream):
             stream.wait_event(written)
             on_device = self._device_buffer[:used].view(dtype).view(shape)
