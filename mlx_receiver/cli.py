@@ -69,6 +69,13 @@ def start(
     data_port: Annotated[
         int, typer.Option(envvar="MLX_RECEIVER_DATA_PORT", help="Port for KV blocks; 0: any.")
     ] = 0,
+    transport: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_TRANSPORT",
+            help="Bulk transports to offer, e.g. tcp,zmq (nixl where it is installed).",
+        ),
+    ] = "tcp",
     http_port: Annotated[
         int,
         typer.Option(
@@ -116,6 +123,7 @@ def start(
             kv_memory=None if kv_memory == "auto" else parse_bytes(kv_memory),
             max_sessions=max_sessions,
             max_batch=max_batch,
+            transport=transport,
         )
         settings.check()
         _serve(settings, stop)
@@ -203,13 +211,13 @@ def _ready(receiver: Receiver) -> bool:
 def _announcement(receiver: Receiver) -> list[str]:
     settings, source, loaded = receiver.settings, receiver.source, receiver.engine.loaded
     assert loaded is not None
-    endpoint = receiver.data_endpoint
+    ports = ", ".join(f"{e.port} ({e.transport})" for e in receiver.data_endpoints)
     lines = [
         f"Serving {source.name}: {source.signature.model_type}, {loaded.dtype}, "
         f"{loaded.nbytes / 2**30:.2f} GiB of weights",
         f"KV memory {receiver.store.budget_bytes / 2**30:.2f} GiB, up to {settings.max_sessions} "
         f"sessions, {settings.max_batch} of them decoding",
-        f"Listening on {receiver.address}; KV comes to port {endpoint.port} ({endpoint.transport})",
+        f"Listening on {receiver.address}; KV comes to port {ports}",
     ]
     if receiver.http is not None:
         lines.append(f"Health and metrics on http://{settings.host}:{receiver.http.port}/health")

@@ -7,7 +7,7 @@ import sys
 import time
 from importlib import metadata
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mlx_receiver.engine import DecodeEngine
 from mlx_receiver.handover import Handover
@@ -19,7 +19,7 @@ from mlx_receiver.store import SessionStore
 from mlx_receiver.wire import hooks
 from mlx_receiver.wire.messages import Endpoint
 from mlx_receiver.wire.tcp import TcpTransport
-from mlx_receiver.wire.transport import Transport
+from mlx_receiver.wire.transport import Listener, Transport
 
 if TYPE_CHECKING:
     from mlx_receiver.http import HttpServer
@@ -64,7 +64,7 @@ class Receiver:
         self.port = 0
         self.http: HttpServer | None = None
         self.started = time.monotonic()
-        self._listener: Any = None
+        self._listeners: list[Listener] = []
 
     @property
     def address(self) -> str:
@@ -73,23 +73,28 @@ class Receiver:
 
     @property
     def data_endpoint(self) -> Endpoint:
-        """Where the bulk channel listens."""
-        endpoint: Endpoint = self._listener.endpoint
-        return endpoint
+        """Where the first bulk transport listens."""
+        return self._listeners[0].endpoint
+
+    @property
+    def data_endpoints(self) -> list[Endpoint]:
+        """Where each bulk transport listens."""
+        return [listener.endpoint for listener in self._listeners]
 
     def start(self) -> None:
         """Bind every port, then start to load. Raises SettingsError naming a port in use."""
         settings = self.settings
         self.port = self.control.bind(settings.host, settings.port)
-        try:
-            self._listener = _transport(settings.transport).listen(
-                settings.host, settings.data_port, self.store
-            )
-        except OSError as error:
-            raise SettingsError(
-                f"the data port {settings.host}:{settings.data_port} cannot be used "
-                f"({os.strerror(error.errno or 0)}): choose another with --data-port"
-            ) from None
+        for index, transport in enumerate([_transport(name) for name in settings.transports]):
+            port = settings.data_port and settings.data_port + index
+            try:
+                listener = transport.listen(settings.host, port, self.store)
+            except OSError as error:
+                raise SettingsError(
+                    f"the data port {settings.host}:{port} cannot be used "
+                    f"({os.strerror(error.errno or 0)}): choose another with --data-port"
+                ) from None
+            self._listeners.append(listener)
         if settings.http_port is not None:
             from mlx_receiver.http import HttpServer
 
@@ -110,7 +115,7 @@ class Receiver:
         self.engine.batch_bytes = budget
         _limit_mlx_cache(budget // 8)
         self.control.start(
-            self.source.name, engine_name(), [self.data_endpoint], self.source.max_tokens
+            self.source.name, engine_name(), self.data_endpoints, self.source.max_tokens
         )
         return True
 
@@ -118,8 +123,8 @@ class Receiver:
         """Tell the clients, end every session, free the ports. Takes at most about 2 s."""
         self.control.stop()
         self.store.close()
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         if self.http is not None:
             self.http.stop()
         self.engine.stop(timeout=1.0)

@@ -18,6 +18,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Options of ``mlx-receiver start``; the command's help explains each.
 
     ``port`` and ``data_port`` may be 0 (any free port), ``http_port`` None (no HTTP).
+    ``transport`` names one bulk transport or several, separated by commas; the first listens on
+    ``data_port``, the others on the ports after it (any free ones when it is 0).
     ``kv_memory`` is in bytes, None for a share of what the machine has.
     """
 
@@ -32,6 +34,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_sessions: int = 64
     max_batch: int = 32
     transport: str = "tcp"
+
+    @property
+    def transports(self) -> list[str]:
+        """The names in ``transport``, each once, in order."""
+        return list(dict.fromkeys(name.strip() for name in self.transport.split(",")))
 
     def check(self) -> None:
         """Raise SettingsError for a combination that must not run."""
