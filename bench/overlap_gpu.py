@@ -109,12 +109,17 @@ def write_model(folder: Path, dtype: str, **shape: Any) -> None:
 class ReceiverProcess:
     """``mlx-receiver start`` on this machine."""
 
-    def __init__(self, model: Path, dtype: str, log: Path, port: int = 17790) -> None:
+    def __init__(
+        self, model: Path, dtype: str, log: Path, port: int = 17790, device: str = "gpu"
+    ) -> None:
         self.port, self.http = port, port + 1
         self.log = log
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_receiver.cli", "start", "--model", str(model),
-             "--dtype", dtype, "--port", str(port), "--http-port", str(self.http)],
+            [sys.executable, "-c",
+             f"import mlx.core as mx; mx.set_default_device(mx.{device}); "
+             "from mlx_receiver.cli import main; main()",
+             "start", "--model", str(model), "--dtype", dtype,
+             "--port", str(port), "--http-port", str(self.http)],
             stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
@@ -215,8 +220,9 @@ def measure(
         local.append(a["times"][0])
         handed.append(b["times"][0])
         gaps.append(b["times"][1] - b["times"][0])
-        local_tpot.append((a["times"][-1] - a["times"][1]) / (tokens - 2))
-        remote_tpot.append((b["times"][-1] - b["times"][1]) / (tokens - 2))
+        if tokens > 2:
+            local_tpot.append((a["times"][-1] - a["times"][1]) / (tokens - 2))
+            remote_tpot.append((b["times"][-1] - b["times"][1]) / (tokens - 2))
         if receiver is not None:
             lags.append(exposed(receiver))
     result = {
@@ -228,9 +234,10 @@ def measure(
             100 * (statistics.median(handed) / statistics.median(local) - 1), 2
         ),
         "handoff_gap_ms": summary(gaps),
-        "local_ms_per_token": summary(local_tpot),
-        "receiver_ms_per_token": summary(remote_tpot),
     }
+    if tokens > 2:
+        result["local_ms_per_token"] = summary(local_tpot)
+        result["receiver_ms_per_token"] = summary(remote_tpot)
     known = [lag for lag in lags if lag is not None]
     if known:
         result["cache_complete_after_last_layer_ms"] = summary([lag[0] for lag in known])
@@ -263,6 +270,12 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--no-connector", action="store_true", help="plain vLLM, for comparison")
     parser.add_argument("--memory", type=float, default=0.6)
+    parser.add_argument(
+        "--receiver-device",
+        choices=("cpu", "gpu"),
+        default="gpu",
+        help="cpu: the receiver leaves the GPU to vLLM, as one on another machine does",
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -274,7 +287,10 @@ def main() -> None:
     receiver = None
     if not options.no_connector:
         receiver = ReceiverProcess(
-            options.model, "bfloat16", options.out.with_suffix(".receiver.log")
+            options.model,
+            "bfloat16",
+            options.out.with_suffix(".receiver.log"),
+            device=options.receiver_device,
         )
     longest = max(options.lengths) + options.tokens
     result: dict[str, Any] = {

@@ -108,7 +108,11 @@ class PlainKVBuffers:
         carrier = _CARRIERS[ITEMSIZE[kv_dtype]]
         self._tokens = tokens
         self._dtype = mlx_dtype(kv_dtype)
-        self._arrays = [[mx.zeros(shape, carrier) for _ in range(2)] for _ in range(layers)]
+        # On CUDA, memory that the GPU wrote would be migrated page by page under the CPU's writes.
+        filler = mx.cpu if mx.cuda.is_available() else None
+        self._arrays = [
+            [mx.zeros(shape, carrier, stream=filler) for _ in range(2)] for _ in range(layers)
+        ]
         mx.eval(self._arrays)
         self._aliases = [[np.array(a, copy=False)[0] for a in pair] for pair in self._arrays]
         self.nbytes = sum(array.nbytes for pair in self._arrays for array in pair)
