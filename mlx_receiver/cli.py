@@ -79,7 +79,7 @@ def start(
     http_port: Annotated[
         int,
         typer.Option(
-            envvar="MLX_RECEIVER_HTTP_PORT", help="Health, metrics, hand-offs; -1: no HTTP."
+            envvar="MLX_RECEIVER_HTTP_PORT", help="OpenAI API, health, metrics; -1: no HTTP."
         ),
     ] = 7791,
     token: Annotated[
@@ -87,6 +87,22 @@ def start(
         typer.Option(
             envvar="MAC_DECODE_TOKEN",
             help="Shared secret that clients must show.",
+            show_default=False,
+        ),
+    ] = "",
+    api_key: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_API_KEY",
+            help="Key that clients of the OpenAI API must send.",
+            show_default=False,
+        ),
+    ] = "",
+    served_model_name: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_SERVED_MODEL_NAME",
+            help="The model's name in the OpenAI API, if not that of --model.",
             show_default=False,
         ),
     ] = "",
@@ -119,6 +135,8 @@ def start(
             data_port=data_port,
             http_port=None if http_port < 0 else http_port,
             token=token,
+            api_key=api_key,
+            served_model_name=served_model_name,
             dtype=_checked_dtype(dtype),
             kv_memory=None if kv_memory == "auto" else parse_bytes(kv_memory),
             max_sessions=max_sessions,
@@ -220,7 +238,8 @@ def _announcement(receiver: Receiver) -> list[str]:
         f"Listening on {receiver.address}; KV comes to port {ports}",
     ]
     if receiver.http is not None:
-        lines.append(f"Health and metrics on http://{settings.host}:{receiver.http.port}/health")
+        base = f"http://{settings.host}:{receiver.http.port}"
+        lines.append(f"OpenAI API on {base}/v1, health and metrics on {base}/health")
     token = "MAC_DECODE_TOKEN=... " if settings.token else ""
     lines += [
         "On the vLLM machine:",

@@ -54,7 +54,8 @@ class Job:
 
     With ``first_token`` and ``build_cache`` it continues a prompt whose cache exists: that is
     called once, on the decoding thread, with the model's dtype, and returns one cache a layer.
-    Without them MLX prefills the prompt itself.
+    Without ``build_cache`` MLX prefills the prompt itself, and the first token behind it if that
+    was sampled elsewhere.
     """
 
     prompt_token_ids: list[int]
@@ -234,19 +235,19 @@ class DecodeEngine:
 
         assert self.loaded is not None
         signature = self.source.signature
-        handed_over = job.first_token is not None and job.build_cache is not None
-        job._outputs = 1 if handed_over else 0
+        job._outputs = 0 if job.first_token is None else 1
         job._sampler = RequestSampler(
             job.sampling, job.prompt_token_ids, job._outputs, signature.vocab_size
         )
-        if handed_over:
-            assert job.build_cache is not None
+        sampled = [] if job.first_token is None else [job.first_token]
+        if job.build_cache is not None:
+            assert sampled
             caches = job.build_cache(mlx_dtype(self.loaded.dtype))
             job.build_cache = None
-            prompt, before = [job.first_token], list(job.prompt_token_ids)
+            prompt, before = sampled, list(job.prompt_token_ids)
         else:
             caches = self.source.adapter.empty(signature)
-            prompt, before = list(job.prompt_token_ids), []
+            prompt, before = [*job.prompt_token_ids, *sampled], []
         (job._uid,) = self._generator.insert(
             [prompt],
             max_tokens=[_NEVER],

@@ -1,4 +1,4 @@
-"""HTTP: health, metrics and the timelines of recent hand-offs."""
+"""HTTP: health, metrics, the timelines of recent hand-offs, and the OpenAI API."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_receiver import __version__
+from mlx_receiver.api.routes import api_routes
 from mlx_receiver.session import Session
 from mlx_receiver.settings import SettingsError
 
@@ -105,6 +106,7 @@ def routes(receiver: Receiver) -> list[BaseRoute]:
         Route("/metrics", metrics),
         Route("/handoffs", handoffs),
         Route("/handoffs/{request_id:path}", handoff),
+        *api_routes(receiver),
     ]
 
 

@@ -6,8 +6,21 @@ import queue
 from collections.abc import Sequence
 
 from mlx_receiver.engine import DecodeEngine, Job, Output
+from mlx_receiver.model import ModelSource
 from mlx_receiver.sampling import check_sampling
 from mlx_receiver.wire.messages import E_UNSUPPORTED, Sampling, WireError
+
+
+def check_job(source: ModelSource, prompt: Sequence[int], sampling: Sampling) -> None:
+    """Raise WireError (``unsupported``) for a prompt or sampling that cannot be decoded."""
+    vocab = source.signature.vocab_size
+    if not prompt or len(prompt) >= source.max_tokens:
+        raise WireError(
+            E_UNSUPPORTED, f"a prompt of {len(prompt)} tokens (1..{source.max_tokens - 1})"
+        )
+    if not 0 <= min(prompt) <= max(prompt) < vocab:
+        raise WireError(E_UNSUPPORTED, f"a prompt token is outside the vocabulary of {vocab}")
+    check_sampling(sampling, vocab)
 
 
 class LocalJob:
@@ -17,16 +30,8 @@ class LocalJob:
         self, engine: DecodeEngine, prompt_token_ids: Sequence[int], sampling: Sampling
     ) -> None:
         """Submit at once. Raises WireError (``unsupported``) for what cannot be sampled."""
-        source = engine.source
-        vocab = source.signature.vocab_size
         prompt = list(prompt_token_ids)
-        if not prompt or len(prompt) >= source.max_tokens:
-            raise WireError(
-                E_UNSUPPORTED, f"a prompt of {len(prompt)} tokens (1..{source.max_tokens - 1})"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise WireError(E_UNSUPPORTED, f"a prompt token is outside the vocabulary of {vocab}")
-        check_sampling(sampling, vocab)
+        check_job(engine.source, prompt, sampling)
         self._engine = engine
         self._results: queue.SimpleQueue[Output | WireError] = queue.SimpleQueue()
         self._job = Job(prompt, sampling, self)

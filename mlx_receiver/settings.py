@@ -20,6 +20,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``port`` and ``data_port`` may be 0 (any free port), ``http_port`` None (no HTTP).
     ``transport`` names one bulk transport or several, separated by commas; the first listens on
     ``data_port``, the others on the ports after it (any free ones when it is 0).
+    An empty ``served_model_name`` means ``model``.
     ``kv_memory`` is in bytes, None for a share of what the machine has.
     """
 
@@ -29,6 +30,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     data_port: int = 0
     http_port: int | None = 7791
     token: str = ""
+    api_key: str = ""
+    served_model_name: str = ""
     dtype: str = "auto"
     kv_memory: int | None = None
     max_sessions: int = 64
@@ -47,6 +50,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 f"--host {self.host} is reachable from other machines, and without a token anyone "
                 "there could use this receiver: set --token (or MAC_DECODE_TOKEN), and the same "
                 "one on the vLLM side"
+            )
+        if self.http_port is not None and not self.api_key and not is_loopback(self.host):
+            raise SettingsError(
+                f"--host {self.host} makes the HTTP API reachable from other machines, and without "
+                "a key anyone there could use the model: set --api-key (or MLX_RECEIVER_API_KEY), "
+                "or --http-port -1 for no HTTP"
             )
         for name in ("max_sessions", "max_batch"):
             if getattr(self, name) < 1:

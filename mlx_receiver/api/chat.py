@@ -1,0 +1,256 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mlx_receiver.api import logprobs, parameters
+from mlx_receiver.api.bodies import ChatBody, parse
+from mlx_receiver.api.errors import bad_request
+from mlx_receiver.api.generation import Delta, Sample, merged
+from mlx_receiver.api.replies import (
+    as_json,
+    event,
+    identity,
+    stream,
+    unless_gone,
+    usage,
+    wants_usage,
+)
+from mlx_receiver.api.service import Service
+from mlx_receiver.api.tools import ToolStream
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What one choice has become."""
+
+    tools: ToolStream | None
+    content: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+    finish: str | None = None
+    stop_reason: int | str | None = None
+
+
+class _Request:
+    """One request's samples and how they are written."""
+
+    def __init__(self, service: Service, body: ChatBody, prompt: list[int], http: Request) -> None:
+        self.service = service
+        self.body = body
+        self.prompt = prompt
+        self.id, self.created = identity(http, "chatcmpl")
+        tools = body.tools if body.tools and body.tool_choice != "none" else None
+        parses = tools is not None and service.tokenizer.wrapper.has_tool_calling
+        rules = parameters.text_rules(body)
+        if parses:
+            # Some models' markers of a call are special tokens.
+            rules = dataclasses.replace(rules, skip_special=False)
+        room = service.room(prompt)
+        self.samples = []
+        for index in range(parameters.samples(body)):
+            sampling = parameters.sampling(body, service.defaults, service.tokenizer, room, index)
+            service.check(prompt, sampling)
+            self.samples.append(Sample(index, prompt, sampling, rules))
+        self.choices = [
+            _Choice(ToolStream(service.tokenizer, tools) if parses and tools else None)
+            for _ in self.samples
+        ]
+
+    def _take(self, delta: Delta) -> tuple[_Choice, str, list[dict[str, Any]]]:
+        """Add a delta to its choice; the content and the calls that it adds."""
+        choice = self.choices[delta.index]
+        content = delta.text
+        calls: list[dict[str, Any]] = []
+        if choice.tools is not None:
+            content, calls = choice.tools.push(delta.text, delta.finish is not None)
+        choice.content += content
+        choice.calls += calls
+        choice.token_ids += delta.token_ids
+        choice.rows += delta.logprobs
+        choice.finish, choice.stop_reason = delta.finish, delta.stop_reason
+        if delta.finish == "stop" and choice.calls:
+            choice.finish = "tool_calls"
+        return choice, content, calls
+
+    def _logprobs(self, rows: list[Any]) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+        return logprobs.for_chat(
+            rows,
+            self.body.top_logprobs or 0,
+            self.service.tokenizer,
+            bool(self.body.return_tokens_as_token_ids),
+        )
+
+    def _usage(self, samples: list[Sample] | None = None) -> dict[str, Any]:
+        counted = self.samples if samples is None else samples
+        return usage(len(self.prompt), sum(s.tokens for s in counted), counted[0].cached_tokens)
+
+    async def whole(self) -> dict[str, Any]:
+        """The response of a request that does not stream."""
+        deltas = merged(self.service, self.samples)
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                self._take(delta)
+        choices = []
+        for index, choice in enumerate(self.choices):
+            message: dict[str, Any] = {"role": "assistant", "content": choice.content}
+            if choice.calls:
+                message["content"] = choice.content or None
+                message["tool_calls"] = [
+                    {key: call[key] for key in ("id", "type", "function")} for call in choice.calls
+                ]
+            choices.append(
+                {
+                    "index": index,
+                    "message": message,
+                    "logprobs": self._logprobs(choice.rows),
+                    "finish_reason": choice.finish,
+                    "stop_reason": choice.stop_reason,
+                    "token_ids": choice.token_ids if self.body.return_token_ids else None,
+                }
+            )
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.service.model,
+            "choices": choices,
+            "usage": self._usage(),
+            "prompt_logprobs": None,
+            "prompt_token_ids": self.prompt if self.body.return_token_ids else None,
+            "kv_transfer_params": None,
+        }
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The response of a request that streams."""
+        final, continuous = wants_usage(self.body)
+        head: dict[str, Any] = {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.service.model,
+        }
+        begun = False
+        deltas = merged(self.service, self.samples)
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                if not begun:
+                    begun = True
+                    for sample in self.samples:
+                        yield event(self._opening(head, sample, continuous))
+                choice, content, calls = self._take(delta)
+                ids = delta.token_ids
+                silent = not content and not calls and delta.finish is None
+                if silent and not (self.body.return_token_ids or delta.logprobs):
+                    continue
+                message: dict[str, Any] = {"content": content} if content or not calls else {}
+                if calls:
+                    message["tool_calls"] = calls
+                entry = {
+                    "index": delta.index,
+                    "delta": message,
+                    "logprobs": self._logprobs(delta.logprobs),
+                    "finish_reason": choice.finish,
+                }
+                if delta.finish is not None:
+                    entry["stop_reason"] = delta.stop_reason
+                if self.body.return_token_ids:
+                    entry["token_ids"] = ids
+                chunk = {**head, "choices": [entry]}
+                if continuous:
+                    chunk["usage"] = self._usage([self.samples[delta.index]])
+                yield event(chunk)
+        if final:
+            yield event({**head, "choices": [], "usage": self._usage()})
+
+    def _opening(self, head: dict[str, Any], sample: Sample, continuous: bool) -> dict[str, Any]:
+        """The chunk that names the role."""
+        entry = {
+            "index": sample.index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        chunk = {**head, "choices": [entry]}
+        if self.body.return_token_ids:
+            chunk["prompt_token_ids"] = self.prompt
+        if continuous:
+            chunk["usage"] = usage(len(self.prompt), 0, sample.cached_tokens)
+        return chunk
+
+
+async def chat_completions(service: Service, request: Request) -> Response:
+    """Answer a conversation. Raises ApiError."""
+    body = parse(await service.body(request), ChatBody)
+    service.check_model(body.model)
+    if body.tool_choice not in (None, "auto", "none"):
+        raise bad_request(
+            "tool_choice must be auto or none: this receiver cannot force a call", "tool_choice"
+        )
+    prompt = await asyncio.to_thread(_prompt, service, body)
+    work = await asyncio.to_thread(_Request, service, body, prompt, request)
+    if body.stream:
+        return await stream(request, work.events())
+    return as_json(await unless_gone(request, work.whole()))
+
+
+def _prompt(service: Service, body: ChatBody) -> list[int]:
+    """The conversation's token ids, by the model's chat template. Raises ApiError."""
+    if not body.messages:
+        raise bad_request("messages is empty", "messages")
+    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    if body.continue_final_message:
+        options["continue_final_message"] = True
+    options["add_generation_prompt"] = (
+        body.add_generation_prompt is not False and not body.continue_final_message
+    )
+    messages = [_message(message) for message in body.messages]
+    text = service.tokenizer.chat(messages, body.tools or None, options)
+    # Templates write their own BOS.
+    return service.tokenizer.encode(text, bool(body.add_special_tokens))
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it: content as one text, arguments of calls as objects."""
+    if not isinstance(message.get("role"), str):
+        raise bad_request("a message has no role", "messages")
+    found = dict(message)
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) != len(content):
+            raise bad_request("only content parts of type text are supported", "messages")
+        found["content"] = "\n".join(texts)
+    elif content is None:
+        found["content"] = ""
+    elif not isinstance(content, str):
+        raise bad_request("a message's content must be a text or a list of parts", "messages")
+    if calls := message.get("tool_calls"):
+        found["tool_calls"] = [_call(call) for call in calls]
+    return found
+
+
+def _call(call: Any) -> dict[str, Any]:
+    try:
+        function = dict(call["function"])
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = json.loads(function["arguments"] or "{}")
+        return {**call, "function": function}
+    except (TypeError, KeyError, ValueError):
+        raise bad_request(
+            "a tool call needs a function whose arguments are JSON", "messages"
+        ) from None

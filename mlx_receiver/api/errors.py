@@ -1,0 +1,57 @@
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from mlx_receiver.wire.messages import E_CAPACITY, E_SHUTDOWN, E_UNSUPPORTED, WireError
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    413: "BadRequestError",
+    503: "ServiceUnavailableError",
+}
+
+
+class ApiError(Exception):
+    """What a client is told instead of an answer; ``param`` names the field at fault."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object."""
+        kind = _TYPES.get(self.status, "InternalServerError")
+        error = {
+            "message": self.message,
+            "type": kind,
+            "param": self.param,
+            "code": self.status,
+        }
+        return {"error": error}
+
+    def response(self) -> Response:
+        """The HTTP answer."""
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    """A field that cannot be honoured."""
+    return ApiError(400, message, param)
+
+
+def from_wire(error: WireError) -> ApiError:
+    """What the decoding side said, as an HTTP error."""
+    if error.code == E_UNSUPPORTED:
+        return ApiError(400, error.reason)
+    if error.code in (E_CAPACITY, E_SHUTDOWN):
+        return ApiError(503, error.reason)
+    return ApiError(500, error.reason)

@@ -1,0 +1,100 @@
+"""Samples: from prompt tokens to text deltas, and several samples as one stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from mlx_receiver.api.errors import ApiError, from_wire
+from mlx_receiver.api.service import Service
+from mlx_receiver.api.text import OutputText, TextRules
+from mlx_receiver.wire.messages import Decoded, Logprobs, Sampling, WireError
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a sample has grown by. ``finish`` is None while it goes on."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[Logprobs] = field(default_factory=list)
+    finish: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class Sample:
+    """One text to produce. ``index`` is its choice's."""
+
+    index: int
+    prompt: list[int]
+    sampling: Sampling
+    rules: TextRules
+    tokens: int = 0
+    cached_tokens: int = 0
+
+
+async def generate(service: Service, sample: Sample) -> AsyncGenerator[Delta, None]:
+    """The sample's deltas, the last one with ``finish``. Closing the generator stops decoding.
+
+    Raises ApiError.
+    """
+    text = OutputText(service.tokenizer, sample.prompt, sample.rules)
+    tokens = service.decode(sample.prompt, sample.sampling)
+    try:
+        async with contextlib.aclosing(tokens):
+            async for decoded in tokens:
+                delta = _delta(sample, text, decoded)
+                sample.tokens += len(delta.token_ids)
+                yield delta
+                if delta.finish is not None:
+                    return
+    except WireError as error:
+        raise from_wire(error) from error
+
+
+def _delta(sample: Sample, text: OutputText, decoded: Decoded) -> Delta:
+    piece, stop = text.push(decoded.token_ids, decoded.finish == "stop", bool(decoded.finish))
+    delta = Delta(sample.index, piece, decoded.token_ids, decoded.logprobs or [])
+    if stop is not None:
+        delta.finish, delta.stop_reason = "stop", stop
+    elif decoded.finish:
+        delta.finish, delta.stop_reason = decoded.finish, decoded.stop_reason
+    return delta
+
+
+async def merged(service: Service, samples: Sequence[Sample]) -> AsyncGenerator[Delta, None]:
+    """The deltas of several samples as they come. Closing the generator stops all of them."""
+    queue: asyncio.Queue[Delta | ApiError | None] = asyncio.Queue()
+
+    async def run(sample: Sample) -> None:
+        try:
+            deltas = generate(service, sample)
+            async with contextlib.aclosing(deltas):
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+            queue.put_nowait(None)
+        except ApiError as error:
+            queue.put_nowait(error)
+        except Exception as error:
+            queue.put_nowait(ApiError(500, f"decoding failed: {error}"))
+            raise
+
+    tasks = [asyncio.create_task(run(sample)) for sample in samples]
+    try:
+        running = len(tasks)
+        while running:
+            event = await queue.get()
+            if isinstance(event, ApiError):
+                raise event
+            if event is None:
+                running -= 1
+            else:
+                yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
