@@ -22,6 +22,7 @@ from mlx_receiver.wire.messages import (
     Opened,
     Progress,
     ReceiverMessage,
+    Sampling,
     Start,
     Status,
     Step,
@@ -123,12 +124,32 @@ class Handover:
         session = self.store.get(message.session)
         if session is not None and session.client is client:
             self._drop(client, session, "cancelled")
+        elif session is not None and session.opener is client:
+            self._abandon(session)
+
+    def claim(
+        self, session_id: int, prompt_token_ids: list[int], sampling: Sampling, post: Post
+    ) -> Client:
+        """Take a parked session over; its ``Step`` and ``Failed`` messages go to ``post``.
+
+        Decoding begins with ``start``. Raises WireError (``session``) when there is no such
+        session; its prompt must be known, so that nobody continues another's by accident.
+        """
+        session = self.store.get(session_id)
+        if session is not None and session.prompt_token_ids == prompt_token_ids:
+            client = Client("http", session.kv_dtype, post, self)
+            if self.store.adopt(session, client, sampling):
+                return client
+        raise WireError(E_SESSION, "no such session is parked here: it is unknown or has expired")
 
     def drop_client(self, client: Client, outcome: str) -> int:
         """Forget all sessions of a client; how many there were."""
         sessions = self.store.of_client(client)
         for session in sessions:
             self._drop(client, session, outcome)
+        for session in self.store.sessions():
+            if session.opener is client:
+                self._abandon(session)
         return len(sessions)
 
     def status(self, client: Client, ping_ns: int) -> Status:
@@ -152,15 +173,16 @@ class Handover:
 
     def complete(self, session: Session) -> None:
         """See ``SessionEvents.complete``."""
-        _client(session).post(Complete(session.id, session.kv_bytes))
+        for client in _clients(session):
+            client.post(Complete(session.id, session.kv_bytes))
         if session.begin(announced=True):
             self._decode(session)
 
     def failed(self, session: Session, code: str, reason: str) -> None:
         """See ``SessionEvents.failed``."""
-        client = _client(session)
-        self._cancel_job(client, session)
-        client.post(Failed(session.id, code, reason))
+        self._cancel_job(_client(session), session)
+        for client in _clients(session):
+            client.post(Failed(session.id, code, reason))
 
     def progressed(self, session: Session, output: Output) -> None:
         """Account for a decoded token; called on the decoding thread."""
@@ -210,6 +232,14 @@ class Handover:
     def _drop(self, client: Client, session: Session, outcome: str) -> None:
         if self.store.end(session, outcome):
             self._cancel_job(client, session)
+            if not session.complete and session.opener is not client:
+                # It still sends blocks.
+                _opener(session).post(Failed(session.id, E_SESSION, outcome))
+
+    def _abandon(self, session: Session) -> None:
+        """Who opened a session that another has claimed will send no more blocks for it."""
+        if not session.complete:
+            self.store.fail(session, E_SESSION, "the vLLM that prefills it gave it up")
 
     def _cancel_job(self, client: Client, session: Session) -> None:
         job = session.job
@@ -220,3 +250,14 @@ class Handover:
 def _client(session: Session) -> Client:
     assert isinstance(session.client, Client)
     return session.client
+
+
+def _opener(session: Session) -> Client:
+    assert isinstance(session.opener, Client)
+    return session.opener
+
+
+def _clients(session: Session) -> list[Client]:
+    """Who hears of the session: who opened it and, where that is another, who claimed it."""
+    opener, client = _opener(session), _client(session)
+    return [opener] if opener is client else [opener, client]

@@ -90,6 +90,9 @@ class Session:
         self.prompt_token_ids = opened.prompt_token_ids
         self.sampling = opened.sampling
         self.client = client
+        #: Whose blocks arrive; a parked session that is claimed gets another ``client``.
+        self.opener = client
+        self.parked = opened.parked
         self.kv_dtype = kv_dtype
         self.reserved_bytes = reserved_bytes
         self.state = State.RECEIVING

@@ -22,6 +22,7 @@ from mlx_receiver.wire.messages import (
     E_INTERNAL,
     E_SESSION,
     Open,
+    Sampling,
     WireError,
 )
 from mlx_receiver.wire.signature import ModelSignature
@@ -34,6 +35,9 @@ ATTACH_SECONDS: Final = 5.0
 
 #: Seconds without a block after which a started session with a hole is given up.
 STALL_SECONDS: Final = 15.0
+
+#: Seconds after its last block in which a parked session must be claimed.
+PARK_SECONDS: Final = 30.0
 
 #: Ended sessions whose timelines are kept.
 KEPT_TIMELINES: Final = 32
@@ -106,7 +110,9 @@ class SessionStore:
         """
         itemsize = max(ITEMSIZE[kv_dtype], self._model_itemsize)
         tokens = len(message.prompt_token_ids)
-        headroom = min(max(message.sampling.max_tokens, 1), _HEADROOM)
+        # Whoever claims a parked session says only then how much text it may become.
+        wanted = _HEADROOM if message.parked else max(message.sampling.max_tokens, 1)
+        headroom = min(wanted, _HEADROOM)
         need = self._adapter.capacity(tokens, headroom) * self._signature.kv_bytes_per_token(
             itemsize
         )
@@ -137,6 +143,15 @@ class SessionStore:
         with self._lock:
             return self._sessions.get(session_id)
 
+    def adopt(self, session: Session, client: object, sampling: Sampling) -> bool:
+        """Give a parked session to the client that claims it; False when it is too late."""
+        with self._lock:
+            if session.id not in self._sessions or not session.parked:
+                return False
+            session.parked = False
+            session.client, session.sampling = client, sampling
+            return True
+
     def of_client(self, client: object) -> list[Session]:
         """The client's sessions."""
         with self._lock:
@@ -162,7 +177,8 @@ class SessionStore:
             self._events.failed(session, code, reason)
 
     def sweep(self) -> None:
-        """Answer attaches that waited too long; give up sessions whose last blocks never came."""
+        """Answer attaches that waited too long; give up sessions whose last blocks never came,
+        and parked ones that nobody wants."""
         now = time.monotonic()
         with self._lock:
             late = {
@@ -179,6 +195,11 @@ class SessionStore:
                 and not s.complete
                 and s.last_progress + STALL_SECONDS < now
             ]
+            unclaimed = [
+                s
+                for s in self._sessions.values()
+                if s.parked and s.last_progress + PARK_SECONDS < now
+            ]
         for session_id, replies in late.items():
             _answer(replies, DataReply(session_id, False, E_SESSION, "no such session was opened"))
         for session in stalled:
@@ -188,6 +209,8 @@ class SessionStore:
                 f"no block came for {STALL_SECONDS:.0f} s, but the cache is incomplete: "
                 f"{session.missing()}",
             )
+        for session in unclaimed:
+            self.fail(session, E_SESSION, f"nobody claimed it within {PARK_SECONDS:.0f} s")
 
     def grow(self, session: Session, tokens: int) -> None:
         """Account for a cache that has outgrown what was reserved for it."""

@@ -25,13 +25,13 @@ from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
 from mlx_receiver.wire.signature import PLAIN_KV_ARCHITECTURES, signature_from_config
-from vllm_mac_decode import engine_seam, settings
+from vllm_mac_decode import engine_seam, policy, settings
 from vllm_mac_decode.export_plan import ExportPlan
 from vllm_mac_decode.exporter import Exporter
 from vllm_mac_decode.link import Link
 from vllm_mac_decode.metadata import StepExports, WorkerReport
 from vllm_mac_decode.paged_layout import LayoutError
-from vllm_mac_decode.relay import Relay
+from vllm_mac_decode.relay import ROUTER_KEY, Relay
 from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_from
 from vllm_mac_decode.worker_layers import exported_layers, updates_before_hook
 
@@ -243,10 +243,20 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Keep the blocks while workers may still be reading them."""
-        if self.relay is not None and str(request.get_finished_reason()) == "abort":
-            self.relay.aborted(request.request_id)
-        return self._plan is not None and self._plan.forget(request.request_id), None
+        """Keep the blocks while workers may still be reading them; answer a router."""
+        params = None
+        relay, reason = self.relay, str(request.get_finished_reason())
+        if relay is not None and reason == "abort":
+            relay.aborted(request.request_id)
+        elif relay is not None and reason in ("stop", "length") and policy.is_routed(request):
+            # What the decoding server of a router is told, beside what such servers expect.
+            params = {
+                "do_remote_prefill": True,
+                "do_remote_decode": False,
+                "remote_engine_id": self._kv_transfer_config.engine_id,
+                ROUTER_KEY: relay.prefilled(request),
+            }
+        return self._plan is not None and self._plan.forget(request.request_id), params
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

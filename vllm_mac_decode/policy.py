@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 MAX_LOGPROBS = 20
 
 
+def is_routed(request: Request) -> bool:
+    """Whether a router asks for the prefill only, and another server will decode."""
+    params = request.kv_transfer_params
+    return bool(params and params.get("do_remote_decode")) and request.max_tokens == 1
+
+
 def local_reason(request: Request, settings: Settings) -> str | None:
     """Why this request must decode locally, as a metric label; None when it may be handed off."""
     params = request.sampling_params
@@ -28,10 +34,13 @@ def local_reason(request: Request, settings: Settings) -> str | None:
         return "prompt_embeds"
     if request.resumable:
         return "streaming_input"
-    if request.kv_transfer_params:
+    routed = is_routed(request)
+    if request.kv_transfer_params and not routed:
         return "router"
     if len(request.prompt_token_ids) < settings.min_prompt_tokens:
         return "short_prompt"
+    if routed:
+        return None  # whoever decodes has the sampling parameters
     if request.max_tokens < settings.min_output_tokens:
         return "short_output"
     return _sampling_reason(params)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.mac_decode.relay")
+
+#: Our key in the ``kv_transfer_params`` that routers carry to the receiver.
+ROUTER_KEY = "mac_decode"
+
+_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 _BREAKER_FAILURES = 3
 _BREAKER_WINDOW = 30.0
@@ -50,6 +55,8 @@ class Session:
     ended: bool = False  # the receiver has no part in it any more
     continued_as: str = ""  # the local continuation's request id
     kv_complete: bool = False
+    parked: bool = False  # a router's prefill: the receiver is asked for the rest over HTTP
+    handed_on: bool = False  # the router knows about it; only KV is left to be sent
     tokens: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
     progress_at: float = 0.0
@@ -100,6 +107,7 @@ class Relay:
                 logger.debug("request %s decodes locally: %s", request.request_id, reason)
                 return
             session = Session(secrets.randbits(62), request, request.max_tokens)
+            session.parked = policy.is_routed(request)
             self._sessions[session.session] = session
             self._by_request[request.request_id] = session
             request.max_tokens = 1
@@ -121,10 +129,31 @@ class Relay:
                     session=session.session,
                     request_id=request.request_id,
                     prompt_token_ids=request.prompt_token_ids,
-                    sampling=policy.sampling(request, min(session.max_tokens, room)),
+                    sampling=m.Sampling(max_tokens=1)
+                    if session.parked
+                    else policy.sampling(request, min(session.max_tokens, room)),
+                    parked=session.parked,
                 )
             )
             return session
+
+    def prefilled(self, request: Request) -> dict[str, Any]:
+        """A router's prefill request is done: what the receiver must be told over HTTP to go on.
+
+        Without a session, for whatever reason, it prefills too, but needs not tokenise.
+        """
+        with self._lock:
+            session = self._by_request.get(request.request_id)
+            parked = session is not None and session.asked and not session.ended
+            if session is not None and parked:
+                session.handed_on = True
+                if session.kv_complete:
+                    self._finish_parked(session)
+            return {
+                "session": str(session.session) if session is not None and parked else None,
+                "first_token": request.output_token_ids[0],
+                "prompt_token_ids": list(request.prompt_token_ids or ()),
+            }
 
     def preempted(self, request_id: str) -> None:
         """vLLM took the request's blocks away: it starts over, locally."""
@@ -192,6 +221,9 @@ class Relay:
     def _keep(self, client: int, session: Session, output: EngineCoreOutput) -> bool:
         """Whether the step's output goes out with the step. False: it was sent from here."""
         assert self.seam is not None
+        if session.parked:
+            self._keep_prefilled(session, output)
+            return True
         if session.continued_as:
             if output.request_id != session.continued_as:
                 return True
@@ -220,6 +252,27 @@ class Relay:
         else:
             self._send(m.Start(session.session, session.tokens[-1]))
         return False
+
+    def _keep_prefilled(self, session: Session, output: EngineCoreOutput) -> None:
+        if output.finish_reason is None:
+            return
+        self._by_request.pop(session.request_id, None)
+        if not session.handed_on and not session.ended:
+            self._cancel(session, "the prefill failed")
+        if output.kv_transfer_params and output.new_logprobs is not None:
+            # The router throws the first token's own response away.
+            ids, values, ranks, *_ = output.new_logprobs
+            output.kv_transfer_params[ROUTER_KEY]["logprobs"] = {
+                "token_ids": [int(token) for token in ids[0]],
+                "values": [max(float(value), _LOWEST_LOGPROB) for value in values[0]],
+                "rank": int(ranks[0]),
+            }
+
+    def _finish_parked(self, session: Session) -> None:
+        """All KV is there: neither the workers nor this side have a part in it any more."""
+        session.ended = True
+        self._sessions.pop(session.session, None)
+        self._ended.append(session.session)
 
     def _hidden(self, request_id: str) -> bool:
         session = self._by_request.get(request_id)
@@ -328,6 +381,8 @@ class Relay:
                         session.kv_complete = True
                         session.progress_at = time.monotonic()
                         self._counts.events["kv_bytes"] += message.kv_bytes
+                        if session.handed_on:
+                            self._finish_parked(session)
                 case m.Status():
                     for progress in message.sessions:
                         self._progress(progress)

@@ -17,6 +17,7 @@ from mlx_receiver.api import logprobs, parameters
 from mlx_receiver.api.bodies import ChatBody, parse
 from mlx_receiver.api.errors import bad_request
 from mlx_receiver.api.generation import Delta, Sample, merged
+from mlx_receiver.api.parked import HandOff, hand_off
 from mlx_receiver.api.replies import (
     as_json,
     event,
@@ -46,7 +47,14 @@ class _Choice:
 class _Request:
     """One request's samples and how they are written."""
 
-    def __init__(self, service: Service, body: ChatBody, prompt: list[int], http: Request) -> None:
+    def __init__(
+        self,
+        service: Service,
+        body: ChatBody,
+        prompt: list[int],
+        handoff: HandOff | None,
+        http: Request,
+    ) -> None:
         self.service = service
         self.body = body
         self.prompt = prompt
@@ -63,6 +71,8 @@ class _Request:
             sampling = parameters.sampling(body, service.defaults, service.tokenizer, room, index)
             service.check(prompt, sampling)
             self.samples.append(Sample(index, prompt, sampling, rules))
+        # vLLM answers with the parameters of the last sample.
+        self.samples[-1].handoff = handoff
         self.choices = [
             _Choice(ToolStream(service.tokenizer, tools) if parses and tools else None)
             for _ in self.samples
@@ -96,7 +106,9 @@ class _Request:
 
     def _usage(self, samples: list[Sample] | None = None) -> dict[str, Any]:
         counted = self.samples if samples is None else samples
-        return usage(len(self.prompt), sum(s.tokens for s in counted), counted[0].cached_tokens)
+        return usage(
+            len(self.prompt), sum(s.tokens for s in counted), self.samples[-1].cached_tokens
+        )
 
     async def whole(self) -> dict[str, Any]:
         """The response of a request that does not stream."""
@@ -195,13 +207,17 @@ class _Request:
 async def chat_completions(service: Service, request: Request) -> Response:
     """Answer a conversation. Raises ApiError."""
     body = parse(await service.body(request), ChatBody)
-    service.check_model(body.model)
+    handoff = hand_off(body.kv_transfer_params)
+    service.check_model(None if handoff else body.model)
     if body.tool_choice not in (None, "auto", "none"):
         raise bad_request(
             "tool_choice must be auto or none: this receiver cannot force a call", "tool_choice"
         )
-    prompt = await asyncio.to_thread(_prompt, service, body)
-    work = await asyncio.to_thread(_Request, service, body, prompt, request)
+    if handoff is not None:
+        prompt = handoff.prompt_token_ids
+    else:
+        prompt = await asyncio.to_thread(_prompt, service, body)
+    work = await asyncio.to_thread(_Request, service, body, prompt, handoff, request)
     if body.stream:
         return await stream(request, work.events())
     return as_json(await unless_gone(request, work.whole()))

@@ -15,6 +15,7 @@ from mlx_receiver.api import logprobs, parameters
 from mlx_receiver.api.bodies import CompletionBody, parse
 from mlx_receiver.api.errors import bad_request
 from mlx_receiver.api.generation import Delta, Sample, merged
+from mlx_receiver.api.parked import HandOff, hand_off
 from mlx_receiver.api.replies import (
     as_json,
     event,
@@ -31,6 +32,7 @@ from mlx_receiver.api.service import Service
 class _Prompt:
     token_ids: list[int]
     text: str | None
+    handoff: HandOff | None = None
 
 
 @dataclass(slots=True)
@@ -64,6 +66,8 @@ class _Request:
                 sampling = parameters.sampling(body, service.defaults, service.tokenizer, room, i)
                 service.check(prompt.token_ids, sampling)
                 self.samples.append(Sample(number * self.n + i, prompt.token_ids, sampling, rules))
+            # vLLM answers with the parameters of the last sample.
+            self.samples[-1].handoff = prompt.handoff
         self.choices = [_Choice() for _ in self.samples]
 
     def _prompt(self, index: int) -> _Prompt:
@@ -103,7 +107,7 @@ class _Request:
         return usage(
             sum(len(s.prompt) for s in prompts),
             sum(s.tokens for s in counted),
-            sum(s.cached_tokens for s in prompts),
+            sum(s.cached_tokens for s in counted),
         )
 
     async def whole(self) -> dict[str, Any]:
@@ -175,18 +179,22 @@ class _Request:
 async def completions(service: Service, request: Request) -> Response:
     """Continue prompts. Raises ApiError."""
     body = parse(await service.body(request), CompletionBody)
-    service.check_model(body.model)
-    prompts = await asyncio.to_thread(_prompts, service, body)
+    handoff = hand_off(body.kv_transfer_params)
+    service.check_model(None if handoff else body.model)
+    prompts = await asyncio.to_thread(_prompts, service, body, handoff)
     work = await asyncio.to_thread(_Request, service, body, prompts, request)
     if body.stream:
         return await stream(request, work.events())
     return as_json(await unless_gone(request, work.whole()))
 
 
-def _prompts(service: Service, body: CompletionBody) -> list[_Prompt]:
+def _prompts(service: Service, body: CompletionBody, handoff: HandOff | None) -> list[_Prompt]:
     """Every prompt as token ids. Raises ApiError for anything but OpenAI's four forms."""
     given = body.prompt
     many: list[Any] = given if isinstance(given, list) and not _are_ids(given) else [given]
+    if handoff is not None and len(many) == 1:
+        text = many[0] if isinstance(many[0], str) else None
+        return [_Prompt(handoff.prompt_token_ids, text, handoff)]
     found = []
     for prompt in many:
         if isinstance(prompt, str):
@@ -202,6 +210,11 @@ def _prompts(service: Service, body: CompletionBody) -> list[_Prompt]:
             )
     if not found or not all(prompt.token_ids for prompt in found):
         raise bad_request("the prompt is empty", "prompt")
+    for prompt in found:
+        if handoff is not None and prompt.token_ids == handoff.prompt_token_ids:
+            # Of several prompts vLLM answers with the parameters of one.
+            prompt.handoff = handoff
+            break
     return found
 
 

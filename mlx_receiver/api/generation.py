@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from mlx_receiver.api.errors import ApiError, from_wire
+from mlx_receiver.api.parked import HandOff
 from mlx_receiver.api.service import Service
 from mlx_receiver.api.text import OutputText, TextRules
 from mlx_receiver.wire.messages import Decoded, Logprobs, Sampling, WireError
@@ -33,8 +34,13 @@ class Sample:
     prompt: list[int]
     sampling: Sampling
     rules: TextRules
+    handoff: HandOff | None = None
     tokens: int = 0
-    cached_tokens: int = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were in a prefix cache."""
+        return 0 if self.handoff is None else self.handoff.cached_tokens
 
 
 async def generate(service: Service, sample: Sample) -> AsyncGenerator[Delta, None]:
@@ -43,7 +49,7 @@ async def generate(service: Service, sample: Sample) -> AsyncGenerator[Delta, No
     Raises ApiError.
     """
     text = OutputText(service.tokenizer, sample.prompt, sample.rules)
-    tokens = service.decode(sample.prompt, sample.sampling)
+    tokens = service.decode(sample.prompt, sample.sampling, sample.handoff)
     try:
         async with contextlib.aclosing(tokens):
             async for decoded in tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import time
 from collections.abc import AsyncGenerator
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from mlx_receiver.api.decoding import decode_locally
 from mlx_receiver.api.errors import ApiError, bad_request
 from mlx_receiver.api.parameters import Defaults
+from mlx_receiver.api.parked import HandOff, decode_handed_off
 from mlx_receiver.api.tokenizer import Tokenizer
 from mlx_receiver.local import check_job
 from mlx_receiver.wire.messages import Decoded, Sampling, WireError
@@ -31,6 +33,7 @@ class Service:
         settings = receiver.settings
         self.source = receiver.source
         self.engine = receiver.engine
+        self.handover = receiver.handover
         self.tokenizer = Tokenizer(receiver.source)
         self.defaults = Defaults(receiver.source)
         self.created = int(time.time())
@@ -81,6 +84,15 @@ class Service:
         except WireError as error:
             raise bad_request(error.reason) from None
 
-    def decode(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Decoded, None]:
+    async def decode(
+        self, prompt: list[int], sampling: Sampling, handoff: HandOff | None = None
+    ) -> AsyncGenerator[Decoded, None]:
         """The sample's tokens. Closing the generator stops decoding. Raises WireError."""
-        return decode_locally(self.engine, prompt, sampling)
+        if handoff is None or (sampling.logprobs is not None and handoff.logprobs is None):
+            # Without the first token's log-probabilities another first token must be drawn.
+            tokens = decode_locally(self.engine, prompt, sampling)
+        else:
+            tokens = decode_handed_off(self.engine, self.handover, handoff, sampling, lambda: None)
+        async with contextlib.aclosing(tokens):
+            async for decoded in tokens:
+                yield decoded

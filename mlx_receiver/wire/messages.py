@@ -113,6 +113,8 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     """Ask for a session. ``session`` is a random number below 2**63, chosen by the client.
 
     ``prompt_token_ids`` are the tokens whose KV will arrive; the receiver never tokenises.
+    A ``parked`` session gets no Start: it waits for whoever shows its id over HTTP, with a first
+    token and sampling of their own, and expires if nobody does.
     """
 
     session: int
@@ -120,6 +122,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     prompt_token_ids: list[int]
     sampling: Sampling
     codec: str = "raw"
+    parked: bool = False
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):

@@ -1,0 +1,191 @@
+"""Sessions that a router's prefill request has parked here, and their continuation."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Final
+
+import msgspec
+
+from mlx_receiver.api.decoding import Events, decode_locally
+from mlx_receiver.api.errors import bad_request
+from mlx_receiver.engine import DecodeEngine
+from mlx_receiver.handover import Client, Handover
+from mlx_receiver.sampling import check_stop
+from mlx_receiver.wire.messages import (
+    E_SESSION,
+    Cancel,
+    Decoded,
+    Failed,
+    Logprobs,
+    ReceiverMessage,
+    Sampling,
+    Start,
+    Step,
+    WireError,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Our key in ``kv_transfer_params``.
+KEY: Final = "mac_decode"
+
+#: Seconds that a session may be asked for before its Open has been read.
+_OPEN_SECONDS: Final = 0.25
+#: Seconds between looks at a session that says nothing.
+_LOOK_SECONDS: Final = 1.0
+
+
+class FirstLogprobs(msgspec.Struct, frozen=True):
+    """``wire.messages.Logprobs`` of the first token, as JSON has it."""
+
+    token_ids: list[int]
+    values: list[float]
+    rank: int
+
+
+class HandOff(msgspec.Struct, frozen=True):
+    """What the prefilling vLLM says of a prompt: ``kv_transfer_params["mac_decode"]``.
+
+    ``session`` is the number of the parked session in decimal (JSON numbers lose digits in some
+    proxies), None when no KV was sent. ``cached_tokens`` of the prompt were in vLLM's prefix cache.
+    """
+
+    first_token: int
+    prompt_token_ids: list[int]
+    session: str | None = None
+    logprobs: FirstLogprobs | None = None
+    cached_tokens: int = 0
+
+    @property
+    def session_id(self) -> int | None:
+        """The parked session's number."""
+        return int(self.session) if self.session and self.session.isdecimal() else None
+
+
+def hand_off(params: dict[str, Any] | None) -> HandOff | None:
+    """What ``kv_transfer_params`` says to this receiver, if anything. Raises ApiError."""
+    ours = (params or {}).get(KEY)
+    if ours is None:
+        return None
+    try:
+        found = msgspec.convert(ours, HandOff)
+    except msgspec.ValidationError as error:
+        raise bad_request(f"kv_transfer_params.{KEY}: {error}", "kv_transfer_params") from None
+    # vLLM's own addition for decoding servers.
+    cached = (params or {}).get("remote_prefill_cached_tokens")
+    return msgspec.structs.replace(found, cached_tokens=cached if isinstance(cached, int) else 0)
+
+
+async def decode_handed_off(
+    engine: DecodeEngine,
+    handover: Handover,
+    handoff: HandOff,
+    sampling: Sampling,
+    lost: Callable[[], None],
+) -> AsyncGenerator[Decoded, None]:
+    """The first token, then what follows it: from the parked session's KV, else from a prefill
+    here, of which ``lost`` is told.
+
+    Closing the generator ends the session. Raises WireError.
+    """
+    prompt, first = handoff.prompt_token_ids, handoff.first_token
+    claim = await _Claim.make(handover, handoff, sampling)
+    try:
+        finish = check_stop(sampling, first, 1, len(prompt) + 1, engine.source.max_tokens)
+        rows = None
+        if sampling.logprobs is not None and (known := handoff.logprobs) is not None:
+            rows = [Logprobs(known.token_ids, known.values, known.rank)]
+        yield Decoded(0, 0, [first], finish.reason, finish.stop_reason, rows)
+        if finish.reason:
+            return
+        try:
+            if claim is not None:
+                async for decoded in claim.decode():
+                    yield decoded
+                return
+        except _Lost as loss:
+            logger.warning("a hand-off was lost, the prompt is prefilled here: %s", loss)
+    finally:
+        if claim is not None:
+            claim.release()
+    lost()
+    locally = decode_locally(engine, prompt, sampling, first)
+    try:
+        async for decoded in locally:
+            yield decoded
+    finally:
+        await locally.aclose()
+
+
+class _Lost(Exception):
+    """The session ended before anything was decoded from it."""
+
+
+class _Claim:
+    """A session taken over from its vLLM."""
+
+    def __init__(self, handover: Handover, session: int, first_token: int) -> None:
+        self._handover = handover
+        self._session = session
+        self._first_token = first_token
+        self._events = Events()
+        self._client: Client | None = None
+        self._over = False
+
+    @classmethod
+    async def make(cls, handover: Handover, handoff: HandOff, sampling: Sampling) -> _Claim | None:
+        """The claim, or None when there is no such session; decoding starts at once."""
+        session = handoff.session_id
+        if session is None:
+            return None
+        claim = cls(handover, session, handoff.first_token)
+        until = time.monotonic() + _OPEN_SECONDS
+        while True:
+            try:
+                claim._client = handover.claim(
+                    session, handoff.prompt_token_ids, sampling, claim._post
+                )
+                handover.start(claim._client, Start(session, handoff.first_token))
+                return claim
+            except WireError as error:
+                # Its Open travels on another connection than the HTTP request.
+                if claim._client is not None or time.monotonic() > until:
+                    logger.warning("session %d: %s; prefilling here", session, error.reason)
+                    claim.release()
+                    return None
+            await asyncio.sleep(0.02)
+
+    async def decode(self) -> AsyncGenerator[Decoded, None]:
+        """What follows the first token. Raises _Lost before the first of it, WireError later."""
+        started = False
+        while not self._over:
+            try:
+                decoded = await self._events.get(_LOOK_SECONDS)
+            except (TimeoutError, WireError) as error:
+                failure = error if isinstance(error, WireError) else None
+                if failure is None and self._handover.store.get(self._session) is not None:
+                    continue
+                # Without a failure its end and the claim crossed: nobody was told.
+                failure = failure or WireError(E_SESSION, "the session has ended")
+                self._over = True
+                raise failure if started else _Lost(failure.reason) from error
+            started = True
+            self._over = bool(decoded.finish)
+            yield decoded
+
+    def release(self) -> None:
+        """End the session unless it has ended."""
+        if not self._over and self._client is not None:
+            self._over = True
+            self._handover.cancel(self._client, Cancel(self._session))
+
+    def _post(self, message: ReceiverMessage) -> None:
+        if isinstance(message, Step):
+            for decoded in message.decoded:
+                self._events.put(decoded)
+        elif isinstance(message, Failed):
+            self._events.put(WireError(message.code, message.reason))
