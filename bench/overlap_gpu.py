@@ -141,6 +141,14 @@ class ReceiverProcess:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", timeout=10) as answer:
             return json.load(answer)
 
+    def decoded_tokens(self) -> int:
+        """How many tokens it has decoded."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/metrics", timeout=10) as answer:
+            for line in answer.read().decode().splitlines():
+                if line.startswith("mlx_receiver_decoded_tokens_total "):
+                    return int(float(line.split()[1]))
+        return 0
+
     def stop(self) -> None:
         """End it."""
         try:

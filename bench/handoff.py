@@ -1,0 +1,148 @@
+"""One machine, one run: what the connector costs vLLM and what a hand-off takes.
+
+Three kinds of request with fresh random prompts: vLLM without the connector; with it, kept local
+by a marker; with it, handed off to a receiver on this machine. On a machine without accelerators
+both engines share the cores, so the absolute times say little; the ratios are the point.
+
+    python -m bench.handoff --out bench/results/handoff.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from tests.servers import Vllm, pair, start_vllm
+
+
+def ask(vllm: Vllm, prompt: list[int], tokens: int, local: bool) -> list[float]:
+    """Seconds from the request to each token, as a streaming client sees them."""
+    body: dict[str, Any] = {
+        "model": vllm.name,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    if local:
+        body["vllm_xargs"] = {"keep": "local"}
+    began, times = time.perf_counter(), []
+    with httpx.stream("POST", f"{vllm.url}/v1/completions", json=body, timeout=300) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    times += [time.perf_counter() - began] * len(choice["token_ids"] or ())
+    assert len(times) == tokens, f"{len(times)} of {tokens} tokens came"
+    return times
+
+
+def milliseconds(values: list[float]) -> float:
+    """The median in milliseconds."""
+    return round(1000 * statistics.median(values), 1)
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=None, help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    model = options.model
+    if model is None:
+        from vllm_mac_decode.demo.model import fetch_smollm2
+
+        model = fetch_smollm2()
+    source = random.Random(11)
+
+    def fresh() -> list[int]:
+        return [source.randrange(20, 49000) for _ in range(options.prompt_tokens)]
+
+    def repeat(vllm: Vllm, local: bool) -> list[list[float]]:
+        return [ask(vllm, fresh(), options.tokens, local) for _ in range(options.repeats)]
+
+    logs = Path(tempfile.mkdtemp(prefix="handoff-"))
+    plain_server = start_vllm(model, logs / "plain.log")
+    try:
+        ask(plain_server, fresh(), 2, False)
+        plain = repeat(plain_server, False)
+    finally:
+        plain_server.server.stop()
+    local, handed, exposed, gaps = [], [], [], []
+    with pair(model, logs) as (vllm, receiver):
+        base = f"http://127.0.0.1:{receiver.http_port}/handoffs"
+        ask(vllm, fresh(), options.tokens, False)
+        kv_bytes = receiver.metric("mlx_receiver_kv_bytes_total")
+        for _ in range(options.repeats):
+            local.append(ask(vllm, fresh(), options.tokens, True))
+            handed.append(ask(vllm, fresh(), options.tokens, False))
+            summary = max(httpx.get(base).json(), key=lambda row: row["opened_ns"])
+            blocks = httpx.get(f"{base}/{summary['request_id']}").json()["blocks"]
+            exposed.append((summary["complete_ns"] - max(b["computed_ns"] for b in blocks)) / 1e9)
+            gaps.append(handed[-1][1] - handed[-1][0])
+        kv_bytes = (receiver.metric("mlx_receiver_kv_bytes_total") - kv_bytes) / options.repeats
+
+    def rate(runs: list[list[float]]) -> float:
+        return round(statistics.median((len(t) - 2) / (t[-1] - t[1]) for t in runs), 2)
+
+    first = {
+        name: milliseconds([t[0] for t in runs])
+        for name, runs in (("plain", plain), ("local", local), ("handed_off", handed))
+    }
+    result = {
+        "what": "hand-off on one machine without accelerators, fp32",
+        "command": " ".join(["python -m bench.handoff", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("vllm", "mlx", "mlx-lm", "torch")},
+        "date": time.strftime("%Y-%m-%d"),
+        "model": model.name,
+        "prompt_tokens": options.prompt_tokens,
+        "repeats": options.repeats,
+        "first_token_ms": first,
+        "handed_off_over_plain": round(first["handed_off"] / first["plain"], 3),
+        "handed_off_over_local": round(first["handed_off"] / first["local"], 3),
+        "kv_bytes": kv_bytes,
+        "cache_complete_after_last_layer_ms": milliseconds(exposed),
+        "handoff_gap_ms": milliseconds(gaps),
+        "tokens_per_second": {"vllm": rate(local), "receiver": rate(handed)},
+    }
+    table = Table(title=f"{model.name}, {options.prompt_tokens} tokens in, fp32, one machine")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for key in (
+        "first_token_ms",
+        "handed_off_over_plain",
+        "handed_off_over_local",
+        "kv_bytes",
+        "cache_complete_after_last_layer_ms",
+        "handoff_gap_ms",
+        "tokens_per_second",
+    ):
+        table.add_row(key, str(result[key]))
+    Console().print(table)
+    print(json.dumps(result))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
