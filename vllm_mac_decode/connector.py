@@ -76,6 +76,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self._exporter: Exporter | None = None
         self._report = WorkerReport("", "the KV caches were never registered")
         self._early = False
+        self._announced: set[str] = set()  # requests with spans whose end was not reported yet
+        self._waiting: set[str] = set()  # those of them that have finished
         self.relay: Relay | None = None
         self._plan: ExportPlan | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -128,8 +130,10 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins: tell the exporter what it will write."""
         super().bind_connector_metadata(connector_metadata)
-        if self._exporter is not None and isinstance(connector_metadata, StepExports):
-            meta = connector_metadata
+        assert isinstance(connector_metadata, StepExports)
+        meta = connector_metadata
+        self._announced |= {span.request_id for span in meta.spans}
+        if self._exporter is not None:
             self._exporter.begin_step(meta.spans, meta.ended, meta.target)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
@@ -161,9 +165,16 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(lambda: (None, None))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose blocks have been read, so that vLLM can free them."""
-        if self._exporter is None:
-            return None, None
-        return self._exporter.finished(finished_req_ids) or None, None
+        # Counted here too: without an exporter (another worker holds the same heads, or a fault
+        # switched it off) vLLM still waits for this worker's word.
+        self._waiting |= finished_req_ids & self._announced
+        if self._exporter is not None:
+            done = self._exporter.finished(finished_req_ids)
+        else:
+            done = self._waiting.copy()
+        self._waiting -= done
+        self._announced -= done
+        return done or None, None
 
     # --- scheduler half ---------------------------------------------------------------------
 

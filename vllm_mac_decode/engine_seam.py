@@ -57,13 +57,21 @@ def install() -> None:
         outputs = update_from_output(self, *args, **kwargs)
         relay = _relay(self)
         if relay is not None:
-            relay.rewrite(outputs)
+            try:
+                relay.rewrite(outputs)
+            except Exception:
+                self.connector.fault("rewrite")
         return outputs
 
     @functools.wraps(abort_requests)
     def abort(self: Any, request_ids: list[str]) -> Any:
         relay = _relay(self.scheduler)
-        return abort_requests(self, relay.abort(request_ids) if relay is not None else request_ids)
+        if relay is not None:
+            try:
+                request_ids = relay.abort(request_ids)
+            except Exception:
+                self.scheduler.connector.fault("abort")
+        return abort_requests(self, request_ids)
 
     for engine in (EngineCoreProc, DPEngineCoreProc):
         engine.run_busy_loop = _attaching(engine.run_busy_loop)

@@ -139,7 +139,7 @@ class Exporter:
 
     def layer_written(self, name: str) -> None:
         """The layer's K and V of this step are in the paged cache (in stream order)."""
-        if name not in self._unwritten:
+        if name not in self._unwritten or self._closing:
             return
         self._unwritten.discard(name)
         written = None
@@ -159,7 +159,7 @@ class Exporter:
         """Requests among these, and earlier ones, whose blocks have been read or given up."""
         with self._lock:
             self._waiting |= request_ids & self._unread.keys()
-            done = {r for r in self._waiting if self._unread[r] <= 0}
+            done = {r for r in self._waiting if self._closing or self._unread[r] <= 0}
             self._waiting -= done
             for request_id in done:
                 del self._unread[request_id]
@@ -182,10 +182,7 @@ class Exporter:
         except Exception:
             if not self._closing:
                 logger.exception("the KV export stopped; requests decode locally from now on")
-            self._closing = True
-            with self._lock:
-                for request_id in self._unread:
-                    self._unread[request_id] = 0
+            self._closing = True  # ``finished`` reports everything from now on
 
     def _read(self, job: _Job, span: ExportSpan) -> None:
         """One layer of a span has left the paged cache, or will never be wanted."""

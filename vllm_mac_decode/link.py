@@ -137,12 +137,11 @@ class Link:
                 attempt = 0
             pause = pause or _RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)]
             attempt += 1
-            self._pause(pause)
+            self._sleep(pause)
 
-    def _pause(self, seconds: float) -> None:
+    def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self._closing and (left := until - time.monotonic()) > 0:
-            self._listener.tick(time.monotonic())
             time.sleep(min(left, 0.1))
 
     def _converse(self) -> float:
