@@ -106,6 +106,35 @@ def start(
             show_default=False,
         ),
     ] = "",
+    prefill: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_PREFILL",
+            help="Front door: the URL of a vLLM with mac_decode that prefills long prompts.",
+            show_default=False,
+        ),
+    ] = "",
+    prefill_min_tokens: Annotated[
+        int,
+        typer.Option(
+            envvar="MLX_RECEIVER_PREFILL_MIN_TOKENS", help="Shorter prompts are prefilled here."
+        ),
+    ] = 512,
+    prefill_timeout: Annotated[
+        float,
+        typer.Option(
+            envvar="MLX_RECEIVER_PREFILL_TIMEOUT",
+            help="Seconds after which a prompt is prefilled here after all.",
+        ),
+    ] = 60.0,
+    prefill_api_key: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_PREFILL_API_KEY",
+            help="The API key of that vLLM.",
+            show_default=False,
+        ),
+    ] = "",
     dtype: _Dtype = "auto",
     kv_memory: Annotated[
         str,
@@ -137,6 +166,10 @@ def start(
             token=token,
             api_key=api_key,
             served_model_name=served_model_name,
+            prefill=prefill,
+            prefill_min_tokens=prefill_min_tokens,
+            prefill_timeout=prefill_timeout,
+            prefill_api_key=prefill_api_key,
             dtype=_checked_dtype(dtype),
             kv_memory=None if kv_memory == "auto" else parse_bytes(kv_memory),
             max_sessions=max_sessions,
@@ -240,6 +273,11 @@ def _announcement(receiver: Receiver) -> list[str]:
     if receiver.http is not None:
         base = f"http://{settings.host}:{receiver.http.port}"
         lines.append(f"OpenAI API on {base}/v1, health and metrics on {base}/health")
+        if settings.prefill:
+            lines.append(
+                f"Prompts of {settings.prefill_min_tokens} tokens and more are prefilled by "
+                f"{settings.prefill}"
+            )
     token = "MAC_DECODE_TOKEN=... " if settings.token else ""
     lines += [
         "On the vLLM machine:",

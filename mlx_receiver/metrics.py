@@ -28,6 +28,13 @@ class Metrics:
             ["code"],
             registry=self.registry,
         )
+        self.frontdoor_requests = Counter(
+            "mlx_receiver_frontdoor_requests_total",
+            "Prompts of the front door: short ones (local), prefilled by vLLM (remote), or here "
+            "because vLLM could not (fallback).",
+            ["path"],
+            registry=self.registry,
+        )
         self.sessions_active = Gauge(
             "mlx_receiver_sessions_active", "Sessions that exist.", registry=self.registry
         )

@@ -20,6 +20,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``port`` and ``data_port`` may be 0 (any free port), ``http_port`` None (no HTTP).
     ``transport`` names one bulk transport or several, separated by commas; the first listens on
     ``data_port``, the others on the ports after it (any free ones when it is 0).
+    ``prefill`` is the base URL of a vLLM that prefills for the HTTP API's clients; empty: none.
     An empty ``served_model_name`` means ``model``.
     ``kv_memory`` is in bytes, None for a share of what the machine has.
     """
@@ -32,6 +33,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     token: str = ""
     api_key: str = ""
     served_model_name: str = ""
+    prefill: str = ""
+    prefill_min_tokens: int = 512
+    prefill_timeout: float = 60.0
+    prefill_api_key: str = ""
     dtype: str = "auto"
     kv_memory: int | None = None
     max_sessions: int = 64
@@ -57,6 +62,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 "a key anyone there could use the model: set --api-key (or MLX_RECEIVER_API_KEY), "
                 "or --http-port -1 for no HTTP"
             )
+        if self.prefill and not self.prefill.startswith(("http://", "https://")):
+            raise SettingsError(f"--prefill {self.prefill} is not a URL, e.g. http://spark:8000")
+        if self.prefill and self.http_port is None:
+            raise SettingsError("--prefill is for clients of the HTTP API: it needs --http-port")
+        if self.prefill_timeout <= 0:
+            raise SettingsError("--prefill-timeout must be above 0 seconds")
         for name in ("max_sessions", "max_batch"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be at least 1")

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from mlx_receiver.api import logprobs, parameters
 from mlx_receiver.api.bodies import ChatBody, parse
 from mlx_receiver.api.errors import bad_request
-from mlx_receiver.api.generation import Delta, Sample, merged
+from mlx_receiver.api.generation import Delta, merged
 from mlx_receiver.api.parked import HandOff, hand_off
 from mlx_receiver.api.replies import (
     as_json,
@@ -27,6 +27,7 @@ from mlx_receiver.api.replies import (
     usage,
     wants_usage,
 )
+from mlx_receiver.api.sample import Sample
 from mlx_receiver.api.service import Service
 from mlx_receiver.api.tools import ToolStream
 

@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from mlx_receiver.api.errors import ApiError, from_wire
-from mlx_receiver.api.parked import HandOff
+from mlx_receiver.api.sample import Sample
 from mlx_receiver.api.service import Service
-from mlx_receiver.api.text import OutputText, TextRules
-from mlx_receiver.wire.messages import Decoded, Logprobs, Sampling, WireError
+from mlx_receiver.api.text import OutputText
+from mlx_receiver.wire.messages import Decoded, Logprobs, WireError
 
 
 @dataclass(slots=True)
@@ -26,30 +26,13 @@ class Delta:
     stop_reason: int | str | None = None
 
 
-@dataclass(slots=True)
-class Sample:
-    """One text to produce. ``index`` is its choice's."""
-
-    index: int
-    prompt: list[int]
-    sampling: Sampling
-    rules: TextRules
-    handoff: HandOff | None = None
-    tokens: int = 0
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that were in a prefix cache."""
-        return 0 if self.handoff is None else self.handoff.cached_tokens
-
-
 async def generate(service: Service, sample: Sample) -> AsyncGenerator[Delta, None]:
     """The sample's deltas, the last one with ``finish``. Closing the generator stops decoding.
 
     Raises ApiError.
     """
     text = OutputText(service.tokenizer, sample.prompt, sample.rules)
-    tokens = service.decode(sample.prompt, sample.sampling, sample.handoff)
+    tokens = service.decode(sample)
     try:
         async with contextlib.aclosing(tokens):
             async for decoded in tokens:

@@ -14,7 +14,9 @@ from starlette.requests import Request
 from mlx_receiver.api.decoding import decode_locally
 from mlx_receiver.api.errors import ApiError, bad_request
 from mlx_receiver.api.parameters import Defaults
-from mlx_receiver.api.parked import HandOff, decode_handed_off
+from mlx_receiver.api.parked import decode_handed_off
+from mlx_receiver.api.prefill import Prefill
+from mlx_receiver.api.sample import Sample
 from mlx_receiver.api.tokenizer import Tokenizer
 from mlx_receiver.local import check_job
 from mlx_receiver.wire.messages import Decoded, Sampling, WireError
@@ -40,6 +42,15 @@ class Service:
         self.model = settings.served_model_name or receiver.source.name
         self._names = {self.model, receiver.source.name, Path(receiver.source.name).name}
         self._api_key = settings.api_key
+        self._metrics = receiver.metrics
+        self._prefill: Prefill | None = None
+        if settings.prefill:
+            self._prefill = Prefill(
+                settings.prefill,
+                settings.prefill_api_key,
+                settings.prefill_min_tokens,
+                settings.prefill_timeout,
+            )
 
     def authorise(self, request: Request) -> None:
         """Raise ApiError (401) unless the request carries the API key, if there is one."""
@@ -84,15 +95,35 @@ class Service:
         except WireError as error:
             raise bad_request(error.reason) from None
 
-    async def decode(
-        self, prompt: list[int], sampling: Sampling, handoff: HandOff | None = None
-    ) -> AsyncGenerator[Decoded, None]:
+    async def decode(self, sample: Sample) -> AsyncGenerator[Decoded, None]:
         """The sample's tokens. Closing the generator stops decoding. Raises WireError."""
+        path = await self._front_door(sample)
+
+        def lost() -> None:
+            nonlocal path
+            path = path and "fallback"
+
+        handoff, sampling = sample.handoff, sample.sampling
         if handoff is None or (sampling.logprobs is not None and handoff.logprobs is None):
             # Without the first token's log-probabilities another first token must be drawn.
-            tokens = decode_locally(self.engine, prompt, sampling)
+            path = path if handoff is None else path and "fallback"
+            tokens = decode_locally(self.engine, sample.prompt, sampling)
         else:
-            tokens = decode_handed_off(self.engine, self.handover, handoff, sampling, lambda: None)
-        async with contextlib.aclosing(tokens):
-            async for decoded in tokens:
-                yield decoded
+            tokens = decode_handed_off(self.engine, self.handover, handoff, sampling, lost)
+        try:
+            async with contextlib.aclosing(tokens):
+                async for decoded in tokens:
+                    yield decoded
+        finally:
+            if path is not None:
+                self._metrics.frontdoor_requests.labels(path).inc()
+
+    async def _front_door(self, sample: Sample) -> str | None:
+        """Have vLLM prefill the prompt if that pays; which way it goes, None without such a vLLM
+        or when a router has done it."""
+        if self._prefill is None or sample.handoff is not None:
+            return None
+        if not self._prefill.pays(sample.prompt, sample.sampling):
+            return "local"
+        sample.handoff = await self._prefill.ask(sample.prompt, sample.sampling)
+        return "fallback" if sample.handoff is None else "remote"
