@@ -246,7 +246,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         for request_id in plan.preempted(scheduler_output):
             relay.preempted(request_id)
             plan.drop(request_id)
-        spans = [span for span in plan.step(scheduler_output) if relay.alive(span.request_id)]
+        # A session may end at any moment: a span that is withheld must not count as announced.
+        spans = plan.step(scheduler_output, relay.alive)
         target = relay.link.target if spans and relay.link is not None else None
         return StepExports(spans=spans, ended=relay.take_ended(), target=target)
 

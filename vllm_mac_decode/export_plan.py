@@ -6,6 +6,7 @@ plan keeps the whole block list of each exported request and turns every step in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -59,12 +60,15 @@ class ExportPlan:
         }
         return [request_id for request_id in lost if request_id in self._requests]
 
-    def step(self, output: SchedulerOutput) -> list[ExportSpan]:
+    def step(
+        self, output: SchedulerOutput, alive: Callable[[str], bool] = lambda _: True
+    ) -> list[ExportSpan]:
         """The spans that this step completes: what it computes, and before a request's first
-        chunk the cached prefix that was never exported."""
+        chunk the cached prefix that was never exported. None of requests that are not ``alive``.
+        """
         spans = []
         for new in output.scheduled_new_reqs:
-            if new.req_id in self._requests:
+            if new.req_id in self._requests and alive(new.req_id):
                 exported = self._requests[new.req_id]
                 exported.blocks = list(new.block_ids[0])
                 spans += self._span(new.req_id, exported, new.num_computed_tokens, output)
@@ -72,7 +76,7 @@ class ExportPlan:
         for request_id, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
-            if request_id in self._requests:
+            if request_id in self._requests and alive(request_id):
                 exported = self._requests[request_id]
                 if blocks is not None:
                     exported.blocks += blocks[0]

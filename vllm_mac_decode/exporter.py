@@ -178,6 +178,8 @@ class Exporter:
 
     def _run(self, loop: Any) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread starts on device 0
             loop()
         except Exception:
             if not self._closing:
