@@ -200,12 +200,17 @@ def start_vllm(
 
 @contextlib.contextmanager
 def pair(
-    model: Path, logs: Path, *, args: tuple[str, ...] = (), receiver_args: tuple[str, ...] = ()
+    model: Path,
+    logs: Path,
+    *,
+    args: tuple[str, ...] = (),
+    receiver_args: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
 ) -> Iterator[tuple[Vllm, Receiver]]:
     """Both servers for one model, connected."""
     receiver = start_receiver(model, logs / "receiver.log", args=receiver_args)
     try:
-        vllm = start_vllm(model, logs / "vllm.log", receiver=receiver.address, args=args)
+        vllm = start_vllm(model, logs / "vllm.log", receiver=receiver.address, args=args, env=env)
         try:
             vllm.wait_connected(receiver)
             yield vllm, receiver
