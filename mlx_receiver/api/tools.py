@@ -26,6 +26,7 @@ class ToolStream:
         self._parse = wrapper.tool_parser
         self._tools = tools
         self._held = ""
+        self._blank = ""
         self._inside = False
         self.calls = 0
 
@@ -55,7 +56,10 @@ class ToolStream:
             calls += found
             content += "" if found else raw
         if self.calls and not content.strip():
-            content = ""
+            # Between and after calls it only separates them.
+            self._blank += content
+            return "", calls
+        content, self._blank = self._blank + content, ""
         return content, calls
 
     def _calls(self, text: str) -> list[dict[str, Any]]:
