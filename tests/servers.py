@@ -186,7 +186,12 @@ def start_vllm(
         "--served-model-name", "m", "--enforce-eager", "--max-model-len", "2048",
         *connector, *args,
     ]  # fmt: skip
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "MAC_DECODE_RECEIVER": receiver or ""}
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "MAC_DECODE_RECEIVER": receiver or "",
+        # What is not about stalls must not depend on how busy the machine is.
+        "MAC_DECODE_STALL_TIMEOUT": "20",
+    }
     server = Server(command, log, environment | (env or {}))
     vllm = Vllm(server, port)
     if wait:
