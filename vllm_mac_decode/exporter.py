@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 from zlib import crc32
 
+import msgspec
 import torch
 from vllm.logger import init_logger
 
@@ -263,12 +264,9 @@ class Exporter:
     def _take_replies(self, stream: Any) -> None:
         if not self._sessions:
             return
-        sender = self._sender
         try:
-            if sender is None:
-                raise TransportError("the bulk connection is gone")
-            replies = sender.replies()
-        except (TransportError, WireError) as error:
+            replies = self._replies()
+        except (TransportError, WireError, msgspec.MsgspecError) as error:
             # Part of every session's blocks may be lost with the connection.
             self._drop_connection()
             for session_id in list(self._sessions):
@@ -276,6 +274,19 @@ class Exporter:
             return
         for reply in replies:
             self._take_reply(reply, stream)
+
+    def _replies(self) -> list[DataReply]:
+        """What the receiver has answered, waiting for the sender only when an answer is due: the
+        sending thread notices a broken connection, too."""
+        pending = any(not session.accepted for session in self._sessions.values())
+        if not self._sender_lock.acquire(blocking=pending):
+            return []
+        try:
+            if self._sender is None:
+                raise TransportError("the bulk connection is gone")
+            return self._sender.replies()
+        finally:
+            self._sender_lock.release()
 
     def _take_reply(self, reply: DataReply, stream: Any) -> None:
         session = self._sessions.get(reply.session)
