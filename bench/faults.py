@@ -108,7 +108,8 @@ def run(
     actions: Counter[str] = Counter()
     try:
         vllm = start_vllm(model, logs / "vllm.log", receiver=receiver.address,
-                          args=("--max-num-batched-tokens", "256"))  # fmt: skip
+                          args=("--max-num-batched-tokens", "256"),
+                          env={"MAC_DECODE_STALL_TIMEOUT": "2"})  # fmt: skip
         # The reference is vLLM alone: hand-offs wait until the receiver is let run.
         receiver.server.signal(signal.SIGSTOP)
         time.sleep(3)

@@ -126,8 +126,8 @@ def check_reachable(settings: Settings) -> Finding:
         return Finding(
             False,
             f"Nothing listens at {settings.receiver} ({reason})",
-            "On the Mac: mlx-receiver start --model … --host 0.0.0.0 --token … --api-key …; then check its "
-            "--port and the firewall between the machines",
+            "On the Mac: mlx-receiver start --model … --host 0.0.0.0 --token … --api-key …; then "
+            "check its --port and the firewall between the machines",
         )
 
 
