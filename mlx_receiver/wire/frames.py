@@ -34,6 +34,7 @@ class Kind(enum.IntEnum):
     ATTACH = 2  # client: tell me when the session may receive blocks
     BLOCK = 3  # client: a rectangle of KV
     REPLY = 4  # receiver: DataReply
+    CREDIT = 5  # receiver: one more unit may be sent (transports without flow control)
 
 
 class Plane(enum.IntEnum):

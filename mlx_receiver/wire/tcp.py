@@ -6,18 +6,21 @@ reads only into memory that a session has reserved, so a slow receiver makes ``s
 
 Timeouts are the kernel's SO_SNDTIMEO and SO_RCVTIMEO: Python's ``settimeout`` would make the
 descriptor non-blocking, on which MSG_WAITALL has no effect.
+
+A transport that moves payloads by other means keeps this connection for everything else: it
+gives ``TcpListener`` a ``Carrier`` (see ``nixl_bulk``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import select
 import socket
 import struct
+import sys
 import threading
-from collections.abc import Sequence
-from zlib import crc32
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 import msgspec
 
@@ -31,15 +34,37 @@ from mlx_receiver.wire.frames import (
     reply_decoder,
     unpack,
 )
-from mlx_receiver.wire.messages import E_BLOCK, E_CREDENTIALS, E_PROTOCOL, Endpoint, WireError
-from mlx_receiver.wire.transport import BlockSink, Landing, Listener, Sender, TransportError
+from mlx_receiver.wire.landing import Lander
+from mlx_receiver.wire.messages import E_CREDENTIALS, E_PROTOCOL, Endpoint, WireError
+from mlx_receiver.wire.transport import BlockSink, Listener, Sender, TransportError
 
 logger = logging.getLogger(__name__)
 
-_SCRATCH_BYTES = 1 << 20
-_MAX_SMALL_PAYLOAD = 64 << 10
-_HELLO_SECONDS = 5.0
-_REPLY_SECONDS = 1.0
+#: Largest payload of a frame that is not a BLOCK.
+MAX_SMALL_PAYLOAD: Final = 64 << 10
+
+_HELLO_SECONDS: Final = 5.0
+_REPLY_SECONDS: Final = 1.0
+
+#: A peer whose machine vanished is noticed after about 25 s of silence.
+_KEEPALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+
+
+def tune(sock: socket.socket) -> None:
+    """The options of a bulk connection, on either side."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        option = getattr(socket, name, None)
+        if option is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    if sys.platform == "linux":
+        # bbr, some systems' default, paces itself to half of what a cable between two machines
+        # carries. reno needs no more than its tiny bandwidth-delay product, and any user may
+        # choose it.
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
@@ -48,7 +73,7 @@ def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     )
 
 
-def _recv_into(sock: socket.socket, buffers: list[memoryview]) -> bool:
+def _recv_into(sock: socket.socket, buffers: Sequence[memoryview]) -> bool:
     """Fill the buffers. False when the peer closed before the first byte.
 
     Raises TransportError when the connection breaks in between.
@@ -74,46 +99,56 @@ def _recv_into(sock: socket.socket, buffers: list[memoryview]) -> bool:
     return True
 
 
+def _recv_rest(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
+    """Fill the buffers with what follows a header."""
+    if not _recv_into(sock, buffers) and any(buffer.nbytes for buffer in buffers):
+        raise TransportError("the connection closed inside a frame")
+
+
 class TcpSender:
     """A vLLM worker's bulk connection."""
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._sock: socket.socket | None = sock
-        self._peer = peer
         self._inbox = bytearray()
+        self.peer = peer
 
     def send(self, header: Header, payload: Sequence[memoryview] = ()) -> None:
         """See ``transport.Sender.send``."""
-        if self._sock is None:
-            raise TransportError(f"the connection to {self._peer} is closed")
+        sock = self._open()
         todo = [memoryview(header.pack()), *payload]
         try:
             while todo:
-                sent = self._sock.sendmsg(todo)
+                sent = sock.sendmsg(todo)
                 while todo and sent >= todo[0].nbytes:
                     sent -= todo.pop(0).nbytes
                 if sent:
                     todo[0] = todo[0][sent:]
         except BlockingIOError:
             self.close()
-            raise TransportError(f"{self._peer} has read nothing for too long") from None
+            raise TransportError(f"{self.peer} has read nothing for too long") from None
         except OSError as error:
             self.close()
-            raise TransportError(f"the connection to {self._peer} broke: {error}") from None
+            raise TransportError(f"the connection to {self.peer} broke: {error}") from None
 
     def replies(self) -> list[DataReply]:
         """See ``transport.Sender.replies``."""
-        if self._sock is None:
-            raise TransportError(f"the connection to {self._peer} is closed")
-        while select.select([self._sock], [], [], 0)[0]:
+        return [decode_reply(body) for _, body in self.frames()]
+
+    def frames(self) -> list[tuple[Header, bytes]]:
+        """Frames that have arrived since the last call, with their payloads; never blocks."""
+        sock = self._open()
+        while True:
             try:
-                data = self._sock.recv(_MAX_SMALL_PAYLOAD)
+                data = sock.recv(MAX_SMALL_PAYLOAD, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
             except OSError as error:
                 self.close()
-                raise TransportError(f"the connection to {self._peer} broke: {error}") from None
+                raise TransportError(f"the connection to {self.peer} broke: {error}") from None
             if not data:
                 self.close()
-                raise TransportError(f"{self._peer} closed the connection")
+                raise TransportError(f"{self.peer} closed the connection")
             self._inbox += data
         found = []
         while len(self._inbox) >= HEADER_BYTES:
@@ -121,26 +156,67 @@ class TcpSender:
             end = HEADER_BYTES + header.payload_bytes
             if len(self._inbox) < end:
                 break
-            found.append(reply_decoder.decode(self._inbox[HEADER_BYTES:end]))
+            found.append((header, bytes(self._inbox[HEADER_BYTES:end])))
             del self._inbox[:end]
         return found
 
     def fileno(self) -> int:
         """For ``select``: readable when replies wait. -1 once closed."""
-        return -1 if self._sock is None else self._sock.fileno()
+        sock = self._sock
+        return -1 if sock is None else sock.fileno()
 
     def close(self) -> None:
         """See ``transport.Sender.close``."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            sock.close()
+
+    def _open(self) -> socket.socket:
+        sock = self._sock
+        if sock is None:
+            raise TransportError(f"the connection to {self.peer} is closed")
+        return sock
+
+
+class Carrier(Protocol):
+    """How the payloads of one accepted connection arrive."""
+
+    def fill(self, header: Header, buffers: Sequence[memoryview]) -> None:
+        """Write the block's payload into the buffers. Raises TransportError."""
+
+    def close(self) -> None:
+        """The connection is over."""
+
+
+class _InBand:
+    """Payloads that follow their headers on the connection itself."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def fill(self, header: Header, buffers: Sequence[memoryview]) -> None:
+        """See ``Carrier.fill``."""
+        _recv_rest(self._sock, buffers)
+
+    def close(self) -> None:
+        """See ``Carrier.close``."""
 
 
 class TcpListener:
     """Accepts bulk connections; one thread each, because blocking reads are the fastest."""
 
-    def __init__(self, host: str, port: int, sink: BlockSink) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        sink: BlockSink,
+        name: str = "tcp",
+        carrier: Callable[[socket.socket], Carrier] = _InBand,
+    ) -> None:
+        """``carrier`` is made for each connection once its client has shown the token."""
         self._sink = sink
+        self._name = name
+        self._carrier = carrier
         self._server = socket.create_server((host, port), backlog=16)
         self._host = host
         self._lock = threading.Lock()
@@ -154,7 +230,7 @@ class TcpListener:
     def endpoint(self) -> Endpoint:
         """Where it listens; an unspecified host is announced as the control channel's."""
         host = "" if self._host in ("", "0.0.0.0", "::") else self._host
-        return Endpoint(transport="tcp", host=host, port=self._server.getsockname()[1])
+        return Endpoint(transport=self._name, host=host, port=self._server.getsockname()[1])
 
     def close(self) -> None:
         """See ``transport.Listener.close``."""
@@ -179,7 +255,7 @@ class TcpListener:
                     return
                 logger.warning("accepting a bulk connection failed", exc_info=True)
                 continue
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tune(sock)
             thread = threading.Thread(
                 target=self._serve, args=(sock, f"{address[0]}:{address[1]}"), daemon=True
             )
@@ -190,7 +266,13 @@ class TcpListener:
 
     def _serve(self, sock: socket.socket, peer: str) -> None:
         try:
-            self._read_frames(sock)
+            if not self._authenticate(sock):
+                return
+            carrier = self._carrier(sock)
+            try:
+                self._read_frames(sock, carrier)
+            finally:
+                carrier.close()
         except (TransportError, WireError) as error:
             if not self._closing:
                 logger.warning("bulk connection from %s closed: %s", peer, error)
@@ -202,10 +284,33 @@ class TcpListener:
                 self._threads.discard(threading.current_thread())
             sock.close()
 
-    def _read_frames(self, sock: socket.socket) -> None:
+    def _authenticate(self, sock: socket.socket) -> bool:
+        """Whether a client said HELLO; False for one that only looked whether the port is open."""
+        # Whoever has not shown the token gets neither time nor memory.
+        _set_timeout(sock, socket.SO_RCVTIMEO, _HELLO_SECONDS)
+        _set_timeout(sock, socket.SO_SNDTIMEO, _REPLY_SECONDS)
+        head = memoryview(bytearray(HEADER_BYTES))
+        if not _recv_into(sock, [head]):
+            return False
+        first = unpack(head)
+        if first.kind is not Kind.HELLO:
+            raise WireError(E_CREDENTIALS, "the first bulk frame must be HELLO")
+        if first.payload_bytes > MAX_SMALL_PAYLOAD:
+            raise WireError(E_PROTOCOL, f"a HELLO of {first.payload_bytes} bytes")
+        body = memoryview(bytearray(first.payload_bytes))
+        _recv_rest(sock, [body])
+        try:
+            hello = hello_decoder.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise WireError(E_PROTOCOL, f"a HELLO that cannot be read: {error}") from None
+        self._sink.authenticate(hello)
+        _set_timeout(sock, socket.SO_RCVTIMEO, 0)
+        return True
+
+    def _read_frames(self, sock: socket.socket, carrier: Carrier) -> None:
         send_lock = threading.Lock()
         head = memoryview(bytearray(HEADER_BYTES))
-        scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        lander = Lander(self._sink)
 
         def reply(message: DataReply) -> None:
             body = msgspec.msgpack.encode(message)
@@ -218,77 +323,60 @@ class TcpListener:
                     with contextlib.suppress(OSError):
                         sock.shutdown(socket.SHUT_RDWR)
 
-        # Whoever has not shown the token gets neither time nor memory.
-        _set_timeout(sock, socket.SO_RCVTIMEO, _HELLO_SECONDS)
-        _set_timeout(sock, socket.SO_SNDTIMEO, _REPLY_SECONDS)
-        if not _recv_into(sock, [head]):
-            return
-        first = unpack(head)
-        if first.kind is not Kind.HELLO:
-            raise WireError(E_CREDENTIALS, "the first bulk frame must be HELLO")
-        self._sink.authenticate(hello_decoder.decode(self._small(sock, first)))
-        _set_timeout(sock, socket.SO_RCVTIMEO, 0)
-
         while _recv_into(sock, [head]):
-            try:
-                header = unpack(head)
-            except WireError as error:
-                if error.code != E_BLOCK:
-                    raise
-                # The header lies about its payload: nothing after it can be found.
-                raise WireError(E_PROTOCOL, error.reason) from None
+            header = checked(head)
             if header.kind is Kind.ATTACH:
                 self._sink.attach(header.session, reply)
-            elif header.kind is Kind.BLOCK:
-                self._receive_block(sock, header, scratch, reply)
             else:
-                raise WireError(E_PROTOCOL, f"a client must not send {header.kind.name}")
-
-    def _small(self, sock: socket.socket, header: Header) -> bytes:
-        if header.payload_bytes > _MAX_SMALL_PAYLOAD:
-            raise WireError(E_PROTOCOL, f"a {header.kind.name} of {header.payload_bytes} bytes")
-        body = memoryview(bytearray(header.payload_bytes))
-        if body.nbytes and not _recv_into(sock, [body]):
-            raise TransportError("the connection closed inside a frame")
-        return bytes(body)
-
-    def _receive_block(
-        self,
-        sock: socket.socket,
-        header: Header,
-        scratch: memoryview,
-        reply: object,
-    ) -> None:
-        try:
-            landing = self._sink.landing(header)
-        except WireError as error:
-            self._sink.rejected(header, error.code, error.reason)
-            landing = Landing(_repeat(scratch, header.payload_bytes))
-        try:
-            if not _recv_into(sock, list(landing.buffers)):
-                raise TransportError("the connection closed inside a frame")
-        except TransportError:
-            landing.abort()
-            raise
-        try:
-            if header.checksum and header.checksum != _checksum(landing.buffers):
-                landing.abort()
-                raise WireError(E_BLOCK, f"{header.describe()}: the checksum does not match")
-            landing.commit()
-        except WireError as error:
-            self._sink.rejected(header, error.code, error.reason)
+                lander.land(header, carrier.fill)
 
 
-def _repeat(scratch: memoryview, count: int) -> list[memoryview]:
-    whole, rest = divmod(count, scratch.nbytes)
-    return [scratch] * whole + [scratch[:rest]]
+def checked(head: bytes | memoryview) -> Header:
+    """The header of a frame that an authenticated client may send: ATTACH or BLOCK.
+
+    Raises WireError (``protocol``): nothing that follows on the connection can be trusted.
+    """
+    try:
+        header = unpack(head)
+    except WireError as error:
+        # A BLOCK whose header lies about its payload: the next frame cannot be found.
+        raise WireError(E_PROTOCOL, error.reason) from None
+    if header.kind not in (Kind.ATTACH, Kind.BLOCK):
+        raise WireError(E_PROTOCOL, f"a client must not send {header.kind.name}")
+    if header.kind is Kind.ATTACH and header.payload_bytes:
+        raise WireError(E_PROTOCOL, f"an ATTACH of {header.payload_bytes} payload bytes")
+    return header
 
 
-def _checksum(buffers: Sequence[memoryview]) -> int:
-    value = 0
-    for buffer in buffers:
-        value = crc32(buffer, value)
-    return value or 1
+def decode_reply(body: bytes) -> DataReply:
+    """The payload of a REPLY. Raises WireError (``protocol``) for anything else."""
+    try:
+        return reply_decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(E_PROTOCOL, f"a REPLY that cannot be read: {error}") from None
+
+
+def dial(endpoint: Endpoint, hello: DataHello, timeout: float) -> tuple[socket.socket, str]:
+    """A connection that has said HELLO, and the peer's name for messages.
+
+    Raises TransportError naming the address.
+    """
+    peer = f"{endpoint.host}:{endpoint.port}"
+    try:
+        sock = socket.create_connection((endpoint.host, endpoint.port), timeout=timeout)
+    except OSError as error:
+        raise TransportError(f"cannot reach {peer}: {error}") from None
+    sock.settimeout(None)
+    tune(sock)
+    _set_timeout(sock, socket.SO_SNDTIMEO, timeout)
+    body = msgspec.msgpack.encode(hello)
+    header = Header(kind=Kind.HELLO, session=0, payload_bytes=len(body))
+    try:
+        sock.sendall(header.pack() + body)
+    except OSError as error:
+        sock.close()
+        raise TransportError(f"cannot reach {peer}: {error}") from None
+    return sock, peer
 
 
 class TcpTransport:
@@ -302,15 +390,4 @@ class TcpTransport:
 
     def connect(self, endpoint: Endpoint, hello: DataHello, timeout: float) -> Sender:
         """See ``transport.Transport.connect``."""
-        peer = f"{endpoint.host}:{endpoint.port}"
-        try:
-            sock = socket.create_connection((endpoint.host, endpoint.port), timeout=timeout)
-        except OSError as error:
-            raise TransportError(f"cannot reach {peer}: {error}") from None
-        sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _set_timeout(sock, socket.SO_SNDTIMEO, timeout)
-        sender = TcpSender(sock, peer)
-        body = msgspec.msgpack.encode(hello)
-        sender.send(Header(kind=Kind.HELLO, session=0, payload_bytes=len(body)), [memoryview(body)])
-        return sender
+        return TcpSender(*dial(endpoint, hello, timeout))

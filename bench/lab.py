@@ -1,0 +1,187 @@
+"""What the benches share: a shaped link between two namespaces, processes in them, and records."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+#: Bytes a second of a 10 Gbit link: what nothing on it can exceed.
+LINK_10G = 1.25e9
+
+_PACKAGES = ("mlx", "mlx-lm", "torch", "vllm", "pyzmq", "nixl", "numpy", "vllm-mac-decode")
+
+
+class NoRights(Exception):
+    """This machine or user cannot emulate a link; the text says what is missing."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process runs, and the address that the other side reaches it at."""
+
+    address: str
+    namespace: str = ""
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """``arguments`` as a command that runs there."""
+        inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
+        return [*inside, *arguments]
+
+
+LOOPBACK = (Place("127.0.0.1"), Place("127.0.0.1"))
+
+
+@contextlib.contextmanager
+def shaped_link(
+    rate: str = "10gbit", burst: str = "2mb", limit: str = "16mb", mtu: int = 9000
+) -> Iterator[tuple[Place, Place]]:
+    """Two network namespaces joined by a veth pair that lets ``rate`` through, each way.
+
+    Raises NoRights where that cannot be set up (no root, no ``ip``, no ``tc``).
+    """
+    names = [f"macdecode-{os.getpid()}-{side}" for side in "ab"]
+    ends = [f"md{os.getpid()}{side}"[:15] for side in "ab"]
+    addresses = ["10.231.0.1", "10.231.0.2"]
+    try:
+        for name in names:
+            _root("ip", "netns", "add", name)
+        _root("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for name, end, address in zip(names, ends, addresses, strict=True):
+            inside = ("ip", "netns", "exec", name)
+            _root("ip", "link", "set", end, "netns", name)
+            _root(*inside, "ip", "address", "add", f"{address}/30", "dev", end)
+            _root(*inside, "ip", "link", "set", end, "mtu", str(mtu), "up")
+            _root(*inside, "ip", "link", "set", "lo", "up")
+            shape = f"root tbf rate {rate} burst {burst} limit {limit}".split()
+            _root(*inside, "tc", "qdisc", "add", "dev", end, *shape)
+        yield Place(addresses[0], names[0]), Place(addresses[1], names[1])
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def _root(*command: str) -> None:
+    try:
+        subprocess.run(command, capture_output=True, check=True, text=True)
+    except FileNotFoundError:
+        raise NoRights(f"no {command[0]!r} command (package iproute2)") from None
+    except subprocess.CalledProcessError as error:
+        raise NoRights(f"{' '.join(command)}: {error.stderr.strip()} (root is needed)") from None
+
+
+class Child:
+    """A process at a ``Place`` that is told and tells JSON lines.
+
+    Its program reads ``orders()`` and answers each with ``tell``.
+    """
+
+    def __init__(self, place: Place, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            place.command([sys.executable, *arguments]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **order: Any) -> Any:
+        """Give an order and wait for its answer. Raises RuntimeError when the process died."""
+        self.order(**order)
+        return self.answer()
+
+    def order(self, **order: Any) -> None:
+        """Give an order."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """The next answer."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
+        return json.loads(line)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def orders() -> Iterator[Any]:
+    """In a Child: what it is told, until its parent is done."""
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def tell(**answer: Any) -> None:
+    """In a Child: one answer."""
+    print(json.dumps(answer), flush=True)
+
+
+def record(what: str) -> dict[str, Any]:
+    """What every result says of its origin: what, command, machine, versions, date."""
+    return {
+        "what": what,
+        "command": f"python {' '.join(sys.argv)}",
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": {
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(
+                os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1
+            ),
+            "load_1min_at_start": os.getloadavg()[0],
+            "tcp_congestion_control": _first_line("/proc/sys/net/ipv4/tcp_congestion_control"),
+        },
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write a result as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _first_line(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,62 @@
+"""One block from a transport into the memory that the receiver names for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+from zlib import crc32
+
+from mlx_receiver.wire.frames import Header
+from mlx_receiver.wire.messages import E_BLOCK, WireError
+from mlx_receiver.wire.transport import BlockSink, Landing
+
+_SCRATCH_BYTES: Final = 1 << 20
+
+#: Writes a block's whole payload into the buffers, in order. Raises TransportError when it cannot.
+Fill = Callable[[Header, Sequence[memoryview]], None]
+
+
+class Lander:
+    """Lands the blocks of one connection. Used from that connection's thread."""
+
+    def __init__(self, sink: BlockSink) -> None:
+        self._sink = sink
+        self._scratch: memoryview | None = None
+
+    def land(self, header: Header, fill: Fill) -> None:
+        """Have ``fill`` write the block where it belongs and commit it.
+
+        A block that the sink refuses is read and thrown away, so that the next one can follow.
+        What ``fill`` raises passes through, after the landing was aborted.
+        """
+        try:
+            landing = self._sink.landing(header)
+        except WireError as error:
+            self._sink.rejected(header, error.code, error.reason)
+            landing = Landing(self._discard(header.payload_bytes))
+        try:
+            fill(header, landing.buffers)
+        except BaseException:
+            landing.abort()
+            raise
+        try:
+            if header.checksum and header.checksum != checksum(landing.buffers):
+                landing.abort()
+                raise WireError(E_BLOCK, f"{header.describe()}: the checksum does not match")
+            landing.commit()
+        except WireError as error:
+            self._sink.rejected(header, error.code, error.reason)
+
+    def _discard(self, count: int) -> list[memoryview]:
+        if self._scratch is None:
+            self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        whole, rest = divmod(count, _SCRATCH_BYTES)
+        return [self._scratch] * whole + [self._scratch[:rest]]
+
+
+def checksum(buffers: Sequence[memoryview]) -> int:
+    """The CRC-32 of the buffers' bytes, never 0: that means "none"."""
+    value = 0
+    for buffer in buffers:
+        value = crc32(buffer, value)
+    return value or 1
