@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 
 from mlx_receiver.wire import messages as m
 from vllm_mac_decode import policy
+from vllm_mac_decode.breaker import CircuitBreaker
 from vllm_mac_decode.engine_seam import EngineSeam
 from vllm_mac_decode.link import Link
 from vllm_mac_decode.settings import Settings
@@ -37,10 +38,6 @@ logger = init_logger("vllm.mac_decode.relay")
 ROUTER_KEY = "mac_decode"
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
-
-_BREAKER_FAILURES = 3
-_BREAKER_WINDOW = 30.0
-_BREAKER_PAUSE = (2.0, 60.0)
 
 
 @dataclass
@@ -88,9 +85,7 @@ class Relay:
         self._by_request: dict[str, Session] = {}
         self._ended: list[int] = []
         self._counts = Counts()
-        self._failures: list[float] = []
-        self._closed_until = 0.0
-        self._pause = _BREAKER_PAUSE[0]
+        self._breaker = CircuitBreaker()
         self.link: Link | None = None
         self.seam: EngineSeam | None = None
 
@@ -326,24 +321,14 @@ class Relay:
             return "disabled"
         if self.seam is None or self.link is None or self.link.target is None:
             return "no_receiver"
-        if time.monotonic() < self._closed_until:
+        if self._breaker.is_open(time.monotonic()):
             return "circuit_open"
         return None
 
     def _note_failure(self) -> None:
-        """Open the circuit after a few failures in a short time; longer each time."""
-        now = time.monotonic()
-        self._failures = [t for t in self._failures if now - t < _BREAKER_WINDOW] + [now]
-        if len(self._failures) >= _BREAKER_FAILURES and now >= self._closed_until:
-            self._closed_until = now + self._pause
-            logger.warning(
-                "%d hand-offs failed within %.0f s; decoding locally for %.0f s",
-                len(self._failures),
-                _BREAKER_WINDOW,
-                self._pause,
-            )
-            self._pause = min(self._pause * 2, _BREAKER_PAUSE[1])
-            self._failures = []
+        pause = self._breaker.failed(time.monotonic())
+        if pause:
+            logger.warning("hand-offs keep failing; decoding locally for %.0f s", pause)
 
     # --- the link's thread (LinkListener) ---------------------------------------------------
 
@@ -421,7 +406,7 @@ class Relay:
         self.seam.emit_decoded(session.request, decoded)
         if decoded.finish:
             self._counts.events["completed"] += 1
-            self._pause = _BREAKER_PAUSE[0]
+            self._breaker.succeeded()
             self._ended.append(session.session)
             self._forget(session)
 
