@@ -33,6 +33,7 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
 from mlx_receiver.wire.messages import Decoded, Logprobs
+from vllm_mac_decode import policy
 
 if TYPE_CHECKING:
     from vllm_mac_decode.relay import Relay
@@ -106,6 +107,7 @@ class EngineSeam:
         self._input: queue.Queue[Any] = core.input_queue
         self._output: queue.Queue[Any] = core.output_queue
         self.max_model_len: int = core.vllm_config.model_config.max_model_len
+        self.rules = policy.engine_rules(core.vllm_config)
 
     def is_length(self, output: EngineCoreOutput) -> bool:
         """Whether the output ends its request because of a length limit."""

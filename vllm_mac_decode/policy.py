@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from mlx_receiver.wire.messages import Sampling
 from vllm_mac_decode.settings import Settings
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
 
 #: Most alternatives per token for which the receiver computes log-probabilities.
 MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class EngineRules:
+    """What the engine itself does to every request's tokens, beyond their own parameters.
+
+    ``everything`` is the reason for which it can hand nothing off, if there is one.
+    """
+
+    everything: str | None = None
+    raw_logprobs: bool = True
+
+
+def engine_rules(config: VllmConfig) -> EngineRules:
+    """What vLLM's configuration and the installed plugins ask of the engine."""
+    everything = None
+    if config.model_config.logits_processors or entry_points(group="vllm.logits_processors"):
+        everything = "logits_processors"
+    elif getattr(config, "watermark_config", None) is not None:
+        everything = "watermark"
+    return EngineRules(everything, config.model_config.logprobs_mode == "raw_logprobs")
 
 
 def is_routed(request: Request) -> bool:
@@ -21,7 +45,9 @@ def is_routed(request: Request) -> bool:
     return bool(params and params.get("do_remote_decode")) and request.max_tokens == 1
 
 
-def local_reason(request: Request, settings: Settings) -> str | None:
+def local_reason(
+    request: Request, settings: Settings, engine: EngineRules = EngineRules()
+) -> str | None:
     """Why this request must decode locally, as a metric label; None when it may be handed off."""
     params = request.sampling_params
     if params is None or request.pooling_params is not None:
@@ -43,14 +69,16 @@ def local_reason(request: Request, settings: Settings) -> str | None:
         return None  # whoever decodes has the sampling parameters
     if request.max_tokens < settings.min_output_tokens:
         return "short_output"
-    return _sampling_reason(params)
+    return engine.everything or _sampling_reason(params, engine)
 
 
-def _sampling_reason(params: SamplingParams) -> str | None:
+def _sampling_reason(params: SamplingParams, engine: EngineRules) -> str | None:
     if params.structured_outputs is not None:
         return "structured_output"
     if (params.logprobs or 0) > MAX_LOGPROBS or params.logprobs == -1:
         return "logprobs"
+    if params.logprobs is not None and not engine.raw_logprobs:
+        return "logprobs_mode"
     if params.logprob_token_ids:
         return "logprob_token_ids"
     if params.thinking_token_budget is not None:

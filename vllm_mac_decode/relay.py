@@ -95,7 +95,9 @@ class Relay:
         """Decide whether the request will be handed off, and if so end it after one token."""
         if self._by_request.get(request.request_id) is not None:
             return  # a continuation of ours
-        reason = self._unavailable() or policy.local_reason(request, self._settings)
+        reason = self._unavailable()
+        if reason is None and self.seam is not None:
+            reason = policy.local_reason(request, self._settings, self.seam.rules)
         with self._lock:
             if reason is not None:
                 self._counts.local[reason] += 1
