@@ -1,7 +1,9 @@
-"""Registers the built-in bulk transport."""
+"""Registers the built-in bulk transports."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from typing import TYPE_CHECKING
 
 from mlx_receiver.wire.hooks import hookimpl
@@ -12,7 +14,13 @@ if TYPE_CHECKING:
 
 @hookimpl
 def mac_decode_transports() -> list[Transport]:
-    """The ``tcp`` transport."""
+    """``tcp``, ``zmq``, and ``nixl`` where the package is installed (it is imported when used)."""
     from mlx_receiver.wire.tcp import TcpTransport
+    from mlx_receiver.wire.zmq_bulk import ZmqTransport
 
-    return [TcpTransport()]
+    transports: list[Transport] = [TcpTransport(), ZmqTransport()]
+    if sys.platform == "linux" and importlib.util.find_spec("nixl") is not None:
+        from mlx_receiver.wire.nixl_bulk import NixlTransport
+
+        transports.append(NixlTransport())
+    return transports

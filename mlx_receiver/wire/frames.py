@@ -22,6 +22,9 @@ MAGIC: Final = b"MDKV"
 #: Largest payload of one frame, in bytes. Senders split; a larger one is refused unread.
 MAX_PAYLOAD: Final = 64 << 20
 
+#: Largest payload of a frame that is not a BLOCK, in bytes.
+MAX_SMALL_PAYLOAD: Final = 64 << 10
+
 #: Bytes of one value, by wire dtype. The index is the dtype's code on the wire.
 DTYPES: Final = ("bfloat16", "float16", "float32")
 ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -169,6 +172,23 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
     return header
 
 
+def unpack_client(head: bytes | bytearray | memoryview) -> Header:
+    """The header of a frame that an authenticated client may send: ATTACH or BLOCK.
+
+    Raises WireError (``protocol``): nothing that follows on the connection can be trusted.
+    """
+    try:
+        header = unpack(head)
+    except WireError as error:
+        # A BLOCK whose header lies about its payload: the next frame cannot be found.
+        raise WireError(E_PROTOCOL, error.reason) from None
+    if header.kind not in (Kind.ATTACH, Kind.BLOCK):
+        raise WireError(E_PROTOCOL, f"a client must not send {header.kind.name}")
+    if header.kind is Kind.ATTACH and header.payload_bytes:
+        raise WireError(E_PROTOCOL, f"an ATTACH of {header.payload_bytes} payload bytes")
+    return header
+
+
 class DataHello(msgspec.Struct, frozen=True):
     """Payload of HELLO: who opens this bulk connection."""
 
@@ -187,3 +207,11 @@ class DataReply(msgspec.Struct, frozen=True):
 
 hello_decoder: Final = msgspec.msgpack.Decoder(DataHello)
 reply_decoder: Final = msgspec.msgpack.Decoder(DataReply)
+
+
+def decode_reply(body: bytes) -> DataReply:
+    """The payload of a REPLY. Raises WireError (``protocol``) for anything else."""
+    try:
+        return reply_decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(E_PROTOCOL, f"a REPLY that cannot be read: {error}") from None

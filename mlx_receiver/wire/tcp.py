@@ -26,22 +26,21 @@ import msgspec
 
 from mlx_receiver.wire.frames import (
     HEADER_BYTES,
+    MAX_SMALL_PAYLOAD,
     DataHello,
     DataReply,
     Header,
     Kind,
+    decode_reply,
     hello_decoder,
-    reply_decoder,
     unpack,
+    unpack_client,
 )
 from mlx_receiver.wire.landing import Lander
 from mlx_receiver.wire.messages import E_CREDENTIALS, E_PROTOCOL, Endpoint, WireError
 from mlx_receiver.wire.transport import BlockSink, Listener, Sender, TransportError
 
 logger = logging.getLogger(__name__)
-
-#: Largest payload of a frame that is not a BLOCK.
-MAX_SMALL_PAYLOAD: Final = 64 << 10
 
 _HELLO_SECONDS: Final = 5.0
 _REPLY_SECONDS: Final = 1.0
@@ -178,6 +177,29 @@ class TcpSender:
         return sock
 
 
+class BackChannel:
+    """The way back to one client, for any thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+
+    def post(self, kind: Kind, session: int = 0, body: bytes = b"") -> None:
+        """Send a frame; a client that does not read it loses its connection."""
+        header = Header(kind=kind, session=session, payload_bytes=len(body))
+        with self._lock:
+            try:
+                self._sock.sendall(header.pack() + body)
+            except OSError:
+                # Whoever has something to say must not wait for a client that does not listen.
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
+
+    def reply(self, message: DataReply) -> None:
+        """Send a REPLY."""
+        self.post(Kind.REPLY, message.session, msgspec.msgpack.encode(message))
+
+
 class Carrier(Protocol):
     """How the payloads of one accepted connection arrive."""
 
@@ -191,7 +213,7 @@ class Carrier(Protocol):
 class _InBand:
     """Payloads that follow their headers on the connection itself."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, back: BackChannel) -> None:
         self._sock = sock
 
     def fill(self, header: Header, buffers: Sequence[memoryview]) -> None:
@@ -211,7 +233,7 @@ class TcpListener:
         port: int,
         sink: BlockSink,
         name: str = "tcp",
-        carrier: Callable[[socket.socket], Carrier] = _InBand,
+        carrier: Callable[[socket.socket, BackChannel], Carrier] = _InBand,
     ) -> None:
         """``carrier`` is made for each connection once its client has shown the token."""
         self._sink = sink
@@ -268,9 +290,10 @@ class TcpListener:
         try:
             if not self._authenticate(sock):
                 return
-            carrier = self._carrier(sock)
+            back = BackChannel(sock)
+            carrier = self._carrier(sock, back)
             try:
-                self._read_frames(sock, carrier)
+                self._read_frames(sock, carrier, back)
             finally:
                 carrier.close()
         except (TransportError, WireError) as error:
@@ -307,53 +330,15 @@ class TcpListener:
         _set_timeout(sock, socket.SO_RCVTIMEO, 0)
         return True
 
-    def _read_frames(self, sock: socket.socket, carrier: Carrier) -> None:
-        send_lock = threading.Lock()
+    def _read_frames(self, sock: socket.socket, carrier: Carrier, back: BackChannel) -> None:
         head = memoryview(bytearray(HEADER_BYTES))
         lander = Lander(self._sink)
-
-        def reply(message: DataReply) -> None:
-            body = msgspec.msgpack.encode(message)
-            header = Header(kind=Kind.REPLY, session=message.session, payload_bytes=len(body))
-            with send_lock:
-                try:
-                    sock.sendall(header.pack() + body)
-                except OSError:
-                    # A client that reads no replies must not hold up whoever has one for it.
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)
-
         while _recv_into(sock, [head]):
-            header = checked(head)
+            header = unpack_client(head)
             if header.kind is Kind.ATTACH:
-                self._sink.attach(header.session, reply)
+                self._sink.attach(header.session, back.reply)
             else:
                 lander.land(header, carrier.fill)
-
-
-def checked(head: bytes | memoryview) -> Header:
-    """The header of a frame that an authenticated client may send: ATTACH or BLOCK.
-
-    Raises WireError (``protocol``): nothing that follows on the connection can be trusted.
-    """
-    try:
-        header = unpack(head)
-    except WireError as error:
-        # A BLOCK whose header lies about its payload: the next frame cannot be found.
-        raise WireError(E_PROTOCOL, error.reason) from None
-    if header.kind not in (Kind.ATTACH, Kind.BLOCK):
-        raise WireError(E_PROTOCOL, f"a client must not send {header.kind.name}")
-    if header.kind is Kind.ATTACH and header.payload_bytes:
-        raise WireError(E_PROTOCOL, f"an ATTACH of {header.payload_bytes} payload bytes")
-    return header
-
-
-def decode_reply(body: bytes) -> DataReply:
-    """The payload of a REPLY. Raises WireError (``protocol``) for anything else."""
-    try:
-        return reply_decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise WireError(E_PROTOCOL, f"a REPLY that cannot be read: {error}") from None
 
 
 def dial(endpoint: Endpoint, hello: DataHello, timeout: float) -> tuple[socket.socket, str]:

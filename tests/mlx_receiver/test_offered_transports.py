@@ -1,0 +1,75 @@
+"""A receiver that offers several bulk transports at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mlx_receiver.receiver import Receiver
+from mlx_receiver.settings import Settings, SettingsError
+from mlx_receiver.wire import hooks
+from mlx_receiver.wire.frames import DataHello
+from mlx_receiver.wire.messages import Sampling, Welcome
+from mlx_receiver.wire.transport import Sender
+from tests.mlx_receiver.client import FakeVllm
+from tests.mlx_receiver.conftest import Prefill
+
+OFFERED = [name for name in ("zmq", "tcp", "nixl") if name in hooks.transports()]
+
+
+class OverTransport(FakeVllm):
+    """A client that sends its blocks through the named transport."""
+
+    name = ""
+
+    def connect_bulk(self) -> Sender:
+        (endpoint,) = (e for e in self.receiver.data_endpoints if e.transport == self.name)
+        endpoint = msgspec.structs.replace(endpoint, host=endpoint.host or "127.0.0.1")
+        return hooks.transport(self.name).connect(endpoint, DataHello(self.token, "test"), 5.0)
+
+
+@pytest.fixture(scope="module")
+def offering(tiny_llama_path: Path) -> Iterator[Receiver]:
+    """A receiver with every installed transport."""
+    settings = Settings(
+        model=str(tiny_llama_path),
+        port=0,
+        http_port=None,
+        kv_memory=1 << 30,
+        transport=", ".join(OFFERED),
+    )
+    with Receiver(settings) as started:
+        yield started
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_each_offered_transport_feeds_the_same_text(
+    offering: Receiver, prefill: Prefill, name: str
+) -> None:
+    client = OverTransport(offering)
+    client.name = name
+    try:
+        welcome = client.hello()
+        assert isinstance(welcome, Welcome)
+        assert [endpoint.transport for endpoint in welcome.endpoints] == OFFERED
+        assert len({endpoint.port for endpoint in welcome.endpoints}) == len(OFFERED)
+        kv = prefill(70)
+        sampling = Sampling(max_tokens=8, temperature=0.0)
+        session = client.request(kv, sampling, random.Random(name))
+        assert [kv.first, *client.tokens(session)] == kv.tokens
+    finally:
+        client.close()
+
+
+def test_an_unknown_transport_names_those_that_exist(tiny_llama_path: Path) -> None:
+    settings = Settings(model=str(tiny_llama_path), port=0, http_port=None, transport="tcp,pigeon")
+    receiver = Receiver(settings)
+    try:
+        with pytest.raises(SettingsError, match=r"'pigeon'.*tcp"):
+            receiver.start()
+    finally:
+        receiver.stop()
