@@ -1,0 +1,181 @@
+"""docs/features.md says of every reason for decoding locally what it means, and no more."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.request import Request
+
+from tests.e2e.equality_cases import CASES, HANDED_OFF, NOT_DECODED
+from tests.servers import Receiver, start_receiver
+from vllm_mac_decode import policy
+from vllm_mac_decode.check import read_model
+from vllm_mac_decode.link import Link
+from vllm_mac_decode.policy import EngineRules, engine_rules, local_reason
+from vllm_mac_decode.relay import Relay
+from vllm_mac_decode.settings import Settings
+
+FEATURES = Path(__file__).parents[2] / "docs" / "features.md"
+
+
+def request(max_tokens: int = 16, **fields: Any) -> Request:
+    """A request as vLLM's engine gets it; ``fields`` go to its sampling parameters."""
+    params = SamplingParams(max_tokens=max_tokens, **fields)
+    params.update_from_generation_config({}, eos_token_id=2)
+    return Request("r", [5, 6, 7], params, None)
+
+
+def like(**attributes: Any) -> Request:
+    """A request with other properties than its sampling parameters."""
+    fields = {"request_id": "r", "prompt_token_ids": [5, 6, 7], "pooling_params": None,
+              "sampling_params": SamplingParams(max_tokens=16)}  # fmt: skip
+    return Request(**(fields | attributes))
+
+
+def image() -> MultiModalFeatureSpec:
+    return MultiModalFeatureSpec(None, "image", "x", PlaceholderRange(0, 1))
+
+
+#: Reasons that a request gives, beside those of the equality battery's own requests.
+REQUESTS = {
+    "pooling": lambda: like(sampling_params=None, pooling_params=PoolingParams(task="embed")),
+    "lora": lambda: like(lora_request=LoRARequest("a", 1, "/none")),
+    "multimodal": lambda: like(mm_features=[image()]),
+    "prompt_embeds": lambda: like(prompt_token_ids=None, prompt_embeds=_embeddings()),
+    "streaming_input": lambda: like(resumable=True),
+    "router": lambda: request(extra_args={"kv_transfer_params": {"do_remote_prefill": True}}),
+    "short_output": lambda: request(1),
+    "structured_output": lambda: request(structured_outputs=StructuredOutputsParams(regex="a")),
+    "logprobs": lambda: request(logprobs=-1),
+    "logprob_token_ids": lambda: request(logprobs=0, logprob_token_ids=[5]),
+    "thinking_budget": lambda: request(thinking_token_budget=5),
+    "min_tokens": lambda: request(min_tokens=3, ignore_eos=True),
+    "extra_args": lambda: request(extra_args={"mine": 1}),
+    "extra_sampling": lambda: request(watermarking=True),
+}
+
+
+def _embeddings() -> Any:
+    import torch
+
+    return torch.zeros(3, 8)
+
+
+def returned() -> set[str]:
+    """Every label that the policy and the relay can give."""
+    sources = [inspect.getsource(policy), inspect.getsource(Relay._unavailable)]
+    found = re.findall(r'(?:return|everything =) "(\w+)"', "".join(sources))
+    assert len(found) > 15
+    return set(found)
+
+
+def documented() -> set[str]:
+    """The last column of the table of what vLLM decodes."""
+    section = FEATURES.read_text().split("## Decoded by vLLM")[1].split("\n## ")[0]
+    return set(re.findall(r"\| `(\w+)` \|$", section, re.MULTILINE))
+
+
+def test_the_table_has_every_reason() -> None:
+    assert documented() == returned()
+
+
+def test_every_reason_is_tried() -> None:
+    battery = {case.where for case in CASES} - {HANDED_OFF, NOT_DECODED}
+    engine = {"short_prompt", "logprobs_mode", "logits_processors", "watermark"}
+    assert battery | set(REQUESTS) | engine | set(UNAVAILABLE) == documented()
+
+
+@pytest.mark.parametrize("reason", REQUESTS)
+def test_such_requests_stay_local(reason: str) -> None:
+    assert local_reason(REQUESTS[reason](), Settings()) == reason
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"min_tokens": 3}, {"min_tokens": 3, "stop_token_ids": [9]}, {"ignore_eos": True},
+     {"logprobs": 20}, {"seed": 1, "temperature": 0.5}, {"bad_words": []}],
+    ids=str,
+)  # fmt: skip
+def test_others_are_handed_off(fields: dict[str, Any]) -> None:
+    assert local_reason(request(**fields), Settings()) is None
+
+
+def test_short_prompts_stay_local_where_that_is_set() -> None:
+    assert local_reason(request(), Settings(min_prompt_tokens=4)) == "short_prompt"
+    assert local_reason(request(), Settings(min_prompt_tokens=3)) is None
+
+
+def rules(model: Path, **arguments: Any) -> EngineRules:
+    """What vLLM's own configuration for these arguments means for hand-offs."""
+    config = EngineArgs(model=str(model), dtype="float32", **arguments).create_engine_config()
+    return engine_rules(config)
+
+
+def test_engines_that_change_tokens_hand_nothing_off(tiny_llama_path: Path) -> None:
+    assert rules(tiny_llama_path) == EngineRules()
+    custom = rules(tiny_llama_path, logits_processors=["some.module:Processor"])
+    assert local_reason(request(), Settings(), custom) == "logits_processors"
+    marked = EngineRules(everything="watermark")
+    assert local_reason(request(), Settings(), marked) == "watermark"
+
+
+def test_only_raw_log_probabilities_are_the_receivers(tiny_llama_path: Path) -> None:
+    processed = rules(tiny_llama_path, logprobs_mode="processed_logprobs")
+    assert local_reason(request(logprobs=1), Settings(), processed) == "logprobs_mode"
+    assert local_reason(request(), Settings(), processed) is None
+
+
+# --- reasons that are the moment's rather than the request's -------------------------------------
+
+UNAVAILABLE = ("disabled", "no_receiver", "circuit_open")
+
+
+@pytest.fixture
+def receiver(tiny_llama_path: Path, tmp_path: Path) -> Iterator[Receiver]:
+    """A receiver that no vLLM uses."""
+    made = start_receiver(tiny_llama_path, tmp_path / "receiver.log")
+    yield made
+    made.server.stop()
+
+
+def reason_now(relay: Relay) -> dict[str, int]:
+    """How a new request is counted."""
+    relay.on_new_request(like(request_id=uuid.uuid4().hex))
+    return dict(relay.take_counts().local)
+
+
+@pytest.mark.server
+def test_a_receiver_that_is_not_there_or_fails_is_left_alone(
+    receiver: Receiver, tiny_llama_path: Path
+) -> None:
+    settings = Settings(receiver=receiver.address)
+    assert reason_now(Relay(Settings(enabled=False))) == {"disabled": 1}
+    relay = Relay(settings)
+    assert reason_now(relay) == {"no_receiver": 1}
+    signature, dtype = read_model(str(tiny_llama_path))
+    # vLLM's engine is not needed to decide.
+    relay.seam = SimpleNamespace(rules=EngineRules())  # type: ignore[assignment]
+    relay.link = Link(settings, signature, dtype, "test", relay)
+    try:
+        until = time.monotonic() + 10
+        while relay.link.target is None and time.monotonic() < until:
+            time.sleep(0.05)
+        assert reason_now(relay) == {}
+        for _ in range(3):
+            relay._note_failure()
+        assert reason_now(relay) == {"circuit_open": 1}
+    finally:
+        relay.link.close()
