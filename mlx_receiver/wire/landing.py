@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 from zlib import crc32
+
+import numpy as np
 
 from mlx_receiver.wire.frames import Header
 from mlx_receiver.wire.messages import E_BLOCK, WireError
@@ -60,3 +62,23 @@ def checksum(buffers: Sequence[memoryview]) -> int:
     for buffer in buffers:
         value = crc32(buffer, value)
     return value or 1
+
+
+def scatter(sources: Sequence[memoryview], targets: Sequence[memoryview]) -> None:
+    """Copy the sources' bytes into the targets, one after the other; both hold as many."""
+    # NumPy lets other threads run while it copies; a memoryview's slice assignment does not.
+    chunks: Iterator[memoryview] = iter(sources)
+    chunk = next(chunks, memoryview(b""))
+    for target in targets:
+        done = 0
+        while done < target.nbytes:
+            if not chunk.nbytes:
+                chunk = next(chunks)
+                continue
+            count = min(target.nbytes - done, chunk.nbytes)
+            np.copyto(
+                np.frombuffer(target[done : done + count], np.uint8),
+                np.frombuffer(chunk[:count], np.uint8),
+            )
+            done += count
+            chunk = chunk[count:]

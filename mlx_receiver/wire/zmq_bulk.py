@@ -20,11 +20,10 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
-import numpy as np
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
@@ -39,7 +38,7 @@ from mlx_receiver.wire.frames import (
     unpack,
     unpack_client,
 )
-from mlx_receiver.wire.landing import Lander
+from mlx_receiver.wire.landing import Lander, scatter
 from mlx_receiver.wire.messages import E_PROTOCOL, Endpoint, WireError
 from mlx_receiver.wire.transport import BlockSink, Listener, Sender, TransportError
 
@@ -51,6 +50,9 @@ WINDOW_FRAMES: Final = 64
 
 #: Below this ZeroMQ copies a part, which costs less than tracking it.
 _COPY_BELOW: Final = 64 << 10
+
+#: ZeroMQ refuses an empty password, and a receiver without a token is one that has an empty one.
+_TOKEN_PREFIX: Final = b"token "
 
 _DOMAIN: Final = b"mac-decode"
 _HANDSHAKE_MS: Final = 5000
@@ -101,7 +103,7 @@ class ZmqSender:
         set_option(zmq.HEARTBEAT_IVL, max(100, milliseconds // 2))
         set_option(zmq.HEARTBEAT_TIMEOUT, max(200, milliseconds))
         set_option(zmq.PLAIN_USERNAME, hello.client.encode()[:255] or b"-")
-        set_option(zmq.PLAIN_PASSWORD, hello.token.encode())
+        set_option(zmq.PLAIN_PASSWORD, _TOKEN_PREFIX + hello.token.encode())
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         self._socket.connect(f"tcp://{host}:{endpoint.port}")
         until = time.monotonic() + self._timeout
@@ -316,8 +318,9 @@ class ZmqListener:
         status, text = b"400", b"wrong or missing token"
         if mechanism == b"PLAIN" and len(credentials) == 2:
             client, token = (part.decode(errors="replace") for part in credentials)
+            hello = DataHello(token=token.removeprefix(_TOKEN_PREFIX.decode()), client=client)
             try:
-                self._sink.authenticate(DataHello(token=token, client=client))
+                self._sink.authenticate(hello)
                 status, text = b"200", b"OK"
             except WireError as error:
                 logger.warning("bulk connection from %s closed: %s", client, error)
@@ -361,26 +364,6 @@ class ZmqListener:
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-
-
-def scatter(sources: Sequence[memoryview], targets: Sequence[memoryview]) -> None:
-    """Copy the sources' bytes into the targets, one after the other; both hold as many."""
-    # NumPy lets other threads run while it copies; a memoryview's slice assignment does not.
-    chunks: Iterator[memoryview] = iter(sources)
-    chunk = next(chunks, memoryview(b""))
-    for target in targets:
-        done = 0
-        while done < target.nbytes:
-            if not chunk.nbytes:
-                chunk = next(chunks)
-                continue
-            count = min(target.nbytes - done, chunk.nbytes)
-            np.copyto(
-                np.frombuffer(target[done : done + count], np.uint8),
-                np.frombuffer(chunk[:count], np.uint8),
-            )
-            done += count
-            chunk = chunk[count:]
 
 
 class ZmqTransport:
