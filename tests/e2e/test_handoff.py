@@ -56,7 +56,9 @@ def test_sixteen_mixed_requests_at_once(
 
 def test_one_prompt_several_samples(vllm: Vllm, receiver: Receiver) -> None:
     before = decoded(receiver)
-    answer = vllm.complete(prompt_of(100, 5), 12, n=4, temperature=0.9, seed=3, ignore_eos=True)
+    # No seed: vLLM's CPU worker dies when a seeded request's prefill is chunked ("CPU Generator
+    # does not use offset"), with or without a connector.
+    answer = vllm.complete(prompt_of(100, 5), 12, n=4, temperature=0.9, ignore_eos=True)
     assert len(answer["choices"]) == 4
     assert all(len(choice["token_ids"]) == 12 for choice in answer["choices"])
     assert len({tuple(choice["token_ids"]) for choice in answer["choices"]}) > 1
