@@ -104,35 +104,39 @@ class Receiving:
         self._failure = f"{code}: {reason}"
         self._done.set()
 
-    def open(self, number: int, tokens: int) -> None:
-        """Allocate a session's memory."""
+    def open(self, number: int, tokens: int, wait: bool = True) -> None:
+        """Reserve a session's memory, and wait until it is allocated."""
         self._opened.clear()
         self._done.clear()
         message = Open(number, "bench", list(range(tokens)), Sampling(max_tokens=32))
         self.session = self.store.open(message, None, "bfloat16")
-        if not self._opened.wait(60):
+        if wait and not self._opened.wait(60):
             raise RuntimeError("no memory within 60 s")
-        self._cpu = time.process_time()
 
-    def finish(self, verify: bool) -> dict[str, Any]:
-        """Wait for the cache, build it, check it."""
+    def caches(self) -> tuple[float, list[Any]]:
+        """Wait for the last block and build the MLX caches; also when it had arrived."""
         import mlx.core as mx
 
         if not self._done.wait(120) or self._failure:
             raise RuntimeError(self._failure or self.session.missing())
         complete = time.monotonic()
-        caches = self.session.take_memory().build(mx.bfloat16)
-        built, cpu = time.monotonic(), time.process_time() - self._cpu
-        tokens = self.session.tokens
-        wrong = 0
-        for layer, cache in enumerate(caches if verify else []):
+        return complete, self.session.take_memory().build(mx.bfloat16)
+
+    def verify(self, caches: list[Any]) -> None:
+        """Raise RuntimeError unless every byte is what ``plane_data`` says."""
+        import mlx.core as mx
+
+        tokens, wrong = self.session.tokens, 0
+        for layer, cache in enumerate(caches):
             for plane, array in enumerate((cache.keys, cache.values)):
                 held = np.array(array.view(mx.uint16), copy=False)[0, :, :tokens]
                 wrong += not np.array_equal(held, plane_data(layer, plane, tokens))
-        self.store.end(self.session, "done")
         if wrong:
             raise RuntimeError(f"{wrong} planes differ from what was sent")
-        return {"complete": complete, "built": built, "cpu": cpu}
+
+    def end(self) -> None:
+        """Free the session."""
+        self.store.end(self.session, "done")
 
 
 def receive(transport: str, host: str, layers: int) -> None:
@@ -145,9 +149,16 @@ def receive(transport: str, host: str, layers: int) -> None:
     for order in orders():
         if "open" in order:
             side.open(order["open"], order["tokens"])
+            cpu = time.process_time()
             tell(opened=True)
         else:
-            tell(**side.finish(order["verify"]))
+            complete, caches = side.caches()
+            built, cpu = time.monotonic(), time.process_time() - cpu
+            if order["verify"]:
+                side.verify(caches)
+            del caches
+            side.end()
+            tell(complete=complete, built=built, cpu=cpu)
     side.listener.close()
 
 

@@ -1,0 +1,410 @@
+"""Replays the published two-machine hand-off on this machine, at its published speeds.
+
+    python bench/replay.py
+    python bench/replay.py --lengths 8192 --variants streamed --repeats 1 --link loopback
+
+The published reference (Llama-3.1-8B fp16, 8,192 tokens in, 32 out, 10 GbE) prefills for 1.47 s on
+a DGX Spark and decodes for 0.85 s on a Mac Studio. There is no such hardware here, so the two
+computations are waits of those lengths; everything between them is real: a paged KV cache of that
+shape in torch, vLLM's side of the export (``Exporter``), a 10 Gbit link between two network
+namespaces, the receiver's store, the finished MLX caches, every byte compared after each run.
+
+Layer i of a step is available when the step has lasted (i + 1) / layers of its time; the export
+hook of vLLM comes earlier still (before the layer's attention), so this is the pessimistic side.
+Other lengths take the time that their arithmetic takes at the published rates (``prefill_seconds``
+and ``decode_seconds``).
+
+Variants: ``streamed`` (each layer as it is computed), ``chunked`` (the same in 2,048-token steps)
+and ``afterwards`` (everything once prefill is over). The clock is the sender's: from the request
+to the arrival of the last token that the other side returned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from lab import (
+    LINK_10G,
+    LOOPBACK,
+    RESULTS,
+    Child,
+    NoRights,
+    Place,
+    orders,
+    record,
+    save,
+    shaped_link,
+    tell,
+)
+from rich.console import Console
+from rich.table import Table
+from transport import HEAD_DIM, HEADS, ITEM, Receiving, plane_data
+
+LAYERS = 32
+BLOCK = 16
+OUTPUT_TOKENS = 32
+
+#: Seconds of the published reference, alone and together.
+PUBLISHED = {
+    "spark_prefill": 1.47,
+    "spark_decode": 2.87,
+    "mac_prefill": 5.57,
+    "mac_decode": 0.85,
+    "together": 2.32,
+}
+PUBLISHED_TOKENS = 8192
+CHUNK = 2048
+
+_WEIGHTS = 8.03e9
+_WIDTH = 4096  # attention heads x head_dim
+
+
+def _operations(start: int, end: int) -> float:
+    """Floating-point operations of prefilling tokens ``start`` to ``end``."""
+    pairs = (end * end - start * start) / 2
+    return 2 * _WEIGHTS * (end - start) + 4 * _WIDTH * LAYERS * pairs
+
+
+def prefill_seconds(start: int, end: int) -> float:
+    """Seconds that the published prefill rate needs for a prompt's tokens ``start`` to ``end``."""
+    whole = _operations(0, PUBLISHED_TOKENS)
+    return PUBLISHED["spark_prefill"] * _operations(start, end) / whole
+
+
+def decode_seconds(tokens: int) -> float:
+    """Seconds of OUTPUT_TOKENS at the published memory rate: each reads weights and cache once."""
+    kv = 2 * LAYERS * HEADS * HEAD_DIM * ITEM
+    read = 2 * _WEIGHTS + kv * tokens
+    return PUBLISHED["mac_decode"] * read / (2 * _WEIGHTS + kv * PUBLISHED_TOKENS)
+
+
+def sleep_until(moment: float) -> None:
+    """Wait for a moment of the monotonic clock."""
+    left = moment - time.monotonic()
+    if left > 0:
+        time.sleep(left)
+
+
+class Lines:
+    """JSON lines over a socket: what the control channel says, over the same link."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._file = sock.makefile("r")
+
+    def say(self, **message: Any) -> None:
+        self._sock.sendall((json.dumps(message) + "\n").encode())
+
+    def hear(self) -> Any:
+        return json.loads(self._file.readline())
+
+
+# --- the Mac's process ----------------------------------------------------------------------
+
+
+def mac(transport: str, host: str) -> None:
+    """Receives, builds the caches, "decodes" at the published pace, returns the tokens."""
+    import mlx.core as mx
+
+    side = Receiving(transport, host, LAYERS)
+    mx.set_cache_limit(8 << 30)  # as the receiver does: buffers of earlier sessions are reused
+    server = socket.create_server((host, 0))
+    port = server.getsockname()[1]
+    tell(endpoint=msgspec.to_builtins(side.listener.endpoint), control=port)
+    lines = Lines(server.accept()[0])
+    for order in orders():
+        message = lines.hear()
+        began, cpu = time.monotonic(), time.process_time()
+        side.open(message["open"], message["tokens"], wait=False)
+        first = lines.hear()  # arrives after prefill, so the cache is nearly complete by then
+        complete, caches = side.caches()
+        built, cpu = time.monotonic(), time.process_time() - cpu
+        for number in range(1, OUTPUT_TOKENS + 1):
+            sleep_until(built + first["decode_s"] * number / OUTPUT_TOKENS)
+            lines.say(token=number)
+        timeline = side.session.timeline
+        answer = {
+            "began": began,
+            "allocated_s": timeline.allocated_ns / 1e9 - began,
+            "complete": complete,
+            "built": built,
+            "cpu_s": cpu,
+            "stages": stages(timeline.blocks),
+        }
+        if order["verify"]:
+            side.verify(caches)
+        del caches
+        side.end()
+        tell(**answer)
+
+
+def stages(blocks: list[Any]) -> dict[str, float]:
+    """Where the blocks' time went, in seconds."""
+    gather = [(b.gathered_ns - b.computed_ns) / 1e9 for b in blocks]
+    queued = [(b.sent_ns - b.gathered_ns) / 1e9 for b in blocks]
+    network = [(b.committed_ns - b.sent_ns) / 1e9 for b in blocks]
+    last = max(b.computed_ns for b in blocks)
+    return {
+        "computed_to_gathered_median": statistics.median(gather),
+        "computed_to_gathered_max": max(gather),
+        "gathered_to_sent_max": max(queued),
+        "sent_to_landed_median": statistics.median(network),
+        "sent_to_landed_max": max(network),
+        "last_layer_to_last_block": (max(b.committed_ns for b in blocks) - last) / 1e9,
+    }
+
+
+# --- the Spark's process --------------------------------------------------------------------
+
+
+def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
+    """An exporter's layers, filled, and GB/s of gathering one of them with nothing else going on.
+
+    A layer is ``[2, blocks, heads, BLOCK, head_dim]``: plain, as vLLM's CPU and several GPU
+    backends lay it out.
+    """
+    import torch
+
+    from vllm_mac_decode.exporter import ExportedLayer
+    from vllm_mac_decode.paged_layout import PagedLayout, PlaneMap
+
+    blocks = -(-tokens // BLOCK)
+    block = HEADS * BLOCK * HEAD_DIM
+    strides = (BLOCK * HEAD_DIM, HEAD_DIM, 1)
+    layout = PagedLayout(
+        blocks=blocks,
+        block_size=BLOCK,
+        heads=HEADS,
+        head_dim=HEAD_DIM,
+        block_stride=block,
+        keys=PlaneMap(0, strides, None),
+        values=PlaneMap(blocks * block, strides, None),
+    )
+    layers = {}
+    for index in range(LAYERS):
+        cache = torch.zeros((2, blocks, HEADS, BLOCK, HEAD_DIM), dtype=torch.bfloat16)
+        raw = cache.view(torch.int16).numpy()
+        for plane in range(2):
+            data = plane_data(index, plane, tokens).view(np.int16)
+            padded = np.zeros((HEADS, blocks * BLOCK, HEAD_DIM), np.int16)
+            padded[:, :tokens] = data
+            raw[plane] = padded.reshape(HEADS, blocks, BLOCK, HEAD_DIM).swapaxes(0, 1)
+        layers[f"layers.{index}"] = ExportedLayer(index, cache, layout, 0)
+
+    ids = torch.arange(blocks)
+    out = torch.zeros((HEADS, blocks, BLOCK, HEAD_DIM), dtype=torch.bfloat16)
+    began = time.perf_counter()
+    for layer in layers.values():
+        layout.gather(layer.cache, layout.keys, ids, out)
+    rate = LAYERS * out.nbytes / (time.perf_counter() - began) / 1e9
+    return layers, rate
+
+
+def spark(endpoint_json: str, control: int, tokens: int) -> None:
+    """ "Prefills" at the published pace through the real exporter and collects the tokens."""
+    import torch
+
+    from vllm_mac_decode.exporter import Exporter
+    from vllm_mac_decode.metadata import BulkTarget, ExportSpan
+    from vllm_mac_decode.settings import Settings
+
+    torch.set_num_threads(1)  # on the real machine the GPU gathers
+    endpoint = msgspec.json.decode(endpoint_json, type=_endpoint_type())
+    target = BulkTarget(endpoint, "receiver", "replay")
+    layers, gather_rate = paged_cache(tokens)
+    exporter = Exporter(layers, BLOCK, Settings(transport=endpoint.transport, stall_timeout=30.0))
+    lines = Lines(socket.create_connection((endpoint.host, control)))
+    tell(gather_gb_per_s=gather_rate)
+    for order in orders():
+        session, variant = order["session"], order["variant"]
+        request = f"replay-{session}"
+        chunk = CHUNK if variant == "chunked" else tokens
+        steps = [(at, min(at + chunk, tokens)) for at in range(0, tokens, chunk)]
+        cpu = time.process_time()
+        began = time.monotonic()
+        lines.say(open=session, tokens=tokens)
+        moment = began
+        for start, end in steps:
+            blocks = list(range(start // BLOCK, -(-end // BLOCK)))
+            span = ExportSpan(session, request, start, end, blocks)
+            exporter.begin_step([span], [], target)
+            seconds = prefill_seconds(start, end)
+            for index, name in enumerate(layers):
+                sleep_until(moment + seconds * (index + 1) / LAYERS)
+                if variant != "afterwards":
+                    exporter.layer_written(name)
+            exporter.end_step()
+            moment += seconds
+        prefilled = time.monotonic()
+        lines.say(first_token=0, decode_s=decode_seconds(tokens))
+        for _ in range(OUTPUT_TOKENS):
+            lines.hear()
+        done = time.monotonic()
+        exporter.begin_step([], [session], target)
+        while request not in exporter.finished({request}):
+            time.sleep(0.001)
+        cpu = time.process_time() - cpu
+        tell(began=began, prefilled=prefilled, done=done, cpu_s=cpu)
+    exporter.close()
+
+
+def _endpoint_type() -> Any:
+    from mlx_receiver.wire.messages import Endpoint
+
+    return Endpoint
+
+
+# --- measuring ------------------------------------------------------------------------------
+
+
+def measure(
+    places: tuple[Place, Place], tokens: int, variants: list[str], options: Any
+) -> list[dict[str, Any]]:
+    """The rows of one prompt length."""
+    at_spark, at_mac = places
+    me = str(Path(__file__).resolve())
+    rows = []
+    nbytes = 2 * LAYERS * HEADS * tokens * HEAD_DIM * ITEM
+    with contextlib.ExitStack() as stack:
+        arguments = ("--role", "mac", options.transport, at_mac.address)
+        receiver = stack.enter_context(Child(at_mac, me, *arguments))
+        ready = receiver.answer()
+        endpoint = json.dumps(ready["endpoint"])
+        arguments = ("--role", "spark", endpoint, str(ready["control"]), str(tokens))
+        sender = stack.enter_context(Child(at_spark, me, *arguments))
+        gather = sender.answer()["gather_gb_per_s"]
+        session = 0
+        for variant in variants:
+            runs = []
+            for _ in range(options.repeats):
+                session += 1
+                receiver.order(verify=not options.no_verify)
+                ours = sender.ask(session=session, variant=variant)
+                theirs = receiver.answer()
+                runs.append(
+                    {
+                        "first_of_process": session == 1,
+                        "total_s": ours["done"] - ours["began"],
+                        "prefill_s": ours["prefilled"] - ours["began"],
+                        "exposed_s": theirs["built"] - ours["prefilled"],
+                        "decode_s": ours["done"] - theirs["built"],
+                        "build_s": theirs["built"] - theirs["complete"],
+                        "allocated_s": theirs["allocated_s"],
+                        "spark_cpu_s": ours["cpu_s"],
+                        "mac_cpu_s": theirs["cpu_s"],
+                        "stages": theirs["stages"],
+                    }
+                )
+            row: dict[str, Any] = {
+                "tokens": tokens,
+                "variant": variant,
+                "bytes": nbytes,
+                "verified": not options.no_verify,
+                "link_floor_s": nbytes / LINK_10G,
+                "compute_floor_s": prefill_seconds(0, tokens) + decode_seconds(tokens),
+                "gather_alone_gb_per_s": gather,
+                "runs": runs,
+            }
+            for key in (
+                "total_s",
+                "prefill_s",
+                "exposed_s",
+                "decode_s",
+                "spark_cpu_s",
+                "mac_cpu_s",
+            ):
+                row[key] = statistics.median(run[key] for run in runs)
+            rows.append(row)
+    return rows
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The table."""
+    table = Table(title="Paced replay: prefill on one side, decode on the other")
+    names = ("tokens", "variant", "prefill", "exposed", "decode", "total", "floor", "CPU s", "GB")
+    for column in names:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['tokens']:,}",
+            row["variant"],
+            f"{row['prefill_s']:.3f}",
+            f"{row['exposed_s']:.3f}",
+            f"{row['decode_s']:.3f}",
+            f"{row['total_s']:.3f}",
+            f"{row['compute_floor_s']:.3f}",
+            f"{row['spark_cpu_s']:.2f} + {row['mac_cpu_s']:.2f}",
+            f"{row['bytes'] / 1e9:.2f}",
+        )
+    console.print(table)
+    console.print(
+        f"Published, {PUBLISHED_TOKENS:,} tokens: together {PUBLISHED['together']} s, Spark alone "
+        f"{PUBLISHED['spark_prefill'] + PUBLISHED['spark_decode']:.2f} s, Mac alone "
+        f"{PUBLISHED['mac_prefill'] + PUBLISHED['mac_decode']:.2f} s. Link: {result['link']}."
+    )
+    if result["skipped"]:
+        console.print(f"Skipped: {result['skipped']}")
+
+
+def main() -> None:
+    """Measure, print, and write JSON."""
+    if sys.argv[1:2] == ["--role"]:
+        if sys.argv[2] == "mac":
+            mac(*sys.argv[3:])
+        else:
+            spark(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 1024, 4096, 16384, 32768])
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["streamed", "chunked", "afterwards"],
+        choices=["streamed", "chunked", "afterwards"],
+    )
+    parser.add_argument("--transport", default="tcp")
+    parser.add_argument("--link", default="10gbit", help="a rate, or loopback")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "replay.json")
+    options = parser.parse_args()
+
+    console = Console(stderr=True)
+    result: dict[str, Any] = record("paced replay of the published hand-off") | {
+        "published": PUBLISHED | {"tokens": PUBLISHED_TOKENS, "output_tokens": OUTPUT_TOKENS},
+        "transport": options.transport,
+        "link": options.link,
+        "chunk": CHUNK,
+        "skipped": "",
+        "rows": [],
+    }
+    with contextlib.ExitStack() as stack:
+        places = LOOPBACK
+        if options.link != "loopback":
+            try:
+                places = stack.enter_context(shaped_link(rate=options.link))
+            except NoRights as error:
+                result["skipped"], result["link"] = str(error), "loopback"
+        for tokens in options.lengths:
+            with console.status(f"{tokens:,} tokens"):
+                result["rows"] += measure(places, tokens, options.variants, options)
+            save(result, options.out)
+    show(result, console)
+    console.print(f"Written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
