@@ -42,6 +42,10 @@ from mlx_receiver.wire.transport import BlockSink, Listener, Sender, TransportEr
 
 logger = logging.getLogger(__name__)
 
+#: Bytes that must have come before Linux wakes a thread that reads a payload. Woken for every
+#: packet, it would spend as much time on waking up as on copying.
+_WAKE_BYTES: Final = 256 << 10 if sys.platform == "linux" else 0
+
 _HELLO_SECONDS: Final = 5.0
 _REPLY_SECONDS: Final = 1.0
 
@@ -91,11 +95,36 @@ def _recv_into(sock: socket.socket, buffers: Sequence[memoryview]) -> bool:
                 raise TransportError("the connection closed inside a frame")
             return False
         started = True
-        while todo and count >= todo[0].nbytes:
-            count -= todo.pop(0).nbytes
-        if count:
-            todo[0] = todo[0][count:]
+        _advance(todo, count)
     return True
+
+
+def _advance(todo: list[memoryview], count: int) -> None:
+    """Drop the first ``count`` bytes of the buffers."""
+    while todo and count >= todo[0].nbytes:
+        count -= todo.pop(0).nbytes
+    if count:
+        todo[0] = todo[0][count:]
+
+
+def _recv_payload(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
+    """Fill the buffers with a payload, waking up as seldom as that allows."""
+    early = sum(buffer.nbytes for buffer in buffers) - _WAKE_BYTES
+    if not _WAKE_BYTES or early < _WAKE_BYTES:
+        _recv_rest(sock, buffers)
+        return
+    first, last = [], []
+    for buffer in buffers:
+        cut = min(max(early, 0), buffer.nbytes)
+        first.append(buffer[:cut])
+        last.append(buffer[cut:])
+        early -= buffer.nbytes
+    # While ``first`` is read, at least _WAKE_BYTES more of this payload are still to come: the
+    # wait for them always ends.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _WAKE_BYTES)
+    _recv_rest(sock, first)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    _recv_rest(sock, last)
 
 
 def _recv_rest(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
@@ -118,11 +147,7 @@ class TcpSender:
         todo = [memoryview(header.pack()), *payload]
         try:
             while todo:
-                sent = sock.sendmsg(todo)
-                while todo and sent >= todo[0].nbytes:
-                    sent -= todo.pop(0).nbytes
-                if sent:
-                    todo[0] = todo[0][sent:]
+                _advance(todo, sock.sendmsg(todo))
         except BlockingIOError:
             self.close()
             raise TransportError(f"{self.peer} has read nothing for too long") from None
@@ -158,11 +183,6 @@ class TcpSender:
             found.append((header, bytes(self._inbox[HEADER_BYTES:end])))
             del self._inbox[:end]
         return found
-
-    def fileno(self) -> int:
-        """For ``select``: readable when replies wait. -1 once closed."""
-        sock = self._sock
-        return -1 if sock is None else sock.fileno()
 
     def close(self) -> None:
         """See ``transport.Sender.close``."""
@@ -218,7 +238,7 @@ class _InBand:
 
     def fill(self, header: Header, buffers: Sequence[memoryview]) -> None:
         """See ``Carrier.fill``."""
-        _recv_rest(self._sock, buffers)
+        _recv_payload(self._sock, buffers)
 
     def close(self) -> None:
         """See ``Carrier.close``."""
