@@ -76,6 +76,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self._exporter: Exporter | None = None
         self._report = WorkerReport("", "the KV caches were never registered")
         self._early = False
+        self._attached = False
         self._announced: set[str] = set()  # requests with spans whose end was not reported yet
         self._waiting: set[str] = set()  # those of them that have finished
         self.relay: Relay | None = None
@@ -184,6 +185,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def attach_engine(self, core: Any) -> None:
         """The engine is complete: connect to the receiver, unless something rules it out."""
+        self._attached = True
         try:
             self._connect(core)
         except (RuntimeError, ValueError) as error:
@@ -219,6 +221,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(lambda: None)
     def on_new_request(self, request: Request) -> None:
         """vLLM accepted a request."""
+        if not self._attached:  # no busy loop runs this engine: say once that nothing can be done
+            self.attach_engine(None)
         if self.relay is not None:
             self.relay.on_new_request(request)
 
