@@ -109,10 +109,11 @@ class Child:
     def answer(self) -> Any:
         """The next answer."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
-        return json.loads(line)
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+            sys.stderr.write(line)  # what some library says
+        raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
 
     def __enter__(self) -> Child:
         return self

@@ -15,14 +15,16 @@ Other lengths take the time that their arithmetic takes at the published rates (
 and ``decode_seconds``).
 
 Variants: ``streamed`` (each layer as it is computed), ``chunked`` (the same in 2,048-token steps)
-and ``afterwards`` (everything once prefill is over). The clock is the sender's: from the request
-to the arrival of the last token that the other side returned.
+and ``afterwards`` (everything once prefill is over). The first session of the two processes, whose
+memory the system still has to find, is recorded apart from the medians. The clock is the sender's:
+from the request to the arrival of the last token that the other side returned.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import socket
 import statistics
@@ -284,28 +286,28 @@ def measure(
         arguments = ("--role", "spark", endpoint, str(ready["control"]), str(tokens))
         sender = stack.enter_context(Child(at_spark, me, *arguments))
         gather = sender.answer()["gather_gb_per_s"]
-        session = 0
+        sessions = itertools.count(1)
+
+        def once(variant: str) -> dict[str, Any]:
+            receiver.order(verify=not options.no_verify)
+            ours = sender.ask(session=next(sessions), variant=variant)
+            theirs = receiver.answer()
+            return {
+                "total_s": ours["done"] - ours["began"],
+                "prefill_s": ours["prefilled"] - ours["began"],
+                "exposed_s": theirs["built"] - ours["prefilled"],
+                "decode_s": ours["done"] - theirs["built"],
+                "build_s": theirs["built"] - theirs["complete"],
+                "allocated_s": theirs["allocated_s"],
+                "spark_cpu_s": ours["cpu_s"],
+                "mac_cpu_s": theirs["cpu_s"],
+                "stages": theirs["stages"],
+            }
+
+        # Memory that no session has used yet has to be found by the system first.
+        first = once(variants[0])
         for variant in variants:
-            runs = []
-            for _ in range(options.repeats):
-                session += 1
-                receiver.order(verify=not options.no_verify)
-                ours = sender.ask(session=session, variant=variant)
-                theirs = receiver.answer()
-                runs.append(
-                    {
-                        "first_of_process": session == 1,
-                        "total_s": ours["done"] - ours["began"],
-                        "prefill_s": ours["prefilled"] - ours["began"],
-                        "exposed_s": theirs["built"] - ours["prefilled"],
-                        "decode_s": ours["done"] - theirs["built"],
-                        "build_s": theirs["built"] - theirs["complete"],
-                        "allocated_s": theirs["allocated_s"],
-                        "spark_cpu_s": ours["cpu_s"],
-                        "mac_cpu_s": theirs["cpu_s"],
-                        "stages": theirs["stages"],
-                    }
-                )
+            runs = [once(variant) for _ in range(options.repeats)]
             row: dict[str, Any] = {
                 "tokens": tokens,
                 "variant": variant,
@@ -315,6 +317,7 @@ def measure(
                 "compute_floor_s": prefill_seconds(0, tokens) + decode_seconds(tokens),
                 "gather_alone_gb_per_s": gather,
                 "runs": runs,
+                "first_session": first if variant == variants[0] else None,
             }
             for key in (
                 "total_s",
