@@ -1,0 +1,238 @@
+"""Ways to run vLLM in which hand-offs are hard or impossible: the tokens are always MLX's own."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import free_port
+from tests.mlx_alone import greedy
+from tests.servers import Receiver, Server, Vllm, start_receiver, start_vllm
+
+pytestmark = pytest.mark.server
+
+#: 40 blocks of 32 tokens, and prefills that take many steps: blocks run out in their middle.
+SMALL_CACHE = (
+    "--block-size", "32", "--num-gpu-blocks-override", "40", "--max-model-len", "1024",
+    "--max-num-batched-tokens", "48", "--max-num-seqs", "16",
+)  # fmt: skip
+
+#: Keeps a request local, see `vllm_mac_decode.policy`.
+LOCAL = {"vllm_xargs": {"keep": "local"}}
+
+OFFLINE = """
+import json, sys, time, urllib.request
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+
+def decoded():
+    text = urllib.request.urlopen(metrics, timeout=10).read().decode()
+    return float(text.split("\\nmlx_receiver_decoded_tokens_total ")[1].split()[0])
+
+def generate(prompts, tokens):
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+if __name__ == "__main__":
+    model, receiver, metrics, prompts, tokens, connect = json.loads(sys.argv[1])
+    extra = {"receiver": receiver, "stall_timeout": 20}
+    llm = LLM(
+        model, dtype="float32", enforce_eager=True, max_model_len=1024,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="mac_decode", kv_role="kv_producer", kv_connector_extra_config=extra
+        ),
+    )
+    until, before = time.monotonic() + 30, decoded()
+    while connect and decoded() == before and time.monotonic() < until:
+        generate([[1, 2, 3]], 3)
+    before = decoded()
+    print("RESULT", json.dumps([generate(prompts, tokens), decoded() - before]), flush=True)
+"""
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(20, 49000) for _ in range(length)]
+
+
+def decoded(receiver: Receiver) -> float:
+    return receiver.metric("mlx_receiver_decoded_tokens_total")
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("modes")
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    """Where the server below looks for a receiver; the tests start and stop theirs there."""
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def lonely(tiny_llama_path: Path, logs: Path, port: int) -> Iterator[Vllm]:
+    """vLLM with a small KV cache, started while there is no receiver."""
+    env = {"MAC_DECODE_STALL_TIMEOUT": "5"}
+    vllm = start_vllm(
+        tiny_llama_path, logs / "vllm.log", receiver=f"127.0.0.1:{port}", args=SMALL_CACHE, env=env
+    )
+    try:
+        yield vllm
+    finally:
+        vllm.server.stop()
+
+
+@contextmanager
+def receiver_at(port: int, model: Path, log: Path, *args: str) -> Iterator[Receiver]:
+    receiver = start_receiver(model, log, port=port, args=args)
+    try:
+        yield receiver
+    finally:
+        receiver.server.stop()
+
+
+def wait_logged(vllm: Vllm, pattern: str, seconds: float = 30.0) -> list[str]:
+    """The log lines that match, once there is one."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        lines = vllm.server.log.read_text(errors="replace").splitlines()
+        if found := [line for line in lines if re.search(pattern, line)]:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"no line matches {pattern!r}: {vllm.server.tail()}")
+
+
+def test_without_a_receiver_everything_is_local(
+    lonely: Vllm, port: int, tiny_llama_path: Path
+) -> None:
+    prompts = [prompt_of(n, n) for n in (3, 200)]
+    assert [lonely.tokens(p, 12) for p in prompts] == greedy(tiny_llama_path, prompts, 12)
+    wait_logged(lonely, f"decoding locally: no receiver answers at 127.0.0.1:{port}")
+    assert lonely.metric("vllm:mac_decode_local_total", reason="no_receiver") >= 2
+
+
+def test_a_receiver_with_another_token_is_one_clear_line(
+    lonely: Vllm, port: int, logs: Path, tiny_llama_path: Path
+) -> None:
+    pattern = r"decoding locally: the receiver at \S+ refuses: .*token"
+    prompt = prompt_of(50, 1)
+    with receiver_at(port, tiny_llama_path, logs / "token.log", "--token", "secret") as receiver:
+        wait_logged(lonely, pattern)
+        assert [lonely.tokens(prompt, 12)] == greedy(tiny_llama_path, [prompt], 12)
+        time.sleep(11)  # it has tried again
+        assert len(wait_logged(lonely, pattern)) == 1
+        assert "secret" not in lonely.server.log.read_text(errors="replace")
+        assert decoded(receiver) == 0
+
+
+def test_a_receiver_with_another_model_is_told_apart_by_field(
+    lonely: Vllm, port: int, logs: Path, tiny_llama_path: Path, tiny_qwen3_path: Path
+) -> None:
+    prompt = prompt_of(50, 2)
+    with receiver_at(port, tiny_qwen3_path, logs / "model.log") as receiver:
+        (line,) = wait_logged(lonely, r"refuses: .*model_type")
+        for field, here, there in (
+            ("model_type", "qwen3", "llama"), ("layers", 3, 4), ("head_dim", 64, 32),
+        ):  # fmt: skip
+            assert f"{field}: {here} here, {there} there" in line
+        assert "vocab_size" not in line, "it is equal"
+        assert [lonely.tokens(prompt, 12)] == greedy(tiny_llama_path, [prompt], 12)
+        assert decoded(receiver) == 0
+
+
+def test_a_receiver_that_appears_later_is_used_under_preemption(
+    lonely: Vllm, port: int, logs: Path, tiny_llama_path: Path
+) -> None:
+    """Local responses that grow take the blocks of later prompts while these are prefilled."""
+    growing = [prompt_of(100 + 9 * i, 100 + i) for i in range(4)]
+    handed_off = [prompt_of(590 + 3 * i, 200 + i) for i in range(8)]
+    expected = greedy(tiny_llama_path, growing, 200) + greedy(tiny_llama_path, handed_off, 12)
+    with receiver_at(port, tiny_llama_path, logs / "later.log") as receiver:
+        lonely.wait_connected(receiver, 40)
+        before = decoded(receiver)
+        preemptions = lonely.metric("vllm:num_preemptions_total")
+        with ThreadPoolExecutor(12) as pool:
+            slow = [pool.submit(lonely.tokens, prompt, 200, **LOCAL) for prompt in growing]
+            fast = [pool.submit(lonely.tokens, prompt, 12) for prompt in handed_off]
+            got = [future.result() for future in slow + fast]
+        assert got == expected
+        assert lonely.metric("vllm:num_preemptions_total") > preemptions
+        assert lonely.metric("vllm:mac_decode_fallbacks_total", reason="preempted") > 0
+        assert decoded(receiver) > before
+        print(
+            f"{lonely.metric('vllm:num_preemptions_total') - preemptions:.0f} preemptions, "
+            f"{lonely.metric('vllm:mac_decode_fallbacks_total', reason='preempted'):.0f} of "
+            f"handed-off requests, {decoded(receiver) - before:.0f} tokens by the receiver"
+        )
+        lonely.tokens([5, 6, 7], 3)
+        assert lonely.metric("vllm:kv_cache_usage_perc") == 0, "every block was given back"
+        assert receiver.health()["sessions"] == receiver.health()["kv_reserved_bytes"] == 0
+
+
+@pytest.fixture(scope="module")
+def other(tiny_llama_path: Path, logs: Path) -> Iterator[Receiver]:
+    """A receiver for the engines that are started below."""
+    with receiver_at(free_port(), tiny_llama_path, logs / "receiver.log") as receiver:
+        yield receiver
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_offline_inference(
+    in_process: bool, other: Receiver, tiny_llama_path: Path, tmp_path: Path
+) -> None:
+    prompts = [prompt_of(n, 300 + n) for n in (1, 40, 300)]
+    script = tmp_path / "offline.py"
+    script.write_text(OFFLINE)
+    metrics = f"http://127.0.0.1:{other.http_port}/metrics"
+    arguments = [str(tiny_llama_path), other.address, metrics, prompts, 16, not in_process]
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
+    }
+    command = [sys.executable, str(script), json.dumps(arguments)]
+    program = Server(command, tmp_path / "offline.log", env)
+    try:
+        status = program.process.wait(240)
+    finally:
+        program.stop()
+    output = program.log.read_text(errors="replace")
+    assert status == 0, output[-4000:]
+    result = re.search(r"RESULT (.*)", output)
+    assert result is not None, output[-4000:]
+    tokens, by_receiver = json.loads(result[1])
+    assert tokens == greedy(tiny_llama_path, prompts, 16)
+    assert by_receiver == (0 if in_process else 3 * 15)
+    reason = "decoding locally: the engine runs inside the caller's process"
+    assert output.count(reason) == (1 if in_process else 0)
+
+
+def test_tensor_parallel_workers(other: Receiver, tiny_llama_path: Path, logs: Path) -> None:
+    prompts = [prompt_of(n, 400 + n) for n in (1, 33, 128, 300)]
+    vllm = start_vllm(
+        tiny_llama_path,
+        logs / "tp.log",
+        receiver=other.address,
+        args=("--tensor-parallel-size", "2", "--max-num-batched-tokens", "256"),
+        env={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    try:
+        vllm.wait_connected(other)
+        before = decoded(other)
+        assert [vllm.tokens(p, 24) for p in prompts] == greedy(tiny_llama_path, prompts, 24)
+        assert decoded(other) - before == 4 * 23
+        vllm.tokens([5, 6, 7], 3)
+        assert vllm.metric("vllm:kv_cache_usage_perc") == 0
+    finally:
+        vllm.server.stop()
