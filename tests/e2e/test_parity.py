@@ -57,4 +57,4 @@ def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
     lengths = (1, 33, 129)
     expected = greedy(smollm2, prompts(lengths), TOKENS)
     with pair(smollm2, tmp_path) as (vllm, receiver):
-        check(vllm, receiver, expected, lengths, at_once=len(lengths))
+        check(vllm, receiver, expected, lengths)
