@@ -106,6 +106,7 @@ def second_token(vllm: Vllm, prompt: str, **fields: Any) -> tuple[list[int], Top
     )
 
 
+@pytest.mark.timeout(1500)
 def test_first_logits_after_the_hand_off_in_bf16(smollm2: Path, tmp_path: Path) -> None:
     with pair(smollm2, tmp_path, args=BF16, receiver_args=BF16) as (vllm, receiver):
         before = receiver.metric("mlx_receiver_decoded_tokens_total")
