@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 WINDOW_BYTES: Final = 32 << 20
 WINDOW_FRAMES: Final = 64
 
-#: Below this ZeroMQ copies a part, which costs less than tracking it.
-_COPY_BELOW: Final = 64 << 10
+#: Send buffers are multiples of this many bytes.
+_ROUND: Final = 256 << 10
 
 #: ZeroMQ refuses an empty password, and a receiver without a token is one that has an empty one.
 _TOKEN_PREFIX: Final = b"token "
@@ -75,7 +75,9 @@ class ZmqSender:
         self._timeout = timeout
         self._lock = threading.RLock()
         self._inbox: deque[DataReply] = deque()
-        self._on_the_way: deque[int] = deque()  # bytes of each frame without its credit
+        #: Payload bytes and buffer of each frame whose credit has not come.
+        self._on_the_way: deque[tuple[int, memoryview | None]] = deque()
+        self._free: list[memoryview] = []
         self._failure = ""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -124,36 +126,34 @@ class ZmqSender:
         """See ``transport.Sender.send``."""
         with self._lock:
             self._check()
-            nbytes = HEADER_BYTES + header.payload_bytes
-            self._await_window(nbytes)
-            self._on_the_way.append(nbytes)
-            tracker = self._post(header, payload)
-            # The payload is the caller's again once ZeroMQ has given it to the kernel. Parts
-            # leave in order, so the last one speaks for all.
-            if tracker is not None:
-                try:
-                    tracker.wait(self._timeout)
-                except zmq.NotDone:
-                    self._stalled()
+            count = sum(part.nbytes for part in payload)
+            self._await_window(count)
+            buffer = None
+            if count:
+                # The payload is the caller's again at once, and the copy leaves in one piece:
+                # ZeroMQ spends as much on a small part as on a large one.
+                buffer = self._buffer(count)
+                scatter(payload, [buffer[:count]])
+            self._on_the_way.append((count, buffer))
+            self._socket.send(header.pack(), 0 if buffer is None else zmq.SNDMORE)
+            if buffer is not None:
+                self._socket.send(buffer[:count], copy=False)
             self._take(0)
 
-    def _post(self, header: Header, payload: Sequence[memoryview]) -> zmq.MessageTracker | None:
-        parts = [part for part in payload if part.nbytes]
-        tracker = None
-        self._socket.send(header.pack(), zmq.SNDMORE if parts else 0)
-        for index, part in enumerate(parts):
-            more = zmq.SNDMORE if index + 1 < len(parts) else 0
-            if part.nbytes < _COPY_BELOW:
-                self._socket.send(part, more)
-            else:
-                tracker = self._socket.send(part, more, copy=False, track=True)
-        return tracker
+    def _buffer(self, count: int) -> memoryview:
+        """Memory for a payload, used again once the credit for its frame has come."""
+        for index, buffer in enumerate(self._free):
+            if buffer.nbytes >= count:
+                return self._free.pop(index)
+        self._free.clear()  # too small for what is sent now
+        return memoryview(bytearray(-(-count // _ROUND) * _ROUND))
 
-    def _await_window(self, nbytes: int) -> None:
+    def _await_window(self, count: int) -> None:
         """Wait for credits until a frame of that size may follow; one frame always may."""
         until = time.monotonic() + self._timeout
         while self._on_the_way and (
-            sum(self._on_the_way) + nbytes > WINDOW_BYTES or len(self._on_the_way) >= WINDOW_FRAMES
+            sum(sent for sent, _ in self._on_the_way) + count > WINDOW_BYTES
+            or len(self._on_the_way) >= WINDOW_FRAMES
         ):
             if self._take(until - time.monotonic()):
                 until = time.monotonic() + self._timeout
@@ -175,7 +175,9 @@ class ZmqSender:
             if len(parts) == 1 and len(parts[0]) != HEADER_BYTES:
                 self._fail(f"{self._peer} refused: {parts[0].decode(errors='replace')}")
             if unpack(parts[0]).kind is Kind.CREDIT and self._on_the_way:
-                self._on_the_way.popleft()
+                _, buffer = self._on_the_way.popleft()
+                if buffer is not None:
+                    self._free.append(buffer)
                 credits += 1
             elif len(parts) == 2:
                 self._inbox.append(decode_reply(parts[1]))
