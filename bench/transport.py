@@ -1,7 +1,7 @@
 """How fast each bulk transport fills finished MLX caches, beside the floors of the same run.
 
-    python bench/transport.py                      # loopback and a shaped 10 Gbit link
-    python bench/transport.py --transports tcp --tokens 2048 --repeats 2 --links loopback
+    python -m bench.transport                      # loopback and a shaped 10 Gbit link
+    python -m bench.transport --transports tcp --tokens 2048 --repeats 2 --links loopback
 
 One process sends the KV of a prompt (Llama-3.1-8B's shape, bf16) frame by frame, another one lands
 it through the receiver's real store and session and builds the MLX caches. The clock runs from the
@@ -28,7 +28,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from lab import (
+from rich.console import Console
+from rich.table import Table
+
+from bench.lab import (
     LINK_10G,
     LOOPBACK,
     RESULTS,
@@ -41,9 +44,6 @@ from lab import (
     shaped_link,
     tell,
 )
-from rich.console import Console
-from rich.table import Table
-
 from mlx_receiver.wire import hooks
 from mlx_receiver.wire.frames import DataHello, Header, Kind, Plane
 from mlx_receiver.wire.messages import Endpoint, Open, Sampling
@@ -279,12 +279,12 @@ def measure(places: tuple[Place, Place], transport: str, options: Any) -> dict[s
     messages = -(-nbytes // MESSAGE)
     if transport == "sockets":
         nbytes = messages * MESSAGE
-    me = str(Path(__file__).resolve())
+    me = ("-m", "bench.transport")
     frame = str(options.frame_kib << 10)
     runs = []
     with (
-        Child(mac, me, "--role", "receive", transport, mac.address, str(layers)) as receiver,
-        Child(spark, me, "--role", "send", str(layers), str(tokens), frame) as sender,
+        Child(mac, *me, "--role", "receive", transport, mac.address, str(layers)) as receiver,
+        Child(spark, *me, "--role", "send", str(layers), str(tokens), frame) as sender,
     ):
         sender.ask(connect=receiver.answer()["endpoint"])
         for number in range(1, options.repeats + 1):

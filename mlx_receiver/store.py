@@ -294,6 +294,16 @@ class SessionStore:
                 answer = DataReply(session, True)
         reply(answer)
 
+    def detached(self, session: int) -> None:
+        """See ``transport.BlockSink.detached``: what had not come will not come."""
+        known = self.get(session)
+        if known is not None and not known.complete:
+            self.fail(
+                known,
+                E_BLOCK,
+                f"the connection closed before the cache was complete: {known.missing()}",
+            )
+
     def landing(self, header: Header) -> Landing:
         """See ``transport.BlockSink.landing``."""
         session = self.get(header.session)

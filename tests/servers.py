@@ -78,19 +78,25 @@ class Receiver:
     server: Server
     port: int
     http_port: int
+    host: str = "127.0.0.1"
 
     @property
     def address(self) -> str:
         """Its control address."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The base URL of its HTTP API."""
+        return f"http://{self.host}:{self.http_port}"
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
-        return metric(f"http://127.0.0.1:{self.http_port}", name)
+        return metric(self.url, name)
 
     def health(self) -> dict[str, Any]:
         """``GET /health``."""
-        return httpx.get(f"http://127.0.0.1:{self.http_port}/health").json()
+        return httpx.get(f"{self.url}/health").json()
 
 
 def metric(base: str, name: str, **labels: str) -> float:
@@ -105,21 +111,28 @@ def metric(base: str, name: str, **labels: str) -> float:
 
 
 def start_receiver(
-    model: Path, log: Path, *, port: int = 0, http_port: int = 0, args: tuple[str, ...] = ()
+    model: Path,
+    log: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    http_port: int = 0,
+    args: tuple[str, ...] = (),
+    inside: tuple[str, ...] = (),
 ) -> Receiver:
-    """Start a receiver in fp32 and wait until it is ready."""
+    """Start a receiver in fp32 and wait until it is ready; ``inside`` precedes its command."""
     port, http_port = port or free_port(), http_port or free_port()
     command = [
-        str(BIN / "mlx-receiver"), "start", "--model", str(model), "--dtype", "float32",
-        "--port", str(port), "--http-port", str(http_port), *args,
+        *inside, str(BIN / "mlx-receiver"), "start", "--model", str(model), "--dtype", "float32",
+        "--host", host, "--port", str(port), "--http-port", str(http_port), *args,
     ]  # fmt: skip
-    server = Server(command, log)
+    receiver = Receiver(Server(command, log), port, http_port, host)
     try:
-        server.wait_healthy(f"http://127.0.0.1:{http_port}/health", 120)
+        receiver.server.wait_healthy(f"{receiver.url}/health", 120)
     except BaseException:
-        server.stop()
+        receiver.server.stop()
         raise
-    return Receiver(server, port, http_port)
+    return receiver
 
 
 @dataclass

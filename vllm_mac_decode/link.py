@@ -153,6 +153,11 @@ class Link:
         socket.setsockopt(zmq.RCVHWM, 10000)
         socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
+        # ZeroMQ would reconnect silently, to a receiver that knows nothing of us.
+        broken = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        poller = zmq.Poller()
+        for readable in (socket, broken):
+            poller.register(readable, zmq.POLLIN)
         try:
             try:
                 socket.connect(f"tcp://{_bracketed(host)}:{port}")
@@ -160,7 +165,7 @@ class Link:
                 self._complain(f"cannot use {self._settings.receiver}: {error}")
                 return 0
             socket.send(self._hello)
-            if not socket.poll(int(self._settings.stall_timeout * 1000)):
+            if socket not in dict(poller.poll(int(self._settings.stall_timeout * 1000))):
                 self._complain(f"no receiver answers at {self._settings.receiver}")
                 return 0
             answer = m.decode_receiver(socket.recv())
@@ -172,14 +177,17 @@ class Link:
             if not isinstance(answer, m.Welcome):
                 self._complain(f"{self._settings.receiver} does not speak this protocol")
                 return _REJECTED_SECONDS
-            return self._serve(socket, answer)
+            return self._serve(socket, broken, answer)
         except m.WireError as error:
             self._complain(f"{self._settings.receiver}: {error.reason}")
             return _REJECTED_SECONDS
         finally:
+            socket.disable_monitor()
             socket.close()
 
-    def _serve(self, socket: zmq.Socket[bytes], welcome: m.Welcome) -> float:
+    def _serve(
+        self, socket: zmq.Socket[bytes], broken: zmq.Socket[bytes], welcome: m.Welcome
+    ) -> float:
         self._drain_outbox()
         self._welcome = welcome
         self._complaint = ""
@@ -198,9 +206,9 @@ class Link:
         )
         self._listener.connected(welcome)
         poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
-        poller.register(self._wake_in, zmq.POLLIN)
-        heard = pinged = 0.0
+        for readable in (socket, self._wake_in, broken):
+            poller.register(readable, zmq.POLLIN)
+        pinged = 0.0
         heard = time.monotonic()
         while not self._closing:
             events = dict(poller.poll(int(_PING_SECONDS * 1000 / 2)))
@@ -215,7 +223,14 @@ class Link:
                 heard = now
                 with contextlib.suppress(zmq.Again):
                     while True:
-                        self._listener.message(m.decode_receiver(socket.recv(zmq.NOBLOCK)))
+                        message = m.decode_receiver(socket.recv(zmq.NOBLOCK))
+                        if isinstance(message, m.Rejected):
+                            self._lost(message.reason)
+                            return 0
+                        self._listener.message(message)
+            if broken in events:
+                self._lost("it closed the connection")
+                return 0
             if now - pinged > _PING_SECONDS:
                 pinged = now
                 socket.send(m.encode(m.Ping(sent_ns=time.monotonic_ns())), zmq.NOBLOCK)

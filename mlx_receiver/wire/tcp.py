@@ -19,6 +19,7 @@ import socket
 import struct
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -48,6 +49,9 @@ _WAKE_BYTES: Final = 256 << 10 if sys.platform == "linux" else 0
 
 _HELLO_SECONDS: Final = 5.0
 _REPLY_SECONDS: Final = 1.0
+
+#: Sessions of a connection that hear of its end: more than can be open at once.
+_MAX_ATTACHED: Final = 1024
 
 #: A peer whose machine vanished is noticed after about 25 s of silence.
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -353,12 +357,18 @@ class TcpListener:
     def _read_frames(self, sock: socket.socket, carrier: Carrier, back: BackChannel) -> None:
         head = memoryview(bytearray(HEADER_BYTES))
         lander = Lander(self._sink)
-        while _recv_into(sock, [head]):
-            header = unpack_client(head)
-            if header.kind is Kind.ATTACH:
-                self._sink.attach(header.session, back.reply)
-            else:
-                lander.land(header, carrier.fill)
+        attached: deque[int] = deque(maxlen=_MAX_ATTACHED)
+        try:
+            while _recv_into(sock, [head]):
+                header = unpack_client(head)
+                if header.kind is Kind.ATTACH:
+                    attached.append(header.session)
+                    self._sink.attach(header.session, back.reply)
+                else:
+                    lander.land(header, carrier.fill)
+        finally:
+            for session in attached:
+                self._sink.detached(session)
 
 
 def dial(endpoint: Endpoint, hello: DataHello, timeout: float) -> tuple[socket.socket, str]:

@@ -44,6 +44,10 @@ class BlockSink(Protocol):
     def attach(self, session: int, reply: Callable[[DataReply], None]) -> None:
         """Call ``reply`` once it is known whether the session may receive blocks."""
 
+    def detached(self, session: int) -> None:
+        """The connection on which the session was attached is gone, where the transport can tell
+        (``zmq`` cannot: there the sender's side notices, and the receiver's own clock)."""
+
     def landing(self, header: Header) -> Landing:
         """Memory for a block. Raises WireError; the payload is then read and thrown away."""
 

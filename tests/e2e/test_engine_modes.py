@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,13 @@ def receiver_at(port: int, model: Path, log: Path, *args: str) -> Iterator[Recei
         receiver.server.stop()
 
 
+def wait_until(ready: Callable[[], bool], seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def wait_logged(vllm: Vllm, pattern: str, seconds: float = 30.0) -> list[str]:
     """The log lines that match, once there is one."""
     until = time.monotonic() + seconds
@@ -181,6 +189,22 @@ def test_a_receiver_that_appears_later_is_used_under_preemption(
         assert receiver.health()["sessions"] == receiver.health()["kv_reserved_bytes"] == 0
 
 
+def test_when_vllm_dies_the_receiver_frees_its_sessions(
+    lonely: Vllm, port: int, logs: Path, tiny_llama_path: Path
+) -> None:
+    """Comes after everything else that needs ``lonely``."""
+    with receiver_at(port, tiny_llama_path, logs / "orphans.log") as receiver:
+        lonely.wait_connected(receiver, 40)
+        with ThreadPoolExecutor(3) as pool:
+            for i in range(3):
+                pool.submit(lonely.tokens, prompt_of(90, 500 + i), 900)
+            wait_until(lambda: receiver.health()["decoding"] == 3)
+            assert receiver.health()["kv_reserved_bytes"] > 0
+            lonely.server.signal(signal.SIGKILL)
+        wait_until(lambda: receiver.health()["sessions"] == 0, 8)
+        assert receiver.health()["decoding"] == receiver.health()["kv_reserved_bytes"] == 0
+
+
 @pytest.fixture(scope="module")
 def other(tiny_llama_path: Path, logs: Path) -> Iterator[Receiver]:
     """A receiver for the engines that are started below."""
@@ -188,7 +212,7 @@ def other(tiny_llama_path: Path, logs: Path) -> Iterator[Receiver]:
         yield receiver
 
 
-@pytest.mark.parametrize("in_process", [True])
+@pytest.mark.parametrize("in_process", [False, True])
 def test_offline_inference(
     in_process: bool, other: Receiver, tiny_llama_path: Path, tmp_path: Path
 ) -> None:
@@ -216,3 +240,23 @@ def test_offline_inference(
     assert by_receiver == (0 if in_process else 3 * 15)
     reason = "decoding locally: the engine runs inside the caller's process"
     assert output.count(reason) == (1 if in_process else 0)
+
+
+def test_tensor_parallel_workers(other: Receiver, tiny_llama_path: Path, logs: Path) -> None:
+    prompts = [prompt_of(n, 400 + n) for n in (1, 33, 128, 300)]
+    vllm = start_vllm(
+        tiny_llama_path,
+        logs / "tp.log",
+        receiver=other.address,
+        args=("--tensor-parallel-size", "2", "--max-num-batched-tokens", "256"),
+        env={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    try:
+        vllm.wait_connected(other)
+        before = decoded(other)
+        assert [vllm.tokens(p, 24) for p in prompts] == greedy(tiny_llama_path, prompts, 24)
+        assert decoded(other) - before == 4 * 23
+        vllm.tokens([5, 6, 7], 3)
+        assert vllm.metric("vllm:kv_cache_usage_perc") == 0
+    finally:
+        vllm.server.stop()

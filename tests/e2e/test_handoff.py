@@ -148,7 +148,8 @@ def _children(vllm: Vllm) -> list[int]:
 
 
 def _resident_kib(pid: int) -> int:
+    """Resident memory that belongs to no file: libraries come and go as the kernel likes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith("RssAnon:"):
             return int(line.split()[1])
     return 0

@@ -25,6 +25,7 @@ class MemorySink:
     landed: dict[tuple[int, int], bytes] = field(default_factory=dict)
     order: list[tuple[int, int]] = field(default_factory=list)
     refusals: list[tuple[int, str]] = field(default_factory=list)
+    detachments: list[int] = field(default_factory=list)
     aborted: int = 0
     pending: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
@@ -44,6 +45,10 @@ class MemorySink:
             threading.Timer(0.2, reply, [DataReply(session, True)]).start()
         else:
             reply(DataReply(session, True))
+
+    def detached(self, session: int) -> None:
+        with self.lock:
+            self.detachments.append(session)
 
     def landing(self, header: Header) -> Landing:
         self.gate.wait()

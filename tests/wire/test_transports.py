@@ -136,6 +136,21 @@ def test_the_payload_is_the_callers_again_after_send(connect: Any, sink: MemoryS
     assert not any(sink.landed[1, 1])
 
 
+def test_sessions_hear_of_their_connections_end(
+    connect: Any, transport: Transport, sink: MemorySink
+) -> None:
+    if transport.name == "zmq":
+        pytest.skip("ZeroMQ does not tell a ROUTER which peer has gone")
+    leaves, stays = connect(), connect()
+    for session in (1, 2):
+        leaves.send(Header(Kind.ATTACH, session, 0))
+    stays.send(Header(Kind.ATTACH, 3, 0))
+    answers(leaves, 2)
+    answers(stays, 1)
+    leaves.close()
+    sink.wait(lambda: sorted(sink.detachments) == [1, 2])
+
+
 def test_several_senders_at_once(connect: Any, sink: MemorySink) -> None:
     senders = [connect() for _ in range(4)]
     work = [[make_block(s, n, tokens=300) for n in range(50)] for s in range(4)]

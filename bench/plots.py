@@ -1,0 +1,213 @@
+"""Pictures of the results in ``bench/results``: one SVG and one PNG each.
+
+    python -m bench.plots                          # every result that exists
+    python -m bench.plots --results DIR --out DIR
+
+Needs matplotlib (extra ``demo``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.lab import RESULTS
+
+PREFILL, TRANSFER, DECODE, PALE = "#4269d0", "#efb118", "#3ca951", "#c9ccd3"
+LIMIT = "#ff725c"
+
+Picture = Callable[[dict[str, Any]], Figure]
+
+
+def transports(result: dict[str, Any]) -> Figure:
+    """GB/s of every transport, one panel a link, with what limits it."""
+    links = result["links"]
+    figure, axes = plt.subplots(
+        1, len(links), figsize=(5.2 * len(links), 3.4), squeeze=False, layout="constrained"
+    )
+    for axis, (link, rows) in zip(axes[0], links.items(), strict=True):
+        names = ["plain sockets" if r["transport"] == "sockets" else r["transport"] for r in rows]
+        rates = [row["gb_per_s"] for row in rows]
+        colours = [PALE if row["transport"] == "sockets" else PREFILL for row in rows]
+        bars = axis.barh(names, rates, color=colours)
+        labels = [f"{r['gb_per_s']:.2f}  ({r['cpu_s_per_gb_both']:.2f} CPU-s/GB)" for r in rows]
+        axis.bar_label(bars, labels, padding=4, fontsize=9)
+        limit = result["floors"]["memcpy_gb_per_s"]
+        text = f"one thread's memcpy: {limit:.1f}"
+        if link != "loopback":
+            limit = result["floors"]["link_10gbit_gb_per_s"]
+            axis.axvline(limit, color=LIMIT, linewidth=1.5)
+            text = f"the link: {limit:.2f}"
+        axis.set_xlim(0, max([*rates, limit if link != "loopback" else 0]) * 1.75)
+        axis.invert_yaxis()
+        axis.set_title(f"{link} (limit: {text} GB/s)", fontsize=10)
+        axis.set_xlabel("GB/s, from the first frame to finished MLX arrays")
+        _bare(axis)
+    figure.suptitle(
+        f"{result['bytes'] / 1e9:.2f} GB of KV cache into MLX, every byte compared", fontsize=11
+    )
+    return figure
+
+
+def replay(result: dict[str, Any]) -> Figure:
+    """Prefill, exposed transfer and decode, beside the published figures."""
+    published = result["published"]
+    bars = [
+        ("Mac alone\n(published)", published["mac_prefill"], 0.0, published["mac_decode"]),
+        ("Spark alone\n(published)", published["spark_prefill"], 0.0, published["spark_decode"]),
+        ("Together\n(published)", published["spark_prefill"], 0.0, published["mac_decode"]),
+    ]
+    names = {
+        "afterwards": "Replay, KV sent\nafter prefill",
+        "streamed": "Replay, KV streamed\nlayer by layer",
+        "chunked": "Replay, streamed,\nchunked prefill",
+    }
+    rows = {r["variant"]: r for r in result["rows"] if r["tokens"] == published["tokens"]}
+    for variant, name in names.items():
+        if variant in rows:
+            row = rows[variant]
+            bars.append((name, row["prefill_s"], row["exposed_s"], row["decode_s"]))
+    figure, axis = plt.subplots(figsize=(8.4, 0.62 * len(bars) + 1.3), layout="constrained")
+    left = [0.0] * len(bars)
+    labels = [name for name, *_ in bars]
+    parts = (("prefill", PREFILL), ("transfer not hidden", TRANSFER), ("decode", DECODE))
+    for index, (part, colour) in enumerate(parts):
+        widths = [bar[1 + index] for bar in bars]
+        axis.barh(labels, widths, left=left, color=colour, label=part)
+        left = [at + width for at, width in zip(left, widths, strict=True)]
+    for position, total in enumerate(left):
+        axis.text(total + 0.06, position, f"{total:.2f} s", va="center", fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlim(0, max(left) * 1.12)
+    axis.set_xlabel("seconds")
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    axis.set_title(
+        f"Llama-3.1-8B, {published['tokens']:,} tokens in, {published['output_tokens']} out, "
+        f"{result['link']} link",
+        fontsize=11,
+    )
+    _bare(axis)
+    return figure
+
+
+def context(result: dict[str, Any]) -> Figure:
+    """Total seconds and exposed transfer over the prompt's length."""
+    figure, (total, exposed) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    styles = {
+        "afterwards": (TRANSFER, "KV sent after prefill"),
+        "streamed": (PREFILL, "KV streamed layer by layer"),
+        "chunked": (DECODE, "streamed, chunked prefill"),
+    }
+    for variant, (colour, label) in styles.items():
+        rows = sorted(
+            (r for r in result["rows"] if r["variant"] == variant), key=lambda r: r["tokens"]
+        )
+        tokens = [row["tokens"] for row in rows]
+        style = {"color": colour, "label": label, "marker": "o", "markersize": 4}
+        total.plot(tokens, [row["total_s"] for row in rows], **style)
+        exposed.plot(tokens, [1e3 * row["exposed_s"] for row in rows], **style)
+    rows = sorted({(r["tokens"], r["compute_floor_s"], r["link_floor_s"]) for r in result["rows"]})
+    lengths, compute, link = zip(*rows, strict=True)
+    total.plot(lengths, compute, color="black", linestyle=":", label="prefill + decode alone")
+    exposed.plot(
+        lengths, [1e3 * s for s in link], color=LIMIT, linestyle=":", label="the link, all bytes"
+    )
+    total.set_ylabel("seconds, request to last token")
+    exposed.set_ylabel("ms between prefill and a finished cache")
+    exposed.set_yscale("log")
+    for axis in (total, exposed):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+        axis.set_xlabel("prompt tokens")
+        axis.legend(frameon=False, fontsize=8)
+        _bare(axis, grid="y")
+    return figure
+
+
+def overlap(result: dict[str, Any]) -> Figure:
+    """Time to the first token with the export on and off, on a GPU."""
+    rows = sorted(result["rows"], key=lambda row: row["prompt_tokens"])
+    figure, axis = plt.subplots(figsize=(1.6 * len(rows) + 3.4, 3.6), layout="constrained")
+    kinds = (
+        ("first_token_local_ms", "kept local", PALE),
+        ("first_token_handed_off_ms", "KV streamed out", PREFILL),
+    )
+    for index, (key, label, colour) in enumerate(kinds):
+        values = [row[key] for row in rows]
+        middle = [value["median"] for value in values]
+        spread = [
+            [value["median"] - value["min"] for value in values],
+            [value["max"] - value["median"] for value in values],
+        ]
+        places = [at + 0.38 * (index - 0.5) for at in range(len(rows))]
+        bars = axis.bar(
+            places,
+            middle,
+            0.36,
+            yerr=spread,
+            color=colour,
+            label=label,
+            capsize=3,
+            ecolor="#555555",
+        )
+        axis.bar_label(bars, [f"{value:.0f}" for value in middle], label_type="center", fontsize=9)
+    ticks = [f"{r['prompt_tokens']:,}\n({r['slowdown_percent']:+.1f}%)" for r in rows]
+    axis.set_xticks(range(len(rows)), ticks)
+    axis.set_xlabel("prompt tokens (change of the median)")
+    axis.set_ylabel("ms to the first token (median, range)")
+    axis.legend(frameon=False, fontsize=9)
+    axis.set_title(f"Prefill on {result['machine']['gpu']}", fontsize=11)
+    _bare(axis, grid="y")
+    return figure
+
+
+def _bare(axis: Axes, grid: str = "x") -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis=grid, color="#e6e6e6", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+#: Name of the picture: the result that it draws, and how.
+PICTURES: dict[str, tuple[str, Picture]] = {
+    "transports": ("transport.json", transports),
+    "replay": ("replay.json", replay),
+    "context": ("replay.json", context),
+    "overlap_gpu": ("overlap_gpu.json", overlap),
+}
+
+
+def main() -> None:
+    """Draw what there is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    # The same result gives the same file.
+    plt.rcParams["svg.hashsalt"] = "vllm-mac-decode"
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, (source, draw) in PICTURES.items():
+        path = options.results / source
+        if not path.exists():
+            print(f"{name}: no {source}")
+            continue
+        figure = draw(json.loads(path.read_text()))
+        figure.savefig(options.out / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(options.out / f"{name}.png", dpi=160)
+        plt.close(figure)
+        print(f"{name}: {name}.svg, {name}.png")
+
+
+if __name__ == "__main__":
+    main()
