@@ -225,7 +225,7 @@ class Trials:
             host=self._mac.address,
             port=port,
             http_port=http_port,
-            args=("--token", TOKEN),
+            args=("--token", TOKEN, "--api-key", TOKEN),
             inside=tuple(self._mac.command([])),
         )
 
