@@ -157,7 +157,7 @@ class Trials:
         # The reference is vLLM alone: hand-offs wait until the receiver is let run.
         receiver.server.signal(signal.SIGSTOP)
         time.sleep(3)
-        expected = references(vllm, seed, 24, tokens)
+        expected = references(vllm, seed, 12, tokens)
         receiver.server.signal(signal.SIGCONT)
         vllm.wait_connected(receiver, 40)
         agreeing = [(p, t) for p, t in expected if vllm.tokens(p, len(t)) == t]
@@ -194,7 +194,11 @@ class Trials:
             "responses_wrong": load.done["wrong"],
             "problems": load.wrong[:20],
             "slowest_response_s": round(load.slowest, 2),
-            "fell_back": vllm.metric("vllm:mac_decode_fallbacks_total"),
+            "fell_back": {
+                reason: vllm.metric("vllm:mac_decode_fallbacks_total", reason=reason)
+                for reason in ("lost", "stalled", "failed_block", "refused_capacity", "preempted")
+            }
+            | {"all": vllm.metric("vllm:mac_decode_fallbacks_total")},
             "decoded_by_receiver": vllm.metric("vllm:mac_decode_tokens_total"),
         }
 

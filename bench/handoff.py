@@ -4,21 +4,17 @@ Three kinds of request with fresh random prompts: vLLM without the connector; wi
 by a marker; with it, handed off to a receiver on this machine. On a machine without accelerators
 both engines share the cores, so the absolute times say little; the ratios are the point.
 
-    python -m bench.handoff --out bench/results/handoff.json
+    python -m bench.handoff
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench.lab import RESULTS, record, save
 from tests.servers import Vllm, pair, start_vllm
 
 
@@ -64,7 +61,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=RESULTS / "handoff.json")
     options = parser.parse_args()
     model = options.model
     if model is None:
@@ -107,12 +104,7 @@ def main() -> None:
         name: milliseconds([t[0] for t in runs])
         for name, runs in (("plain", plain), ("local", local), ("handed_off", handed))
     }
-    result = {
-        "what": "hand-off on one machine without accelerators, fp32",
-        "command": " ".join(["python -m bench.handoff", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("vllm", "mlx", "mlx-lm", "torch")},
-        "date": time.strftime("%Y-%m-%d"),
+    result = record("hand-off on one machine without accelerators, fp32") | {
         "model": model.name,
         "prompt_tokens": options.prompt_tokens,
         "repeats": options.repeats,
@@ -138,10 +130,7 @@ def main() -> None:
     ):
         table.add_row(key, str(result[key]))
     Console().print(table)
-    print(json.dumps(result))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, options.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ hands over a request's first and last token, and a client on the same machine, a
 monotonic clock, notes when they arrive. It holds everything between the two: control channel,
 relay, vLLM's output path, HTTP.
 
-    python -m bench.serving --out bench/results/serving.json
+    python -m bench.serving
 
 ``vllm bench serve`` with its random data set needs nothing beside vLLM; pandas and datasets
 (vLLM's extra ``bench``) only for its other data sets.
@@ -18,14 +18,11 @@ relay, vLLM's output path, HTTP.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -35,6 +32,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench.lab import RESULTS, record, save
 from tests.servers import BIN, Receiver, Vllm, pair, start_vllm
 
 NAME = "m"
@@ -194,30 +192,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--output", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
     options = parser.parse_args()
     model = options.model or cached_model("tiny-llama", tiny_llama)
     logs = Path(tempfile.mkdtemp(prefix="serving-"))
-    result = {
-        "what": "vllm bench serve against vLLM alone, vLLM with a receiver, the receiver alone; "
-        "fp32, everything on one machine's cores",
-        "command": "python -m bench.serving " + " ".join(sys.argv[1:]),
-        "machine": {
-            "cores": os.cpu_count(),
-            "platform": platform.platform(),
-            "load_before": os.getloadavg()[0],
-        },
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("vllm", "mlx", "mlx-lm", "vllm-mac-decode")
-        },
-        "date": time.strftime("%Y-%m-%d"),
-        "model": model.name,
-    } | run(model, logs, requests=options.requests, prompt=options.prompt, output=options.output)
+    result = record(
+        "vllm bench serve against vLLM alone, vLLM with a receiver, the receiver alone; fp32"
+    )
+    result["model"] = model.name
+    result |= run(
+        model, logs, requests=options.requests, prompt=options.prompt, output=options.output
+    )
     show(result)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, options.out)
 
 
 if __name__ == "__main__":

@@ -20,41 +20,83 @@ Row = tuple[str, str, str]
 
 
 def transport_rows(result: dict[str, Any]) -> Iterator[Row]:
-    """Rate and CPU time of each transport, beside what limits it."""
+    """The built-in transport on each link, beside what limits it."""
     size = f"{result['bytes'] / 1e9:.2f} GB"
     for link, rows in result["links"].items():
-        plain = next(row for row in rows if row["transport"] == "sockets")
-        limit = f"memcpy {result['floors']['memcpy_gb_per_s']:.1f} GB/s"
-        if link != "loopback":
-            limit = f"link {result['floors']['link_10gbit_gb_per_s']:.2f} GB/s"
-        for row in rows:
-            if row is plain:
-                continue
-            yield (
-                f"{size} of KV into finished MLX caches, CPU time of both sides, "
-                f"`{row['transport']}`, {link}",
-                f"{row['gb_per_s']:.2f} GB/s, {row['cpu_s_per_gb_both']:.2f} CPU-s/GB",
-                f"{limit}; plain sockets {plain['gb_per_s']:.2f} GB/s, "
-                f"{plain['cpu_s_per_gb_both']:.2f} CPU-s/GB",
-            )
+        at = {row["transport"]: row for row in rows}
+        yield (
+            f"{size} of KV cache over {link} into finished MLX arrays",
+            f"**{at['tcp']['gb_per_s']:.2f} GB/s**, {at['tcp']['cpu_s_per_gb_both']:.2f} CPU-s/GB "
+            "for both sides",
+            f"plain sockets {at['sockets']['gb_per_s']:.2f} GB/s; "
+            + (
+                f"one thread's memcpy {result['floors']['memcpy_gb_per_s']:.1f}"
+                if link == "loopback"
+                else f"the link {result['floors']['link_10gbit_gb_per_s']:.2f}"
+            ),
+        )
 
 
 def replay_rows(result: dict[str, Any]) -> Iterator[Row]:
-    """Totals of the paced replay, beside the published total or the computation alone."""
+    """Totals of the paced replay at the published length."""
     names = {
         "streamed": "streamed layer by layer",
-        "chunked": f"streamed, {result['chunk']:,}-token steps",
+        "chunked": f"streamed, {result['chunk']:,}-token prefill steps",
         "afterwards": "sent after prefill",
     }
+    published = result["published"]
     for row in result["rows"]:
-        floor = f"computation alone {row['compute_floor_s']:.2f} s"
-        if row["tokens"] == result["published"]["tokens"]:
-            floor = f"published {result['published']['together']:.2f} s"
-        yield (
-            f"Paced replay, {row['tokens']:,} tokens, KV {names[row['variant']]}",
-            f"{row['total_s']:.2f} s, {1e3 * row['exposed_s']:.0f} ms of it transfer not hidden",
-            f"{floor}; link alone {row['link_floor_s']:.2f} s",
-        )
+        if row["tokens"] == published["tokens"]:
+            yield (
+                f"paced replay, {row['tokens']:,} tokens in, {published['output_tokens']} out, "
+                f"{result['link']} link, KV {names[row['variant']]}",
+                f"**{row['total_s']:.2f} s**, {1e3 * row['exposed_s']:.0f} ms of it transfer "
+                "that was not hidden",
+                f"computation alone {row['compute_floor_s']:.2f} s; published "
+                f"{published['together']:.2f} s",
+            )
+
+
+def handoff_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """What the connector costs, and how long the hand-off takes, on a machine's CPU."""
+    first = result["first_token_ms"]
+    what = f"{result['model']}, fp32, {result['prompt_tokens']:,} tokens, both engines on one CPU"
+    yield (
+        f"{what}: first token, handed off",
+        f"**{result['handed_off_over_plain']:.2f}** times plain vLLM's",
+        f"plain {first['plain']:.0f} ms, handed off {first['handed_off']:.0f} ms",
+    )
+    yield (
+        f"{what}: cache complete after the last layer",
+        f"**{result['cache_complete_after_last_layer_ms']:.0f} ms**",
+        f"{result['kv_bytes'] / 1e6:.0f} MB",
+    )
+    yield (
+        f"{what}: vLLM's first token to the receiver's",
+        f"**{result['handoff_gap_ms']:.0f} ms**",
+        f"a decode step: {1e3 / result['tokens_per_second']['receiver']:.0f} ms",
+    )
+
+
+def serving_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """What the relay adds to each token."""
+    latency = result["relay_latency"]
+    yield (
+        "a token's way from the receiver through vLLM to the HTTP client",
+        f"**{latency['p50_ms']:.2f} ms** p50, {latency['p99_ms']:.2f} ms p99",
+        f"{latency['samples']} tokens",
+    )
+
+
+def fault_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """Responses under faults."""
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(result["actions"].items()))
+    yield (
+        f"{result['trials']} random faults under load ({kinds})",
+        f"**{result['responses_wrong']} wrong or failed** of "
+        f"{result['responses_right'] + result['responses_wrong']:,} responses",
+        f"{result['fell_back']['all']:.0f} fell back to local decode",
+    )
 
 
 def overlap_rows(result: dict[str, Any]) -> Iterator[Row]:
@@ -62,17 +104,20 @@ def overlap_rows(result: dict[str, Any]) -> Iterator[Row]:
     for row in result["rows"]:
         local, handed = row["first_token_local_ms"], row["first_token_handed_off_ms"]
         yield (
-            f"First token on {result['machine']['gpu']}, {row['prompt_tokens']:,} tokens, "
+            f"first token on {result['machine']['gpu']}, {row['prompt_tokens']:,} tokens, "
             "KV streamed out",
-            f"{handed['median']:.1f} ms ({row['slowdown_percent']:+.1f}%)",
+            f"**{handed['median']:.1f} ms** ({row['slowdown_percent']:+.1f} %)",
             f"kept local {local['median']:.1f} ms ({local['min']:.1f} to {local['max']:.1f})",
         )
 
 
 SOURCES = {
-    "transport.json": transport_rows,
     "replay.json": replay_rows,
+    "transport.json": transport_rows,
     "overlap_gpu.json": overlap_rows,
+    "handoff.json": handoff_rows,
+    "serving.json": serving_rows,
+    "faults.json": fault_rows,
 }
 
 

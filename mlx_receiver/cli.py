@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from mlx_receiver import __version__
+from mlx_receiver.blas import use_fast_blas
 from mlx_receiver.settings import Settings, SettingsError, parse_bytes
 
 if TYPE_CHECKING:
@@ -240,6 +241,7 @@ def _serve(settings: Settings, stop: _Interruption) -> None:
 
 
 def _make_receiver(settings: Settings, progress: Any) -> Receiver:
+    use_fast_blas()
     from mlx_receiver.model import ModelError
     from mlx_receiver.receiver import Receiver
 
@@ -296,6 +298,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Prefill and decode one prompt greedily on MLX alone: the reference for a hand-off."""
+    use_fast_blas()
     from mlx_receiver.engine import DecodeEngine
     from mlx_receiver.local import generate_tokens
     from mlx_receiver.model import ModelError, find_model

@@ -9,8 +9,11 @@ from pathlib import Path
 import platformdirs
 import pytest
 
+from mlx_receiver.blas import use_fast_blas
 from tests.models import GENERATOR_VERSION, tiny_llama, tiny_qwen3
 from vllm_mac_decode.demo.model import fetch_smollm2
+
+use_fast_blas()  # before any test imports MLX
 
 
 def free_port() -> int:
@@ -32,6 +35,14 @@ def cached_model(name: str, write: Callable[[Path], Path]) -> Path:
             with contextlib.suppress(OSError):
                 made.rename(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n``, tests that share servers share a process."""
+    for item in items:
+        shared = "served" in getattr(item, "fixturenames", ())
+        group = "served" if shared else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
