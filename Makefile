@@ -31,7 +31,7 @@ install: $(VENV)/bin/python ## Create the virtual environment and install both h
 	@"$(VENV)/bin/python" .ci/install_cpu.py
 
 test: install ## Run the tests (ARGS are passed to pytest)
-	"$(VENV)/bin/python" -m pytest tests -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	"$(VENV)/bin/python" -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: install ## Hand one request from vLLM to MLX and show it (PROMPT, MODEL)
 	@set --; \

@@ -37,14 +37,6 @@ def cached_model(name: str, write: Callable[[Path], Path]) -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``-n``, tests that share servers share a process."""
-    for item in items:
-        shared = "served" in getattr(item, "fixturenames", ())
-        group = "served" if shared else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct in bf16."""
