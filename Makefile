@@ -6,8 +6,6 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 ARGS ?=
-# Most of the time goes into starting servers, which keeps one core busy.
-JOBS ?= 2
 PROMPT ?=
 MODEL ?=
 export PROMPT MODEL
@@ -20,7 +18,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PYTHON=python3.12 VENV=.venv JOBS=2 ARGS='-k wire -x' PROMPT='...' MODEL=path"
+	@echo "  PYTHON=python3.12 VENV=.venv ARGS='-k wire -x' PROMPT='...' MODEL=path"
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer, with venv, is needed." >&2; exit 1; }
@@ -31,7 +29,7 @@ install: $(VENV)/bin/python ## Create the virtual environment and install both h
 	@"$(VENV)/bin/python" .ci/install_cpu.py
 
 test: install ## Run the tests (ARGS are passed to pytest)
-	"$(VENV)/bin/python" -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	"$(VENV)/bin/python" -m pytest tests $(ARGS)
 
 demo: install ## Hand one request from vLLM to MLX and show it (PROMPT, MODEL)
 	@set --; \

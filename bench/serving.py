@@ -158,9 +158,14 @@ def run(model: Path, logs: Path, *, requests: int, prompt: int, output: int) -> 
         latency = relay_latency(vllm, receiver, requests, output)
         vllm.server.stop()
         add("receiver alone", f"http://127.0.0.1:{receiver.http_port}", receiver)
+    itl = {(row["server"], row["concurrency"]): row["median_itl_ms"] for row in rows}
     return {
         "sizes": sizes,
         "rows": rows,
+        # What each token waits longer when it comes through vLLM.
+        "relay_overhead_per_token_p50_ms": {
+            str(n): round(itl["vLLM and receiver", n] - itl["receiver alone", n], 2) for n in (1, 8)
+        },
         "relay_latency": latency,
         "decoded_by_receiver": counts["tokens"],
         "fell_back": counts["fallbacks"],
@@ -176,6 +181,10 @@ def show(result: dict[str, Any]) -> None:
     console = Console(width=120)
     console.print(table)
     latency = result["relay_latency"]
+    console.print(
+        "ITL p50 through vLLM less ITL p50 of the receiver alone, in ms, by concurrency: "
+        f"{result['relay_overhead_per_token_p50_ms']}"
+    )
     console.print(
         f"From the receiver's hand-over of a token to the client: {latency['p50_ms']} ms p50, "
         f"{latency['p99_ms']} ms p99 ({latency['samples']} tokens)"

@@ -80,7 +80,16 @@ def handoff_rows(result: dict[str, Any]) -> Iterator[Row]:
 
 def serving_rows(result: dict[str, Any]) -> Iterator[Row]:
     """What the relay adds to each token."""
-    latency = result["relay_latency"]
+    latency, overhead = result["relay_latency"], result["relay_overhead_per_token_p50_ms"]
+    rows = {(r["server"], r["concurrency"]): r["median_itl_ms"] for r in result["rows"]}
+    for at_once, extra in overhead.items():
+        through = rows["vLLM and receiver", int(at_once)]
+        alone = rows["receiver alone", int(at_once)]
+        yield (
+            f"between two tokens (ITL p50), {at_once} at once, through vLLM and the relay",
+            f"**{extra:+.2f} ms** ({through:.1f} ms)",
+            f"the receiver's own API {alone:.1f} ms",
+        )
     yield (
         "a token's way from the receiver through vLLM to the HTTP client",
         f"**{latency['p50_ms']:.2f} ms** p50, {latency['p99_ms']:.2f} ms p99",

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 #: The batch stops a request by itself only here: stopping is decided by ``check_stop``.
 _NEVER: Final = 1 << 40
 
+#: Seconds without a job after which freed buffers go back to the system. Until then the next
+#: session can have them.
+_IDLE_SECONDS: Final = 1.0
+
 BuildCache = Callable[[Any], list[Any]]
 
 
@@ -100,6 +104,7 @@ class DecodeEngine:
         self._error: Exception | None = None
         self._queue: deque[Job] = deque()
         self._active: dict[int, Job] = {}
+        self._holds_memory = True
         self._thread = threading.Thread(target=self._run, name="mlx-decode", daemon=True)
 
     def start(self) -> None:
@@ -192,13 +197,17 @@ class DecodeEngine:
             while not (
                 self._stopping or self._submitted or self._cancelled or self._active or self._queue
             ):
-                self._condition.wait()
+                if not self._condition.wait(_IDLE_SECONDS if self._holds_memory else None):
+                    break
             if self._stopping:
                 return False
             self._queue.extend(self._submitted)
             self._submitted.clear()
             cancelled = list(self._cancelled)
             self._cancelled.clear()
+        if not (self._queue or self._active or cancelled) and self._holds_memory:
+            _release_memory()
+            self._holds_memory = False
         if cancelled:
             self._queue = deque(job for job in self._queue if not job._over)
             self._remove([job for job in cancelled if job._uid is not None])
@@ -243,6 +252,7 @@ class DecodeEngine:
             job.sampling, job.prompt_token_ids, job._outputs, signature.vocab_size
         )
         sampled = [] if job.first_token is None else [job.first_token]
+        self._holds_memory = True
         if job.build_cache is not None:
             assert sampled
             caches = job.build_cache(mlx_dtype(self.loaded.dtype))
@@ -313,8 +323,6 @@ class DecodeEngine:
         for uid in leaving:
             if uid is not None:
                 del self._active[uid]
-        if not self._active:
-            _release_memory()
 
     def _fail(self, job: Job, code: str, reason: str) -> None:
         if job._over:
@@ -344,7 +352,7 @@ class Float32Logits:
 
 
 def _release_memory() -> None:
-    """Give the system what the last batch used; MLX and glibc would keep it for the next one."""
+    """Give freed buffers back to the system; MLX and glibc would keep them."""
     import mlx.core as mx
 
     mx.clear_cache()

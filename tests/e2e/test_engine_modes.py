@@ -164,28 +164,33 @@ def test_a_receiver_that_appears_later_is_used_under_preemption(
     lonely: Vllm, port: int, logs: Path, tiny_llama_path: Path
 ) -> None:
     """Local responses that grow take the blocks of later prompts while these are prefilled."""
-    growing = [prompt_of(100 + 9 * i, 100 + i) for i in range(4)]
-    handed_off = [prompt_of(590 + 3 * i, 200 + i) for i in range(8)]
-    expected = greedy(tiny_llama_path, growing, 200) + greedy(tiny_llama_path, handed_off, 12)
+
+    def preempted() -> float:
+        return lonely.metric("vllm:mac_decode_fallbacks_total", reason="preempted")
+
     with receiver_at(port, tiny_llama_path, logs / "later.log") as receiver:
         lonely.wait_connected(receiver, 40)
         before = decoded(receiver)
-        preemptions = lonely.metric("vllm:num_preemptions_total")
-        with ThreadPoolExecutor(12) as pool:
-            slow = [pool.submit(lonely.tokens, prompt, 200, **LOCAL) for prompt in growing]
-            fast = [pool.submit(lonely.tokens, prompt, 12) for prompt in handed_off]
-            got = [future.result() for future in slow + fast]
-        assert got == expected
-        assert lonely.metric("vllm:num_preemptions_total") > preemptions
-        assert lonely.metric("vllm:mac_decode_fallbacks_total", reason="preempted") > 0
+        # Who is preempted is a matter of timing; whoever it is, the tokens must be right.
+        for attempt in range(6):
+            growing = [prompt_of(100 + 9 * i, 1000 * attempt + i) for i in range(4)]
+            handed_off = [prompt_of(590 + 3 * i, 1000 * attempt + 100 + i) for i in range(8)]
+            with ThreadPoolExecutor(12) as pool:
+                slow = [pool.submit(lonely.tokens, prompt, 200, **LOCAL) for prompt in growing]
+                time.sleep(0.1 * attempt)
+                fast = [pool.submit(lonely.tokens, prompt, 12) for prompt in handed_off]
+                got = [future.result() for future in slow + fast]
+            expected = greedy(tiny_llama_path, growing, 200) + greedy(
+                tiny_llama_path, handed_off, 12
+            )
+            assert got == expected
+            lonely.tokens([5, 6, 7], 3)
+            assert lonely.metric("vllm:kv_cache_usage_perc") == 0, "every block was given back"
+            if preempted():
+                break
+        assert preempted() > 0
+        assert lonely.metric("vllm:num_preemptions_total") > 0
         assert decoded(receiver) > before
-        print(
-            f"{lonely.metric('vllm:num_preemptions_total') - preemptions:.0f} preemptions, "
-            f"{lonely.metric('vllm:mac_decode_fallbacks_total', reason='preempted'):.0f} of "
-            f"handed-off requests, {decoded(receiver) - before:.0f} tokens by the receiver"
-        )
-        lonely.tokens([5, 6, 7], 3)
-        assert lonely.metric("vllm:kv_cache_usage_perc") == 0, "every block was given back"
         assert receiver.health()["sessions"] == receiver.health()["kv_reserved_bytes"] == 0
 
 

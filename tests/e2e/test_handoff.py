@@ -117,7 +117,7 @@ def test_two_hundred_requests_leave_no_memory_behind(vllm: Vllm, receiver: Recei
         before = resident()
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(ask, range(requests))) == [2 + i % 9 for i in range(requests)]
-        time.sleep(1)  # the receiver frees its batch after the last token
+        time.sleep(3)  # an idle receiver gives back what it freed
         return [after - start for start, after in zip(before, resident(), strict=True)]
 
     def resident() -> list[int]:
