@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     # The same result gives the same file.
-    plt.rcParams["svg.hashsalt"] = "vllm-mac-decode"
+    plt.rcParams |= {"svg.hashsalt": "vllm-mac-decode", "svg.fonttype": "none"}
     options.out.mkdir(parents=True, exist_ok=True)
     for name, (source, draw) in PICTURES.items():
         path = options.results / source

@@ -141,16 +141,17 @@ class Side:
 def sides(tiny_llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Side]]:
     """vLLM alone, which no longer runs, and vLLM with a receiver, which does."""
     logs = tmp_path_factory.mktemp("equality")
-    vllm = start_vllm(tiny_llama_path, logs / "alone.log", args=ARGS)
+    lonely = start_vllm(tiny_llama_path, logs / "alone.log", args=ARGS, wait=False)
     try:
-        alone = Side(vllm)
-        known = alone.run()
+        with pair(tiny_llama_path, logs, args=ARGS) as (vllm, _):  # both start at once
+            lonely.server.wait_healthy(f"{lonely.url}/health")
+            alone, together = Side(lonely), Side(vllm)
+            known = alone.run()
+            lonely.server.stop()
+            together.run(known)
+            yield [alone, together]
     finally:
-        vllm.server.stop()
-    with pair(tiny_llama_path, logs, args=ARGS) as (vllm, _):
-        together = Side(vllm)
-        together.run(known)
-        yield [alone, together]
+        lonely.server.stop()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
