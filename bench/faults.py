@@ -183,6 +183,8 @@ class Trials:
             load.stop.set()
             for thread in threads:
                 thread.join()
+            if show:
+                print(dict(load.done), *load.wrong[:20], sep="\n", file=sys.stderr)
         vllm.wait_connected(self._receiver, 90)  # it is used again
         return {
             "trials": trials,
@@ -203,9 +205,10 @@ class Trials:
         }
 
     def _kill(self) -> None:
-        health = self._receiver.health()
-        self._phases["decoding"] += health["decoding"]
-        self._phases["before decoding"] += health["sessions"] - health["decoding"]
+        with contextlib.suppress(httpx.HTTPError):  # a link that was just plugged in again
+            health = self._receiver.health()
+            self._phases["decoding"] += health["decoding"]
+            self._phases["before decoding"] += health["sessions"] - health["decoding"]
         self._receiver.server.signal(signal.SIGKILL)
         self._receiver.server.stop()
         time.sleep(self._source.uniform(0, 1.5))
