@@ -157,7 +157,7 @@ class Trials:
         # The reference is vLLM alone: hand-offs wait until the receiver is let run.
         receiver.server.signal(signal.SIGSTOP)
         time.sleep(3)
-        expected = references(vllm, seed, 12, tokens)
+        expected = references(vllm, seed, 24, tokens)
         receiver.server.signal(signal.SIGCONT)
         vllm.wait_connected(receiver, 40)
         agreeing = [(p, t) for p, t in expected if vllm.tokens(p, len(t)) == t]

@@ -85,7 +85,7 @@ def main() -> None:
         plain_server.server.stop()
     local, handed, exposed, gaps = [], [], [], []
     with pair(model, logs) as (vllm, receiver):
-        base = f"http://127.0.0.1:{receiver.http_port}/handoffs"
+        base = f"{receiver.url}/handoffs"
         ask(vllm, fresh(), options.tokens, False)
         kv_bytes = receiver.metric("mlx_receiver_kv_bytes_total")
         for _ in range(options.repeats):

@@ -90,7 +90,7 @@ def relay_latency(vllm: Vllm, receiver: Receiver, requests: int, output: int) ->
             arrivals = _arrivals(
                 http, name, [source.randrange(20, 49000) for _ in range(64)], output
             )
-            known = httpx.get(f"http://127.0.0.1:{receiver.http_port}/handoffs").json()
+            known = httpx.get(f"{receiver.url}/handoffs").json()
             (said,) = (one for one in known if f"-{name}-" in one["request_id"])
             # Chunks that arrive together would blur which of them is meant.
             if len(arrivals) == output:
@@ -168,7 +168,7 @@ def run(model: Path, logs: Path, *, requests: int, prompt: int, output: int) -> 
         }
         latency = relay_latency(vllm, receiver, requests, output)
         vllm.server.stop()
-        add("receiver alone", f"http://127.0.0.1:{receiver.http_port}", receiver)
+        add("receiver alone", receiver.url, receiver)
     return {
         "sizes": sizes,
         "rows": rows,

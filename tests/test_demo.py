@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import eventually
 
 pytest.importorskip("mlx.core")
 pytest.importorskip("vllm")
@@ -74,15 +75,6 @@ def start() -> Iterator[Callable[..., Demo]]:
         demo.process.wait(60)
 
 
-def eventually(condition: Callable[[], bool], seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return condition()
-
-
 def log_says(log: Path, text: str) -> bool:
     return log.exists() and text in log.read_text(errors="replace")
 
@@ -93,7 +85,7 @@ def test_the_demo_hands_off_a_request_and_proves_it(
     start: Callable[..., Demo], tiny_llama_path: Path, tmp_path: Path
 ) -> None:
     demo = start("--model", tiny_llama_path, "--max-tokens", 12, "--out", tmp_path)
-    assert eventually(lambda: len(demo.servers()) >= 4, 120)
+    assert eventually(lambda: len(demo.servers()) >= 6, 120, 0.2)
     status, result, lines = demo.finish(300)
     assert status == 0, result
     prompt_tokens, gap = result["prompt_tokens"], result["handoff_gap_ms"]
@@ -128,8 +120,8 @@ def test_a_signal_stops_both_servers(
     start: Callable[..., Demo], tiny_llama_path: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     demo = start("--model", tiny_llama_path, "--out", tmp_path)
-    assert eventually(lambda: log_says(tmp_path / "receiver.log", "Listening"), 60)
-    assert len(demo.servers()) >= 2
+    assert eventually(lambda: log_says(tmp_path / "receiver.log", "Listening"), 60, 0.2)
+    assert len(demo.servers()) >= 4
     demo.process.send_signal(number)
     status, result, _ = demo.finish(60)
     assert status == 130
@@ -143,12 +135,12 @@ def test_a_killed_demo_leaves_nothing_behind(
     start: Callable[..., Demo], tiny_llama_path: Path, tmp_path: Path
 ) -> None:
     demo = start("--model", tiny_llama_path, "--out", tmp_path)
-    assert eventually(lambda: log_says(tmp_path / "vllm.log", "Starting to load model"), 120)
-    # The receiver, and vLLM's server, engine and worker.
-    assert len(demo.servers()) >= 4
+    assert eventually(lambda: log_says(tmp_path / "vllm.log", "Starting to load model"), 120, 0.2)
+    # The receiver and its guard; vLLM's server, engine and worker, and theirs.
+    assert len(demo.servers()) >= 6
     demo.process.kill()
     demo.process.wait(10)
-    assert eventually(lambda: demo.servers() == [], 60), demo.servers()
+    assert eventually(lambda: demo.servers() == [], 60, 0.2), demo.servers()
 
 
 @linux
@@ -158,7 +150,7 @@ def test_a_server_that_dies_ends_the_demo_with_its_last_words(
     model = tmp_path / "without-weights"
     shutil.copytree(tiny_llama_path, model, ignore=shutil.ignore_patterns("*.safetensors"))
     demo = start("--model", model, "--out", tmp_path / "out")
-    assert eventually(lambda: len(demo.servers()) >= 2, 30)
+    assert eventually(lambda: len(demo.servers()) >= 4, 30, 0.2)
     status, result, _ = demo.finish(120)
     assert status == 1
     assert result["ok"] is False

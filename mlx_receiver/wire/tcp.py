@@ -280,12 +280,12 @@ class TcpListener:
 
     def close(self) -> None:
         """See ``transport.Listener.close``."""
-        self._closing = True
+        with self._lock:
+            self._closing = True
+            connections, threads = list(self._connections), list(self._threads)
         with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        with self._lock:
-            connections, threads = list(self._connections), list(self._threads)
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -306,9 +306,13 @@ class TcpListener:
                 target=self._serve, args=(sock, f"{address[0]}:{address[1]}"), daemon=True
             )
             with self._lock:
+                # ``close`` knows only of the connections that stand here when it looks.
+                if self._closing:
+                    sock.close()
+                    return
                 self._connections.add(sock)
                 self._threads.add(thread)
-            thread.start()
+                thread.start()
 
     def _serve(self, sock: socket.socket, peer: str) -> None:
         try:

@@ -29,7 +29,7 @@ PREFILL = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_
 
 
 def api(receiver: Receiver) -> str:
-    return f"http://127.0.0.1:{receiver.http_port}"
+    return receiver.url
 
 
 def ask(base: str, path: str = "completions", **fields: Any) -> dict[str, Any]:

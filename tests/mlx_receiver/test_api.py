@@ -15,8 +15,8 @@ import pytest
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.test_handover import eventually
 from tests.mlx_receiver.test_http import url
+from tests.waiting import eventually
 
 PROMPT = "The quick brown fox jumps over"
 

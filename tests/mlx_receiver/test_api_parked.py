@@ -13,8 +13,8 @@ from mlx_receiver.receiver import Receiver
 from mlx_receiver.wire.messages import Complete, Opened, Sampling
 from tests.mlx_receiver.client import FakeVllm, Prefilled
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.test_handover import eventually
 from tests.mlx_receiver.test_http import url, values
+from tests.waiting import eventually
 
 
 def park(client: FakeVllm, kv: Prefilled, *, send: bool = True) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 
 import mlx.core as mx
 import msgspec
@@ -15,17 +14,9 @@ from mlx_receiver.receiver import Receiver
 from mlx_receiver.wire.messages import Opened, Sampling
 from tests.mlx_receiver.client import FakeVllm, block, blocks, connected
 from tests.mlx_receiver.conftest import Prefill
+from tests.waiting import eventually
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 17, 255, 256, 257])

@@ -12,7 +12,7 @@ from mlx_receiver.settings import Settings
 from mlx_receiver.wire.messages import Sampling
 from tests.mlx_receiver.client import FakeVllm
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.test_handover import eventually
+from tests.waiting import eventually
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
 

@@ -32,7 +32,7 @@ from mlx_receiver.wire.tcp import TcpTransport
 from mlx_receiver.wire.transport import TransportError
 from tests.mlx_receiver.client import FakeVllm, block, blocks, connected
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.test_handover import eventually
+from tests.waiting import eventually
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
 HEADS, TOKENS = slice(0, 2), slice(0, 17)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+#: Seconds that a server has to end by itself once it was asked to.
+_PATIENCE = 15
+
+# Waits for the end of its standard input, which comes when the process that holds the other end
+# is gone, however it went. vLLM may miss a SIGTERM while it starts: then the group is killed.
+_GUARD = f"""
+read -r _
+kill -TERM "$1"
+for _ in {" ".join("." * _PATIENCE)}; do kill -0 -"$1" || exit; sleep 1; done
+kill -KILL -"$1"
+"""
+
 # vLLM's "(EngineCore pid=12) INFO 11-22 10:00:00 [file.py:1] ", logging's, terminal colours.
 _DECORATION = re.compile(
     r"\x1b\[[0-9;]*[A-Za-z]|^\([^)]*pid=\d+\)\s*|^[A-Z]+ [\d-]+ [\d:]+ (\[[^\]]*\] )?"
@@ -29,7 +38,7 @@ class ServiceDied(RuntimeError):
 class Service:
     """One server in a process group of its own, with its output in a file.
 
-    It is ended by ``stop``, at the latest when this interpreter exits; on Linux it ends as well
+    It is ended by ``stop``, at the latest when this interpreter exits, and by a guard beside it
     when this process is killed.
     """
 
@@ -46,9 +55,14 @@ class Service:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                # One system call, looked up before the fork.
-                preexec_fn=_die_with_parent() if sys.platform == "linux" else None,  # noqa: PLW1509
             )
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "guard", str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._over = False
         atexit.register(self.stop)
 
@@ -78,7 +92,7 @@ class Service:
             line = plain
         return line.strip()
 
-    def stop(self, seconds: float = 15.0) -> None:
+    def stop(self, seconds: float = _PATIENCE) -> None:
         """End the server and everything that it started. Safe to call more than once."""
         if self._over:
             return
@@ -90,6 +104,8 @@ class Service:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._guard.kill()
+        self._guard.communicate()
         self._over = True
         atexit.unregister(self.stop)
 
@@ -108,10 +124,3 @@ def free_ports(count: int) -> list[int]:
 def console_script(name: str) -> str:
     """The command of that name in the environment that runs this program."""
     return str(Path(sys.executable).with_name(name))
-
-
-def _die_with_parent() -> Callable[[], int]:
-    """Linux: the child gets SIGTERM when this process ends in whichever way, SIGKILL included."""
-    # Looked up here: after the fork only what is ready may be used.
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: int(prctl(_PR_SET_PDEATHSIG, signal.SIGTERM))
