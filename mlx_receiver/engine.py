@@ -179,8 +179,9 @@ class DecodeEngine:
         from mlx_receiver.sampling import greedy
 
         assert self.loaded is not None
+        self._model = Float32Logits(self.loaded.model)
         self._generator = BatchGenerator(
-            Float32Logits(self.loaded.model),
+            self._model,
             max_tokens=_NEVER,
             sampler=greedy,
             completion_batch_size=self._max_batch,
@@ -258,6 +259,13 @@ class DecodeEngine:
             caches = job.build_cache(mlx_dtype(self.loaded.dtype))
             job.build_cache = None
             prompt, before = sampled, list(job.prompt_token_ids)
+            if not self._active:
+                # The generator shows a token once it has issued the step behind it. Nobody else
+                # is kept waiting now, so the first one is shown as soon as it is there.
+                before += prompt
+                prompt = [self._decode_alone(job, before, caches)]
+                if self._deliver([(job, prompt[0])]):
+                    return
         else:
             caches = self.source.adapter.empty(signature)
             prompt, before = [*job.prompt_token_ids, *sampled], []
@@ -271,9 +279,19 @@ class DecodeEngine:
         )
         self._active[job._uid] = job
 
-    def _step(self) -> None:
-        from mlx_receiver.sampling import check_stop
+    def _decode_alone(self, job: Job, tokens: list[int], caches: list[Any]) -> int:
+        """The token after ``tokens``, of which all but the last are in the caches."""
+        import mlx.core as mx
+        from mlx_lm.generate import generation_stream
 
+        began = time.perf_counter()
+        with mx.stream(generation_stream):
+            logits = self._model(mx.array([tokens[-1:]]), cache=caches)[:, -1, :]
+            token = int(job._sampler.draw(tokens, logits).item())
+        self._metrics.decode_step_seconds.observe(time.perf_counter() - began)
+        return token
+
+    def _step(self) -> None:
         began = time.perf_counter()
         try:
             _, responses = self._generator.next()
@@ -284,15 +302,22 @@ class DecodeEngine:
             self._active.clear()
             self._make_generator()
             return
+        if responses:
+            self._metrics.decode_step_seconds.observe(time.perf_counter() - began)
+        self._remove(self._deliver([(self._active[r.uid], r.token) for r in responses]))
+
+    def _deliver(self, tokens: list[tuple[Job, int]]) -> list[Job]:
+        """Hand each job its next token; returns the jobs that are over with it."""
+        from mlx_receiver.sampling import check_stop
+
         outputs: dict[int, tuple[Sink, list[Output]]] = {}
         finished = []
-        for response in responses:
-            job = self._active[response.uid]
-            output = Output(job, job._outputs, [response.token])
+        for job, token in tokens:
+            output = Output(job, job._outputs, [token])
             job._outputs += 1
             finish = check_stop(
                 job.sampling,
-                response.token,
+                token,
                 job._outputs,
                 len(job.prompt_token_ids) + job._outputs,
                 self.source.max_tokens,
@@ -304,16 +329,14 @@ class DecodeEngine:
                 finished.append(job)
             if not job._over:
                 outputs.setdefault(id(job.sink), (job.sink, []))[1].append(output)
-        if responses:
-            self._metrics.decode_step_seconds.observe(time.perf_counter() - began)
-            self._metrics.decoded_tokens.inc(len(responses))
+        self._metrics.decoded_tokens.inc(len(tokens))
         for sink, results in outputs.values():
             try:
                 sink.decoded(results)
             except Exception:
                 logger.exception("a sink failed; its jobs are dropped")
                 finished += [output.job for output in results if not output.finish]
-        self._remove(finished)
+        return finished
 
     def _remove(self, jobs: list[Job]) -> None:
         leaving = [job._uid for job in jobs if job._uid in self._active]

@@ -141,6 +141,15 @@ class RequestSampler:
         if self._static or self._phrases or holds_back or self._penalised or s.logit_bias:
             self.processors = [self._process]
 
+    def draw(self, context: Sequence[int], logits: mx.array) -> mx.array:
+        """A token after ``context`` (prompt and output), as ``BatchGenerator`` draws one.
+
+        ``logits`` is ``[1, vocab]``, the result ``[1]``.
+        """
+        for process in self.processors:
+            logits = process(mx.array(context), logits)
+        return self.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
     def pop_logprobs(self) -> Logprobs | None:
         """Log-probabilities of the next token not yet asked for; None when none are wanted."""
         if not self._records:

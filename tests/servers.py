@@ -170,6 +170,10 @@ class Vllm:
         """The sum of a metric over its labels."""
         return metric(self.url, name, **labels)
 
+    def wait_healthy(self) -> None:
+        """Wait until it serves."""
+        self.server.wait_healthy(f"{self.url}/health")
+
     def wait_connected(self, receiver: Receiver, seconds: float = 20.0) -> None:
         """Wait until hand-offs work, by making some."""
         until = time.monotonic() + seconds
@@ -209,7 +213,7 @@ def start_vllm(
     vllm = Vllm(server, port)
     if wait:
         try:
-            server.wait_healthy(f"{vllm.url}/health")
+            vllm.wait_healthy()
         except BaseException:
             server.stop()
             raise
@@ -226,13 +230,23 @@ def pair(
     env: dict[str, str] | None = None,
 ) -> Iterator[tuple[Vllm, Receiver]]:
     """Both servers for one model, connected."""
-    receiver = start_receiver(model, logs / "receiver.log", args=receiver_args)
+    port = free_port()
+    # Both start at once: the connector waits for its receiver.
+    vllm = start_vllm(
+        model,
+        logs / "vllm.log",
+        receiver=f"127.0.0.1:{port}",
+        args=args,
+        env=env,
+        wait=False,
+    )
     try:
-        vllm = start_vllm(model, logs / "vllm.log", receiver=receiver.address, args=args, env=env)
+        receiver = start_receiver(model, logs / "receiver.log", port=port, args=receiver_args)
         try:
+            vllm.wait_healthy()
             vllm.wait_connected(receiver)
             yield vllm, receiver
         finally:
-            vllm.server.stop()
+            receiver.server.stop()
     finally:
-        receiver.server.stop()
+        vllm.server.stop()

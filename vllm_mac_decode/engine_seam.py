@@ -113,28 +113,32 @@ class EngineSeam:
         """Whether the output ends its request because of a length limit."""
         return output.finish_reason == FinishReason.LENGTH
 
-    def emit(self, client: int, output: EngineCoreOutput) -> None:
-        """Send one output to a client, behind everything that was sent before."""
-        outputs = EngineCoreOutputs(
-            engine_index=getattr(self._core, "engine_index", 0), outputs=[output]
+    def emit(self, client: int, outputs: list[EngineCoreOutput]) -> None:
+        """Send outputs to a client, in one message, behind everything that was sent before."""
+        message = EngineCoreOutputs(
+            engine_index=getattr(self._core, "engine_index", 0), outputs=outputs
         )
-        if output.finish_reason is not None and self._reports_finished():
-            outputs.finished_requests = {output.request_id}
-        self._output.put_nowait((client, outputs))
+        if self._reports_finished():
+            finished = {o.request_id for o in outputs if o.finish_reason is not None}
+            message.finished_requests = finished or None
+        self._output.put_nowait((client, message))
 
-    def emit_decoded(self, request: Request, decoded: Decoded) -> None:
-        """Send tokens that the receiver produced, as the engine's own."""
-        self.emit(
-            request.client_index,
-            EngineCoreOutput(
-                request_id=request.request_id,
-                new_token_ids=decoded.token_ids,
-                new_logprobs=_logprobs(decoded.logprobs) if decoded.logprobs else None,
-                finish_reason=_FINISH[decoded.finish] if decoded.finish else None,
-                stop_reason=decoded.stop_reason,
-                trace_headers=request.trace_headers,
-            ),
-        )
+    def emit_decoded(self, decoded: list[tuple[Request, Decoded]]) -> None:
+        """Send tokens that the receiver produced in one step, as an engine step of ours."""
+        clients: dict[int, list[EngineCoreOutput]] = {}
+        for request, tokens in decoded:
+            clients.setdefault(request.client_index, []).append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=tokens.token_ids,
+                    new_logprobs=_logprobs(tokens.logprobs) if tokens.logprobs else None,
+                    finish_reason=_FINISH[tokens.finish] if tokens.finish else None,
+                    stop_reason=tokens.stop_reason,
+                    trace_headers=request.trace_headers,
+                )
+            )
+        for client, outputs in clients.items():
+            self.emit(client, outputs)
 
     def resume(self, request: Request, as_id: str, tokens: list[int], max_tokens: int) -> None:
         """Queue a local continuation of a request that has produced ``tokens``.

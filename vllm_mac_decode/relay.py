@@ -243,7 +243,7 @@ class Relay:
         session.started = True
         session.first_token_at = session.progress_at = time.monotonic()
         # Sent from here, so that it is in the queue before the receiver can answer.
-        self.seam.emit(client, output)
+        self.seam.emit(client, [output])
         if session.ended:
             self._continue_locally(session)
         else:
@@ -350,8 +350,7 @@ class Relay:
         with self._lock:
             match message:
                 case m.Step():
-                    for decoded in message.decoded:
-                        self._decoded(decoded)
+                    self._decoded(message.decoded)
                 case m.Refused() | m.Failed():
                     session = self._sessions.get(message.session)
                     if session is not None:
@@ -391,26 +390,30 @@ class Relay:
                 session.progress = now
                 session.progress_at = time.monotonic()
 
-    def _decoded(self, decoded: m.Decoded) -> None:
-        session = self._sessions.get(decoded.session)
-        if session is None or not session.started:
-            return
-        assert self.seam is not None
-        if decoded.position != len(session.tokens):
-            self._give_up(session, "failed_protocol")
-            return
+    def _decoded(self, step: list[m.Decoded]) -> None:
         now = time.monotonic()
-        if len(session.tokens) == 1:
-            self._counts.gaps.append(now - session.first_token_at)
-        session.progress_at = now
-        session.tokens += decoded.token_ids
-        self._counts.events["tokens"] += len(decoded.token_ids)
-        self.seam.emit_decoded(session.request, decoded)
-        if decoded.finish:
-            self._counts.events["completed"] += 1
-            self._breaker.succeeded()
-            self._ended.append(session.session)
-            self._forget(session)
+        produced: list[tuple[Request, m.Decoded]] = []
+        for decoded in step:
+            session = self._sessions.get(decoded.session)
+            if session is None or not session.started:
+                continue
+            if decoded.position != len(session.tokens):
+                self._give_up(session, "failed_protocol")
+                continue
+            if len(session.tokens) == 1:
+                self._counts.gaps.append(now - session.first_token_at)
+            session.progress_at = now
+            session.tokens += decoded.token_ids
+            self._counts.events["tokens"] += len(decoded.token_ids)
+            produced.append((session.request, decoded))
+            if decoded.finish:
+                self._counts.events["completed"] += 1
+                self._breaker.succeeded()
+                self._ended.append(session.session)
+                self._forget(session)
+        if produced:
+            assert self.seam is not None
+            self.seam.emit_decoded(produced)
 
     # --- reporting --------------------------------------------------------------------------
 

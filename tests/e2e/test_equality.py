@@ -144,7 +144,7 @@ def sides(tiny_llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     lonely = start_vllm(tiny_llama_path, logs / "alone.log", args=ARGS, wait=False)
     try:
         with pair(tiny_llama_path, logs, args=ARGS) as (vllm, _):  # both start at once
-            lonely.server.wait_healthy(f"{lonely.url}/health")
+            lonely.wait_healthy()
             alone, together = Side(lonely), Side(vllm)
             known = alone.run()
             lonely.server.stop()
