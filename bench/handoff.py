@@ -22,7 +22,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench.lab import RESULTS, record, save
+from bench.lab import ALL_CORES, RESULTS, record, save
 from tests.servers import Vllm, pair, start_vllm
 
 
@@ -77,14 +77,14 @@ def main() -> None:
         return [ask(vllm, fresh(), options.tokens, local) for _ in range(options.repeats)]
 
     logs = Path(tempfile.mkdtemp(prefix="handoff-"))
-    plain_server = start_vllm(model, logs / "plain.log")
+    plain_server = start_vllm(model, logs / "plain.log", env=ALL_CORES)
     try:
         ask(plain_server, fresh(), 2, False)
         plain = repeat(plain_server, False)
     finally:
         plain_server.server.stop()
     local, handed, exposed, gaps = [], [], [], []
-    with pair(model, logs) as (vllm, receiver):
+    with pair(model, logs, env=ALL_CORES) as (vllm, receiver):
         base = f"{receiver.url}/handoffs"
         ask(vllm, fresh(), options.tokens, False)
         kv_bytes = receiver.metric("mlx_receiver_kv_bytes_total")

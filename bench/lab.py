@@ -22,6 +22,10 @@ RESULTS = Path(__file__).parent / "results"
 #: Bytes a second of a 10 Gbit link: what nothing on it can exceed.
 LINK_10G = 1.25e9
 
+#: For every vLLM of a comparison on one machine. Left to itself, its CPU build keeps a core free,
+#: and two with a connector unless there are no more: then none. The servers would not be equals.
+ALL_CORES = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
+
 _CLONE_NEWNET = 0x40000000
 
 _PACKAGES = ("mlx", "mlx-lm", "torch", "vllm", "pyzmq", "nixl", "numpy", "vllm-mac-decode")

@@ -32,7 +32,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench.lab import RESULTS, record, save
+from bench.lab import ALL_CORES, RESULTS, record, save
 from tests.servers import BIN, Receiver, Vllm, pair, start_vllm
 
 NAME = "m"
@@ -156,12 +156,13 @@ def run(model: Path, logs: Path, *, requests: int, prompt: int, output: int) -> 
                 row["receiver_step_mean_ms"] = step_ms(receiver, before)
             rows.append(row)
 
-    alone = start_vllm(model, logs / "alone.log")
+    alone = start_vllm(model, logs / "alone.log", env=ALL_CORES)
     try:
         add("vLLM alone", alone.url, None)
     finally:
         alone.server.stop()
-    with pair(model, logs, receiver_args=("--served-model-name", NAME)) as (vllm, receiver):
+    named = ("--served-model-name", NAME)
+    with pair(model, logs, receiver_args=named, env=ALL_CORES) as (vllm, receiver):
         add("vLLM and receiver", vllm.url, receiver)
         counts = {
             name: vllm.metric(f"vllm:mac_decode_{name}_total") for name in ("tokens", "fallbacks")

@@ -21,11 +21,15 @@ logger = logging.getLogger(__name__)
 #: A library's path, or "none" for MLX's own.
 VARIABLE = "MLX_RECEIVER_BLAS"
 
+_THREADS = "OPENBLAS_NUM_THREADS"
+
 
 def use_fast_blas() -> str | None:
     """Load the first OpenBLAS there is; its path or name. To be called before MLX is imported.
 
     The system's comes first, then those that other packages' wheels (OpenCV's, say) bring along.
+    It gets half of the cores, unless OPENBLAS_NUM_THREADS says otherwise: its threads wait for each
+    other by spinning, and on cores that vLLM uses too that costs many times what they gain.
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return None
@@ -33,7 +37,9 @@ def use_fast_blas() -> str | None:
         try:
             # NumPy's and SciPy's have other symbols.
             if hasattr(ctypes.CDLL(candidate), "cblas_sgemm"):
-                ctypes.CDLL(candidate, ctypes.RTLD_GLOBAL)
+                library = ctypes.CDLL(candidate, ctypes.RTLD_GLOBAL)
+                if _THREADS not in os.environ and hasattr(library, "openblas_set_num_threads"):
+                    library.openblas_set_num_threads(max(1, (os.cpu_count() or 1) // 2))
                 logger.debug("MLX's CPU backend uses %s", candidate)
                 return candidate
         except OSError as error:

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,10 @@ class Receiver:
         """The base URL of its HTTP API."""
         return f"http://{self.host}:{self.http_port}"
 
+    def wait_healthy(self) -> None:
+        """Wait until it is ready."""
+        self.server.wait_healthy(f"{self.url}/health", 120)
+
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
         return metric(self.url, name)
@@ -119,19 +123,21 @@ def start_receiver(
     http_port: int = 0,
     args: tuple[str, ...] = (),
     inside: tuple[str, ...] = (),
+    wait: bool = True,
 ) -> Receiver:
-    """Start a receiver in fp32 and wait until it is ready; ``inside`` precedes its command."""
+    """Start a receiver in fp32; ``inside`` precedes its command."""
     port, http_port = port or free_port(), http_port or free_port()
     command = [
         *inside, str(BIN / "mlx-receiver"), "start", "--model", str(model), "--dtype", "float32",
         "--host", host, "--port", str(port), "--http-port", str(http_port), *args,
     ]  # fmt: skip
     receiver = Receiver(Server(command, log), port, http_port, host)
-    try:
-        receiver.server.wait_healthy(f"{receiver.url}/health", 120)
-    except BaseException:
-        receiver.server.stop()
-        raise
+    if wait:
+        try:
+            receiver.wait_healthy()
+        except BaseException:
+            receiver.server.stop()
+            raise
     return receiver
 
 
@@ -221,17 +227,16 @@ def start_vllm(
 
 
 @contextlib.contextmanager
-def pair(
+def starting(
     model: Path,
     logs: Path,
     *,
     args: tuple[str, ...] = (),
     receiver_args: tuple[str, ...] = (),
     env: dict[str, str] | None = None,
-) -> Iterator[tuple[Vllm, Receiver]]:
-    """Both servers for one model, connected."""
+) -> Iterator[Callable[[], tuple[Vllm, Receiver]]]:
+    """Both servers for one model, on their way; the function waits until they are connected."""
     port = free_port()
-    # Both start at once: the connector waits for its receiver.
     vllm = start_vllm(
         model,
         logs / "vllm.log",
@@ -241,12 +246,33 @@ def pair(
         wait=False,
     )
     try:
-        receiver = start_receiver(model, logs / "receiver.log", port=port, args=receiver_args)
+        receiver = start_receiver(
+            model, logs / "receiver.log", port=port, args=receiver_args, wait=False
+        )
         try:
-            vllm.wait_healthy()
-            vllm.wait_connected(receiver)
-            yield vllm, receiver
+
+            def ready() -> tuple[Vllm, Receiver]:
+                receiver.wait_healthy()
+                vllm.wait_healthy()
+                vllm.wait_connected(receiver)
+                return vllm, receiver
+
+            yield ready
         finally:
             receiver.server.stop()
     finally:
         vllm.server.stop()
+
+
+@contextlib.contextmanager
+def pair(
+    model: Path,
+    logs: Path,
+    *,
+    args: tuple[str, ...] = (),
+    receiver_args: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+) -> Iterator[tuple[Vllm, Receiver]]:
+    """Both servers for one model, connected."""
+    with starting(model, logs, args=args, receiver_args=receiver_args, env=env) as ready:
+        yield ready()

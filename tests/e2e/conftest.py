@@ -10,8 +10,11 @@ import pytest
 from tests.servers import Receiver, Vllm, pair
 
 #: Prompts over 256 tokens are chunked; a KV cache of 96 x 128 tokens is soon touched entirely,
-#: so that a process's resident memory can be compared.
-ARGS = ("--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "96")
+#: so that a process's resident memory can be compared. The rest lets requests ask for more.
+ARGS = (
+    "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "96", "--max-logprobs", "50",
+    "--enable-prompt-tokens-details", "--scheduling-policy", "priority",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.answers import Answer, ask, differences
+from tests.e2e.conftest import ARGS
 from tests.e2e.equality_cases import (
     CASES,
     HANDED_OFF,
@@ -29,14 +29,9 @@ from tests.e2e.equality_cases import (
     Case,
     Known,
 )
-from tests.servers import Vllm, pair, start_vllm
+from tests.servers import Vllm, start_vllm
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-
-ARGS = (
-    "--enable-prompt-tokens-details", "--max-logprobs", "50", "--scheduling-policy", "priority",
-    "--num-gpu-blocks-override", "256",
-)  # fmt: skip
 
 #: Differences that are known and meant: case -> where -> why.
 KNOWN_DIFFERENCES: dict[str, dict[str, str]] = {
@@ -138,20 +133,23 @@ class Side:
 
 
 @pytest.fixture(scope="module")
-def sides(tiny_llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Side]]:
+def sides(
+    tiny_llama_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> list[Side]:
     """vLLM alone, which no longer runs, and vLLM with a receiver, which does."""
-    logs = tmp_path_factory.mktemp("equality")
-    lonely = start_vllm(tiny_llama_path, logs / "alone.log", args=ARGS, wait=False)
+    log = tmp_path_factory.mktemp("equality") / "alone.log"
+    lonely = start_vllm(tiny_llama_path, log, args=ARGS, wait=False)
     try:
-        with pair(tiny_llama_path, logs, args=ARGS) as (vllm, _):  # both start at once
-            lonely.wait_healthy()
-            alone, together = Side(lonely), Side(vllm)
-            known = alone.run()
-            lonely.server.stop()
-            together.run(known)
-            yield [alone, together]
+        vllm, _ = request.getfixturevalue("served")  # both start at once
+        lonely.wait_healthy()
+        alone, together = Side(lonely), Side(vllm)
+        known = alone.run()
     finally:
         lonely.server.stop()
+    together.run(known)
+    return [alone, together]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import free_port
-from tests.servers import Receiver, Vllm, start_receiver, start_vllm
+from tests.servers import Receiver, Vllm, start_receiver
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.server
 
@@ -70,31 +70,43 @@ class Crowd:
         with ThreadPoolExecutor(CLIENTS) as pool:
             return list(pool.map(lambda request: stream(self.vllm, *request), self.requests))
 
-    def local(self, reason: str) -> float:
-        """Requests that stayed local, by the counters' last state."""
-        return self.vllm.metric("vllm:mac_decode_local_total", reason=reason)
+    def wait_alone(self) -> None:
+        """Wait until vLLM has noticed that the receiver is gone."""
+
+        def alone() -> bool:
+            self.vllm.tokens([5, 6, 7], 2)
+            return self.vllm.metric("vllm:mac_decode_local_total", reason="no_receiver") > before
+
+        before = self.vllm.metric("vllm:mac_decode_local_total", reason="no_receiver")
+        assert eventually(alone, 30)
 
 
 @pytest.fixture(scope="module")
-def crowd(tiny_llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
-    """32 requests of mixed lengths, asked one at a time before there is a receiver."""
+def crowd(
+    served: tuple[Vllm, Receiver], tiny_llama_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Crowd]:
+    """32 requests of mixed lengths, asked one at a time while there is no receiver."""
     source = random.Random(17)
     requests = [
         ([source.randrange(20, 49000) for _ in range(PROMPTS[i % len(PROMPTS)])],
          OUTPUTS[i % len(OUTPUTS)])
         for i in range(CLIENTS)
     ]  # fmt: skip
-    ports = {"port": free_port(), "http_port": free_port()}
-    # Under a load of 32 on few cores a step may take longer than the default allows.
-    served = start_vllm(tiny_llama_path, tmp_path_factory.mktemp("crowd") / "vllm.log",
-                        receiver=f"127.0.0.1:{ports['port']}",
-                        env={"MAC_DECODE_STALL_TIMEOUT": "8"})  # fmt: skip
+    vllm, receiver = served
+    ports = {"port": receiver.port, "http_port": receiver.http_port}
+    found = Crowd(tiny_llama_path, vllm, requests, [], ports)
+    receiver.server.stop()
     try:
-        expected = [served.tokens(prompt, output) for prompt, output in requests]
-        assert served.metric("vllm:mac_decode_tokens_total") == 0
-        yield Crowd(tiny_llama_path, served, requests, expected, ports)
+        found.wait_alone()
+        before = vllm.metric("vllm:mac_decode_tokens_total")
+        found.expected = [vllm.tokens(prompt, output) for prompt, output in requests]
+        found.ask()  # vLLM's CPU kernels are made when a batch first has their shape
+        assert vllm.metric("vllm:mac_decode_tokens_total") == before
+        yield found
     finally:
-        served.server.stop()
+        log = tmp_path_factory.mktemp("crowd") / "receiver.log"
+        receiver.server = start_receiver(tiny_llama_path, log, **ports).server
+    vllm.wait_connected(receiver, 40)
 
 
 @contextlib.contextmanager
@@ -106,10 +118,7 @@ def receiving(crowd: Crowd, log: Path, *args: str) -> Iterator[Receiver]:
         yield receiver
     finally:
         receiver.server.stop()
-    gone, until = crowd.local("no_receiver"), time.monotonic() + 30
-    while crowd.local("no_receiver") == gone:
-        assert time.monotonic() < until, "vLLM has not noticed that the receiver is gone"
-        crowd.vllm.tokens([5, 6, 7], 2)
+    crowd.wait_alone()
 
 
 def idle(receiver: Receiver) -> dict[str, int]:
