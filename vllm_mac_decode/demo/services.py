@@ -12,18 +12,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-#: Seconds that a server has to end by itself once it was asked to.
-_PATIENCE = 15
-
-# Waits for the end of its standard input, which comes when the process that holds the other end
-# is gone, however it went. vLLM may miss a SIGTERM while it starts: then the group is killed.
-_GUARD = f"""
+# $1 is the server's process group, $2 the seconds that it has to end by itself. Waits for the end
+# of the standard input, which comes when the process that holds the other end is gone, however it
+# went. vLLM may miss a SIGTERM while it starts: then the group is killed.
+_GUARD = """
 read -r _
 kill -TERM "$1"
-for _ in {" ".join("." * _PATIENCE)}; do kill -0 -"$1" || exit; sleep 1; done
+while [ "$2" -gt 0 ]; do
+    kill -0 -"$1" || exit
+    sleep 1
+    set -- "$1" $(($2 - 1))
+done
 kill -KILL -"$1"
 """
-
 # vLLM's "(EngineCore pid=12) INFO 11-22 10:00:00 [file.py:1] ", logging's, terminal colours.
 _DECORATION = re.compile(
     r"\x1b\[[0-9;]*[A-Za-z]|^\([^)]*pid=\d+\)\s*|^[A-Z]+ [\d-]+ [\d:]+ (\[[^\]]*\] )?"
@@ -43,10 +44,17 @@ class Service:
     """
 
     def __init__(
-        self, name: str, command: list[str], log: Path, environment: dict[str, str] | None = None
+        self,
+        name: str,
+        command: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        patience: int = 15,
     ) -> None:
+        """``patience`` is the seconds that it has to end by itself once it was asked to."""
         self.name = name
         self.log = log
+        self._patience = patience
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
@@ -57,7 +65,7 @@ class Service:
                 start_new_session=True,
             )
         self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", _GUARD, "guard", str(self._process.pid)],
+            ["/bin/sh", "-c", _GUARD, "guard", str(self._process.pid), str(patience)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -92,14 +100,14 @@ class Service:
             line = plain
         return line.strip()
 
-    def stop(self, seconds: float = _PATIENCE) -> None:
+    def stop(self) -> None:
         """End the server and everything that it started. Safe to call more than once."""
         if self._over:
             return
         if self._process.poll() is None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(seconds)
+                self._process.wait(self._patience)
         # The server may be gone while processes that it started are not.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -1,0 +1,50 @@
+"""The demo's servers end with the demo, however it ends and whatever they think of it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+#: A server that cannot be asked to stop; its connection ends when it does.
+STUBBORN = """
+import signal, socket, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+alive = socket.create_connection(("127.0.0.1", {port}))
+alive.send(b"x")
+time.sleep(600)
+"""
+
+DEMO = """
+import sys, time
+from pathlib import Path
+from vllm_mac_decode.demo.services import Service
+service = Service("s", [sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]), patience=1)
+sys.stdin.readline()
+service.stop()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_server_that_ignores_sigterm(killed: bool, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
+        program = STUBBORN.format(port=listener.getsockname()[1])
+        demo = subprocess.Popen(
+            [sys.executable, "-c", DEMO, program, str(tmp_path / "log")], stdin=subprocess.PIPE
+        )
+        server, _ = listener.accept()
+    with server, demo:
+        server.settimeout(20)
+        assert server.recv(1) == b"x"
+        asked = time.monotonic()
+        if killed:
+            demo.kill()
+        else:
+            demo.communicate(b"\n")
+        assert server.recv(1) == b""
+        assert time.monotonic() - asked >= 1
