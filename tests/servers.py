@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,6 @@ class Receiver:
         """The base URL of its HTTP API."""
         return f"http://{self.host}:{self.http_port}"
 
-    def wait_healthy(self) -> None:
-        """Wait until it is ready."""
-        self.server.wait_healthy(f"{self.url}/health", 120)
-
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
         return metric(self.url, name)
@@ -123,21 +119,19 @@ def start_receiver(
     http_port: int = 0,
     args: tuple[str, ...] = (),
     inside: tuple[str, ...] = (),
-    wait: bool = True,
 ) -> Receiver:
-    """Start a receiver in fp32; ``inside`` precedes its command."""
+    """Start a receiver in fp32 and wait until it is ready; ``inside`` precedes its command."""
     port, http_port = port or free_port(), http_port or free_port()
     command = [
         *inside, str(BIN / "mlx-receiver"), "start", "--model", str(model), "--dtype", "float32",
         "--host", host, "--port", str(port), "--http-port", str(http_port), *args,
     ]  # fmt: skip
     receiver = Receiver(Server(command, log), port, http_port, host)
-    if wait:
-        try:
-            receiver.wait_healthy()
-        except BaseException:
-            receiver.server.stop()
-            raise
+    try:
+        receiver.server.wait_healthy(f"{receiver.url}/health", 120)
+    except BaseException:
+        receiver.server.stop()
+        raise
     return receiver
 
 
@@ -227,44 +221,6 @@ def start_vllm(
 
 
 @contextlib.contextmanager
-def starting(
-    model: Path,
-    logs: Path,
-    *,
-    args: tuple[str, ...] = (),
-    receiver_args: tuple[str, ...] = (),
-    env: dict[str, str] | None = None,
-) -> Iterator[Callable[[], tuple[Vllm, Receiver]]]:
-    """Both servers for one model, on their way; the function waits until they are connected."""
-    port = free_port()
-    vllm = start_vllm(
-        model,
-        logs / "vllm.log",
-        receiver=f"127.0.0.1:{port}",
-        args=args,
-        env=env,
-        wait=False,
-    )
-    try:
-        receiver = start_receiver(
-            model, logs / "receiver.log", port=port, args=receiver_args, wait=False
-        )
-        try:
-
-            def ready() -> tuple[Vllm, Receiver]:
-                receiver.wait_healthy()
-                vllm.wait_healthy()
-                vllm.wait_connected(receiver)
-                return vllm, receiver
-
-            yield ready
-        finally:
-            receiver.server.stop()
-    finally:
-        vllm.server.stop()
-
-
-@contextlib.contextmanager
 def pair(
     model: Path,
     logs: Path,
@@ -274,5 +230,18 @@ def pair(
     env: dict[str, str] | None = None,
 ) -> Iterator[tuple[Vllm, Receiver]]:
     """Both servers for one model, connected."""
-    with starting(model, logs, args=args, receiver_args=receiver_args, env=env) as ready:
-        yield ready()
+    port = free_port()
+    # Both start at once: the connector waits for its receiver.
+    vllm = start_vllm(
+        model, logs / "vllm.log", receiver=f"127.0.0.1:{port}", args=args, env=env, wait=False
+    )
+    try:
+        receiver = start_receiver(model, logs / "receiver.log", port=port, args=receiver_args)
+        try:
+            vllm.wait_healthy()
+            vllm.wait_connected(receiver)
+            yield vllm, receiver
+        finally:
+            receiver.server.stop()
+    finally:
+        vllm.server.stop()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.mlx_alone import greedy
-from tests.servers import Receiver, Vllm, starting
+from tests.servers import Receiver, Vllm, pair
 
 pytestmark = pytest.mark.server
 
 LENGTHS = (1, 2, 31, 32, 33, 127, 128, 129, 700)
 TOKENS = 64
-
-Ready = Callable[[], tuple[Vllm, Receiver]]
 
 
 def prompts() -> list[list[int]]:
@@ -39,25 +35,15 @@ def test_tiny_llama(vllm: Vllm, receiver: Receiver, tiny_llama_path: Path) -> No
     check(vllm, receiver, greedy(tiny_llama_path, prompts(), TOKENS))
 
 
-@pytest.fixture(scope="module")
-def starts(
-    tiny_qwen3_path: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[Path, Ready]]:
-    """Servers for each model, started at once: a start leaves most of the machine idle."""
-    with ExitStack() as stack:
-        yield {
-            model: stack.enter_context(starting(model, tmp_path_factory.mktemp(model.name)))
-            for model in (tiny_qwen3_path, smollm2)
-        }
+def test_tiny_qwen3_with_qk_norm(tiny_qwen3_path: Path, tmp_path: Path) -> None:
+    expected = greedy(tiny_qwen3_path, prompts(), TOKENS)
+    with pair(tiny_qwen3_path, tmp_path) as (vllm, receiver):
+        check(vllm, receiver, expected)
 
 
 @pytest.mark.real_model
 @pytest.mark.timeout(1500)
-def test_smollm2(starts: dict[Path, Ready], smollm2: Path) -> None:
+def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
     expected = greedy(smollm2, prompts(), TOKENS)
-    check(*starts[smollm2](), expected)
-
-
-def test_tiny_qwen3_with_qk_norm(starts: dict[Path, Ready], tiny_qwen3_path: Path) -> None:
-    expected = greedy(tiny_qwen3_path, prompts(), TOKENS)
-    check(*starts[tiny_qwen3_path](), expected)
+    with pair(smollm2, tmp_path) as (vllm, receiver):
+        check(vllm, receiver, expected)
