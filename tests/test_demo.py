@@ -64,6 +64,8 @@ class Demo:
 @pytest.fixture
 def start() -> Iterator[Callable[..., Demo]]:
     demos: list[Demo] = []
+    # Where the tests run in the background, SIGINT is ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def started(*arguments: object) -> Demo:
         demos.append(Demo(*arguments))
@@ -73,6 +75,7 @@ def start() -> Iterator[Callable[..., Demo]]:
     for demo in demos:
         demo.process.terminate()
         demo.process.wait(60)
+    signal.signal(signal.SIGINT, before)
 
 
 def log_says(log: Path, text: str) -> bool:
