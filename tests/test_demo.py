@@ -72,10 +72,10 @@ def start() -> Iterator[Callable[..., Demo]]:
         return demos[-1]
 
     yield started
+    signal.signal(signal.SIGINT, before)
     for demo in demos:
         demo.process.terminate()
         demo.process.wait(60)
-    signal.signal(signal.SIGINT, before)
 
 
 def log_says(log: Path, text: str) -> bool:

@@ -123,9 +123,8 @@ def receiving(crowd: Crowd, log: Path, *args: str) -> Iterator[Receiver]:
 
 def idle(receiver: Receiver) -> dict[str, int]:
     """The receiver's health once its sessions are gone, at the latest after 10 seconds."""
-    until = time.monotonic() + 10
-    while (health := receiver.health())["sessions"] and time.monotonic() < until:
-        time.sleep(0.1)
+    eventually(lambda: not receiver.health()["sessions"], 10, 0.1)
+    health = receiver.health()
     return {name: health[name] for name in ("sessions", "decoding", "waiting", "kv_reserved_bytes")}
 
 
