@@ -109,15 +109,11 @@ def write_model(folder: Path, dtype: str, **shape: Any) -> None:
 class ReceiverProcess:
     """``mlx-receiver start`` on this machine."""
 
-    def __init__(
-        self, model: Path, dtype: str, log: Path, port: int = 17790, device: str = "gpu"
-    ) -> None:
+    def __init__(self, model: Path, dtype: str, log: Path, port: int = 17790) -> None:
         self.port, self.http = port, port + 1
         self.log = log
         self.process = subprocess.Popen(
-            [sys.executable, "-c",
-             f"import mlx.core as mx; mx.set_default_device(mx.{device}); "
-             "from mlx_receiver.cli import main; main()",
+            [sys.executable, "-c", "from mlx_receiver.cli import main; main()",
              "start", "--model", str(model), "--dtype", dtype,
              "--port", str(port), "--http-port", str(self.http)],
             stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True,
@@ -218,7 +214,9 @@ def summary(values: list[float]) -> dict[str, float]:
 def measure(
     engine: Engine, receiver: ReceiverProcess | None, length: int, tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Alternate local and handed-off requests of one length."""
+    """Alternate local and handed-off requests of one length; short ones more often, because what
+    else the machine does is a larger part of them."""
+    repeats *= max(1, min(8, 8192 // length))
     local, handed, gaps, local_tpot, remote_tpot, lags = [], [], [], [], [], []
     for i in range(repeats + 1):
         a = engine.run(prompt_of(length, 2 * i), tokens, local=True)
@@ -247,23 +245,32 @@ def measure(
         result["local_ms_per_token"] = summary(local_tpot)
         result["receiver_ms_per_token"] = summary(remote_tpot)
     known = [lag for lag in lags if lag is not None]
-    if known:
-        result["cache_complete_after_last_layer_ms"] = summary([lag[0] for lag in known])
-        result["export_span_ms"] = summary([lag[1] for lag in known])
+    for name in known[0] if known else ():
+        result[f"{name}_ms"] = summary([lag[name] for lag in known])
     return result
 
 
-def exposed(receiver: ReceiverProcess) -> tuple[float, float] | None:
-    """For the latest hand-off: seconds to a complete cache from the last layer's compute, and
-    from the first layer's."""
+def latest_timeline(receiver: ReceiverProcess) -> Any:
+    """The latest hand-off, as the receiver saw it; None before the first."""
     handoffs = receiver.json("/handoffs")
     if not handoffs:
         return None
     latest = max(handoffs, key=lambda row: row["opened_ns"])
-    blocks = receiver.json(f"/handoffs/{latest['request_id']}")["blocks"]
-    done = max(block["committed_ns"] for block in blocks)
-    computed = [block["computed_ns"] for block in blocks]
-    return (done - max(computed)) / 1e9, (done - min(computed)) / 1e9
+    return receiver.json(f"/handoffs/{latest['request_id']}")
+
+
+def exposed(receiver: ReceiverProcess) -> dict[str, float] | None:
+    """Seconds of the latest hand-off, as the receiver saw it."""
+    timeline = latest_timeline(receiver)
+    if timeline is None or not timeline["complete_ns"]:
+        return None
+    computed = [block["computed_ns"] for block in timeline["blocks"]]
+    ready = max(timeline["complete_ns"], timeline["started_ns"])
+    return {
+        "cache_complete_after_last_layer": (timeline["complete_ns"] - max(computed)) / 1e9,
+        "export_span": (timeline["complete_ns"] - min(computed)) / 1e9,
+        "ready_to_first_decoded": (timeline["first_decoded_ns"] - ready) / 1e9,
+    }
 
 
 def main() -> None:
@@ -278,12 +285,6 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--no-connector", action="store_true", help="plain vLLM, for comparison")
     parser.add_argument("--memory", type=float, default=0.6)
-    parser.add_argument(
-        "--receiver-device",
-        choices=("cpu", "gpu"),
-        default="gpu",
-        help="cpu: the receiver leaves the GPU to vLLM, as one on another machine does",
-    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -298,7 +299,6 @@ def main() -> None:
             options.model,
             "bfloat16",
             options.out.with_suffix(".receiver.log"),
-            device=options.receiver_device,
         )
     longest = max(options.lengths) + options.tokens
     result: dict[str, Any] = {
@@ -331,6 +331,9 @@ def main() -> None:
             result["rows"].append(row)
             print(json.dumps(row), flush=True)
             options.out.write_text(json.dumps(result, indent=1))
+            if receiver is not None:
+                timeline = options.out.with_suffix(f".{length}.timeline.json")
+                timeline.write_text(json.dumps(latest_timeline(receiver)))
     finally:
         if receiver is not None:
             receiver.stop()

@@ -7,7 +7,9 @@ finished caches over without copying them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -15,6 +17,7 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from numpy.typing import NDArray
 
+from mlx_receiver.cuda import Staging, staging
 from mlx_receiver.wire.frames import ITEMSIZE
 from mlx_receiver.wire.signature import PLAIN_KV_ARCHITECTURES, ModelSignature
 
@@ -31,13 +34,39 @@ def mlx_dtype(name: str) -> mx.Dtype:
     return _DTYPES[name]
 
 
+@dataclass(slots=True)
+class Rows:
+    """Memory for one block's payload, to be written in order.
+
+    ``written`` or ``dropped`` is called exactly once. Whoever still held a buffer afterwards would
+    make MLX copy the cache before decoding.
+    """
+
+    buffers: list[memoryview]
+    written: Callable[[], None] = lambda: None
+    dropped: Callable[[], None] = lambda: None
+
+
 class CacheBuffers(Protocol):
-    """One session's cache memory, first written by bulk threads, then decoded from."""
+    """One session's cache memory, first written by bulk threads, then decoded from.
+
+    It is allocated layer by layer, so that the first block need not wait for the last layer.
+    """
 
     nbytes: int
 
+    @property
+    def layers(self) -> int:
+        """Layers that are allocated."""
+
+    def grow(self) -> bool:
+        """Allocate one more layer; False when all are there."""
+
     def plane(self, layer: int, plane: int) -> NDArray[Any]:
         """A writable alias ``[heads, capacity, head_dim]`` of integers as wide as the dtype."""
+
+    def rows(self, layer: int, plane: int, heads: slice, tokens: slice) -> Rows:
+        """Memory for a block of that plane, ``[heads, tokens, head_dim]``."""
 
     def build(self, dtype: mx.Dtype) -> list[Any]:
         """The model's caches in ``dtype``, one a layer, offset at the last token received.
@@ -61,7 +90,8 @@ class CacheAdapter(Protocol):
     def allocate(
         self, signature: ModelSignature, kv_dtype: str, tokens: int, headroom: int
     ) -> CacheBuffers:
-        """Memory for ``tokens`` received tokens and at least ``headroom`` decoded ones."""
+        """Memory for ``tokens`` received tokens and at least ``headroom`` decoded ones. Its first
+        layer is allocated, the others are not."""
 
     def empty(self, signature: ModelSignature) -> list[Any]:
         """Caches without tokens, for a prompt that MLX prefills itself."""
@@ -92,7 +122,7 @@ class PlainKV:
         """See ``CacheAdapter.allocate``. Any thread may call it: the memory is evaluated."""
         capacity = self.capacity(tokens, headroom)
         shape = (1, signature.kv_heads, capacity, signature.head_dim)
-        return PlainKVBuffers(signature.layers, shape, tokens, kv_dtype)
+        return PlainKVBuffers(signature.layers, shape, tokens, kv_dtype, staging())
 
     def empty(self, signature: ModelSignature) -> list[Any]:
         """See ``CacheAdapter.empty``."""
@@ -103,26 +133,57 @@ class PlainKVBuffers:
     """K and V buffers ``[1, heads, capacity, head_dim]`` of every layer."""
 
     def __init__(
-        self, layers: int, shape: tuple[int, int, int, int], tokens: int, kv_dtype: str
+        self,
+        layers: int,
+        shape: tuple[int, int, int, int],
+        tokens: int,
+        kv_dtype: str,
+        staging: Staging | None,
     ) -> None:
-        carrier = _CARRIERS[ITEMSIZE[kv_dtype]]
+        self._layers = layers
+        self._shape = shape
         self._tokens = tokens
         self._dtype = mlx_dtype(kv_dtype)
-        # On CUDA, memory that the GPU wrote would be migrated page by page under the CPU's writes.
-        filler = mx.cpu if mx.cuda.is_available() else None
-        self._arrays = [
-            [mx.zeros(shape, carrier, stream=filler) for _ in range(2)] for _ in range(layers)
-        ]
-        mx.eval(self._arrays)
-        self._aliases = [[np.array(a, copy=False)[0] for a in pair] for pair in self._arrays]
-        self.nbytes = sum(array.nbytes for pair in self._arrays for array in pair)
+        self._carrier = _CARRIERS[ITEMSIZE[kv_dtype]]
+        self._staging = staging
+        self._arrays: list[list[mx.array]] = []
+        self._aliases: list[list[NDArray[Any]]] = []
+        self.nbytes = 2 * layers * math.prod(shape) * ITEMSIZE[kv_dtype]
+        self.grow()
+
+    @property
+    def layers(self) -> int:
+        """See ``CacheBuffers.layers``."""
+        return len(self._aliases)
+
+    def grow(self) -> bool:
+        """See ``CacheBuffers.grow``."""
+        if self.layers == self._layers:
+            return False
+        pair = [mx.zeros(self._shape, self._carrier) for _ in range(2)]
+        mx.eval(pair)
+        self._arrays.append(pair)
+        self._aliases.append([np.array(array, copy=False)[0] for array in pair])
+        return True
 
     def plane(self, layer: int, plane: int) -> NDArray[Any]:
         """See ``CacheBuffers.plane``."""
+        if self._staging is not None:
+            self._staging.finish()
         return self._aliases[layer][plane]
+
+    def rows(self, layer: int, plane: int, heads: slice, tokens: slice) -> Rows:
+        """See ``CacheBuffers.rows``."""
+        place = self._aliases[layer][plane][heads, tokens]
+        slot = self._staging.acquire(place) if self._staging is not None else None
+        if slot is not None:
+            return Rows([slot.buffer], slot.written, slot.dropped)
+        return Rows([row.data.cast("B") for row in place])
 
     def build(self, dtype: mx.Dtype) -> list[Any]:
         """See ``CacheBuffers.build``."""
+        if self._staging is not None:
+            self._staging.finish()
         # An alias that outlives this makes MLX copy the buffer at the first decode step.
         self._aliases = []
         arrays, self._arrays = self._arrays, []
@@ -131,9 +192,11 @@ class PlainKVBuffers:
             keys, values = (array.view(self._dtype) for array in pair)
             pair.clear()
             if dtype != self._dtype:
+                # One layer at a time: there need not be room for the whole cache twice.
                 keys, values = keys.astype(dtype), values.astype(dtype)
-            mx.eval(keys, values)
+                mx.eval(keys, values)
             caches.append(JoinableKVCache.holding(keys, values, self._tokens))
+        mx.eval([(cache.keys, cache.values) for cache in caches])
         return caches
 
 

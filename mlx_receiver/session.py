@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_receiver.cache import CacheBuffers
+from mlx_receiver.cache import CacheBuffers, Rows
 from mlx_receiver.wire.frames import ITEMSIZE, Header, Plane
-from mlx_receiver.wire.messages import E_BLOCK, E_SESSION, Open, WireError
+from mlx_receiver.wire.messages import E_BLOCK, E_CAPACITY, E_SESSION, Open, WireError
 from mlx_receiver.wire.signature import ModelSignature
 from mlx_receiver.wire.transport import Landing
 
@@ -25,6 +25,9 @@ MAX_TIMED_BLOCKS: Final = 4096
 
 #: How long a duplicate waits, in seconds, for the block it duplicates to finish arriving.
 _DUPLICATE_WAIT: Final = 10.0
+
+#: How long a block waits, in seconds, for its layer to be allocated.
+_ALLOCATE_WAIT: Final = 10.0
 
 _ABSENT, _ARRIVING, _RESIDENT = 0, 1, 2
 
@@ -123,13 +126,20 @@ class Session:
         return self._absent == 0
 
     def give_memory(self, buffers: CacheBuffers) -> bool:
-        """Take the session's memory. False when the session ended meanwhile."""
+        """Take the session's memory, which may still grow. False when the session ended
+        meanwhile."""
         with self._changed:
             if self.state is State.ENDED:
                 return False
             self._buffers = buffers
             self.timeline.allocated_ns = time.monotonic_ns()
             return True
+
+    def memory_grew(self) -> bool:
+        """Another layer is allocated. False when the session ended meanwhile."""
+        with self._changed:
+            self._changed.notify_all()
+            return self.state is not State.ENDED
 
     def take_memory(self) -> CacheBuffers:
         """Hand the complete memory to the decoder. Raises WireError when the session has ended."""
@@ -195,42 +205,51 @@ class Session:
         """
         self._check(header)
         arrived = time.monotonic_ns()
-        heads = slice(header.head_start, header.head_start + header.heads)
-        tokens = slice(header.token_start, header.token_start + header.tokens)
         with self._changed:
-            buffers = self._live()
-            place = buffers.plane(header.layer, header.plane)[heads, tokens]
-            cells = self._cells[header.layer, header.plane, heads, tokens]
+            buffers = self._allocated(header)
+            cells = self._cells[header.layer, header.plane][_extent(header)]
             if cells.any():
                 # The connections' threads bound this: one duplicate each at a time.
-                scratch = np.empty(place.shape, place.dtype)
+                scratch = np.empty_like(self._place(header))
                 return Landing(
                     [scratch.data.cast("B")],
-                    lambda: self._commit_duplicate(header, cells, place, scratch, arrived),
+                    lambda: self._commit_duplicate(header, cells, scratch, arrived),
                 )
+            rows = buffers.rows(header.layer, header.plane, *_extent(header))
             cells[...] = _ARRIVING
-        rows = [row.data.cast("B") for row in place]
         return Landing(
-            rows,
+            rows.buffers,
             lambda: self._commit(header, cells, rows, arrived),
-            lambda: self._abort(cells),
+            lambda: self._abort(cells, rows),
         )
+
+    def _allocated(self, header: Header) -> CacheBuffers:
+        """The memory, once the block's layer is there. Raises WireError."""
+        # Layers come in order on both sides, and memory is much faster than a network.
+        if not self._changed.wait_for(
+            lambda: self._buffers is None or self._buffers.layers > header.layer, _ALLOCATE_WAIT
+        ):
+            raise WireError(E_CAPACITY, f"no memory for {header.describe()} yet")
+        return self._live()
+
+    def _place(self, header: Header) -> NDArray[Any]:
+        """The block's part of its plane."""
+        return self._live().plane(header.layer, header.plane)[_extent(header)]
 
     def _live(self) -> CacheBuffers:
         if self._buffers is None:
             raise WireError(E_SESSION, f"session {self.id} does not receive blocks any more")
         return self._buffers
 
-    def _commit(
-        self, header: Header, cells: NDArray[np.uint8], rows: list[memoryview], arrived: int
-    ) -> None:
-        # Whoever still held an alias of the cache would make MLX copy it before decoding.
-        rows.clear()
+    def _commit(self, header: Header, cells: NDArray[np.uint8], rows: Rows, arrived: int) -> None:
+        rows.buffers.clear()
+        rows.written()
         with self._changed:
             self._note(header, cells, arrived)
 
-    def _abort(self, cells: NDArray[np.uint8]) -> None:
+    def _abort(self, cells: NDArray[np.uint8], rows: Rows) -> None:
         """The connection broke inside the block: its place is free for another attempt."""
+        rows.dropped()
         with self._changed:
             cells[...] = _ABSENT
             self._changed.notify_all()
@@ -239,7 +258,6 @@ class Session:
         self,
         header: Header,
         cells: NDArray[np.uint8],
-        place: NDArray[Any],
         scratch: NDArray[Any],
         arrived: int,
     ) -> None:
@@ -251,7 +269,7 @@ class Session:
                     E_BLOCK,
                     f"{header.describe()}: another connection still sends part of it",
                 )
-            self._live()
+            place = self._place(header)
             resident = cells == _RESIDENT
             conflict = resident & (place != scratch).any(axis=-1)
             if conflict.any():
@@ -309,3 +327,11 @@ class Session:
             wrong = f"the prompt has {self._tokens} tokens"
         if wrong:
             raise WireError(E_BLOCK, f"{header.describe()}: {wrong}")
+
+
+def _extent(header: Header) -> tuple[slice, slice]:
+    """A block's heads and tokens in its plane."""
+    return (
+        slice(header.head_start, header.head_start + header.heads),
+        slice(header.token_start, header.token_start + header.tokens),
+    )

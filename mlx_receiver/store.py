@@ -271,6 +271,12 @@ class SessionStore:
             waiting = self._waiting.pop(session.id, [])
         self._events.opened(session)
         _answer(waiting, DataReply(session.id, True))
+        try:
+            while session.memory_grew() and buffers.grow():
+                pass
+        except Exception as error:
+            logger.exception("allocating session %s failed", session.id)
+            self.fail(session, E_CAPACITY, f"allocating its KV memory failed: {error}")
 
     # --- BlockSink: called from the transports' threads ----------------------------------------
 

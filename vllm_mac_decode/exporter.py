@@ -106,6 +106,7 @@ class Exporter:
         self._target: BulkTarget | None = None
         self._spans: list[ExportSpan] = []
         self._unwritten: set[str] = set()
+        self._held: list[_Job] = []
 
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._sends: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
@@ -147,13 +148,22 @@ class Exporter:
         if self._device.type == "cuda":
             written = torch.cuda.Event(enable_timing=True)
             written.record()
-        self._jobs.put(_Job(self._layers[name], self._spans, written, time.monotonic_ns()))
+        job = _Job(self._layers[name], self._spans, written, time.monotonic_ns())
+        if written is None:
+            self._jobs.put(job)
+        else:
+            # The engine's thread is still launching kernels, and that is what a short prefill's
+            # time is made of: no other thread of ours may take the GIL from it until it is done.
+            self._held.append(job)
 
     def end_step(self) -> None:
         """The forward pass is queued: layers whose hook did not run (a full CUDA graph was
         replayed) are written by now, in stream order."""
         for name in list(self._unwritten):
             self.layer_written(name)
+        for job in self._held:
+            self._jobs.put(job)
+        self._held = []
         self._spans = []
 
     def finished(self, request_ids: set[str]) -> set[str]:

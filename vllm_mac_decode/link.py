@@ -129,6 +129,8 @@ class Link:
             try:
                 pause = self._converse()
             except Exception:
+                if self._closing:
+                    return  # ``close`` waited for a while and then took the sockets
                 logger.exception("the link to the receiver failed; it will be tried again")
                 pause = _RETRY_SECONDS[-1]
             if self._welcome is not None:

@@ -55,6 +55,8 @@ class Collector:
 
 def handed_over(engine: DecodeEngine, prompt: list[int], planes: Any, capacity: int) -> Any:
     buffers = PlainKV().allocate(engine.source.signature, "float32", len(prompt), capacity)
+    while buffers.grow():
+        pass
     for layer, pair in enumerate(planes):
         for plane, data in enumerate(pair):
             buffers.plane(layer, plane)[:, : len(prompt)] = data
