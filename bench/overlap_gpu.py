@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -109,13 +108,15 @@ def write_model(folder: Path, dtype: str, **shape: Any) -> None:
 class ReceiverProcess:
     """``mlx-receiver start`` on this machine."""
 
-    def __init__(self, model: Path, dtype: str, log: Path, port: int = 17790) -> None:
-        self.port, self.http = port, port + 1
+    def __init__(self, model: Path, dtype: str, log: Path, gpu: str = "") -> None:
+        """``gpu``: the only one that it sees; by default the first, beside vLLM."""
+        self.port, self.http = 17790, 17791
         self.log = log
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from mlx_receiver.cli import main; main()",
              "start", "--model", str(model), "--dtype", dtype,
-             "--port", str(port), "--http-port", str(self.http)],
+             "--port", str(self.port), "--http-port", str(self.http)],
+            env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
             stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
@@ -285,6 +286,11 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--no-connector", action="store_true", help="plain vLLM, for comparison")
     parser.add_argument("--memory", type=float, default=0.6)
+    parser.add_argument(
+        "--receiver-gpu",
+        default="",
+        help="the receiver's own GPU, as on another machine: two processes on one take turns",
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -299,12 +305,17 @@ def main() -> None:
             options.model,
             "bfloat16",
             options.out.with_suffix(".receiver.log"),
+            gpu=options.receiver_gpu,
         )
     longest = max(options.lengths) + options.tokens
     result: dict[str, Any] = {
         "what": "prefill with KV export on and off, one engine, alternating requests",
         "command": " ".join(sys.argv),
-        "machine": {"gpu": torch.cuda.get_device_name(), "cpu": platform.processor()},
+        "machine": {
+            "gpu": torch.cuda.get_device_name(),
+            "gpus": 2 if options.receiver_gpu else 1,
+            "cpu_cores": os.cpu_count(),
+        },
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
         "date": time.strftime("%Y-%m-%d"),
         "rows": [],
