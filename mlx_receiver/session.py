@@ -125,6 +125,12 @@ class Session:
         """Whether every (layer, plane, head, token) is resident."""
         return self._absent == 0
 
+    @property
+    def allocated_layers(self) -> int:
+        """Layers that there is memory for."""
+        with self._changed:
+            return self._buffers.layers if self._buffers is not None else 0
+
     def give_memory(self, buffers: CacheBuffers) -> bool:
         """Take the session's memory, which may still grow. False when the session ended
         meanwhile."""

@@ -27,6 +27,7 @@ from mlx_receiver.wire.frames import ITEMSIZE, DataHello, DataReply, Header, Kin
 from mlx_receiver.wire.hooks import transport
 from mlx_receiver.wire.messages import WireError
 from mlx_receiver.wire.transport import Sender, TransportError
+from vllm_mac_decode.launch import LaunchGate
 from vllm_mac_decode.metadata import BulkTarget, ExportSpan
 from vllm_mac_decode.paged_layout import PagedLayout
 from vllm_mac_decode.settings import Settings
@@ -36,6 +37,7 @@ logger = init_logger("vllm.mac_decode.exporter")
 
 _POLL_SECONDS = 0.0005
 _IDLE_SECONDS = 0.2
+_HIGH_PRIORITY = -5  # a CUDA stream's; compute runs at 0
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,9 @@ class Exporter:
         self._target: BulkTarget | None = None
         self._spans: list[ExportSpan] = []
         self._unwritten: set[str] = set()
-        self._held: list[_Job] = []
 
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._gate = LaunchGate[_Job](self._jobs.put)
         self._sends: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
         self._sender: Sender | None = None
         self._connected_to: BulkTarget | None = None
@@ -136,6 +138,7 @@ class Exporter:
                 self._target = target
             for span in spans:
                 self._unread[span.request_id] += len(self._layers)
+        self._gate.begin()
         self._spans = spans
         self._unwritten = set(self._layers) if spans else set()
 
@@ -148,22 +151,14 @@ class Exporter:
         if self._device.type == "cuda":
             written = torch.cuda.Event(enable_timing=True)
             written.record()
-        job = _Job(self._layers[name], self._spans, written, time.monotonic_ns())
-        if written is None:
-            self._jobs.put(job)
-        else:
-            # The engine's thread is still launching kernels, and that is what a short prefill's
-            # time is made of: no other thread of ours may take the GIL from it until it is done.
-            self._held.append(job)
+        self._gate.add(_Job(self._layers[name], self._spans, written, time.monotonic_ns()))
 
     def end_step(self) -> None:
         """The forward pass is queued: layers whose hook did not run (a full CUDA graph was
         replayed) are written by now, in stream order."""
         for name in list(self._unwritten):
             self.layer_written(name)
-        for job in self._held:
-            self._jobs.put(job)
-        self._held = []
+        self._gate.end()
         self._spans = []
 
     def finished(self, request_ids: set[str]) -> set[str]:
@@ -215,7 +210,10 @@ class Exporter:
     # --- gathering --------------------------------------------------------------------------
 
     def _gather_loop(self) -> None:
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        stream = None
+        if self._device.type == "cuda":
+            # Else a gather of some microseconds waits for the rest of a long kernel.
+            stream = torch.cuda.Stream(self._device, priority=_HIGH_PRIORITY)
         while not self._closing:
             pending = any(not s.accepted for s in self._sessions.values())
             try:

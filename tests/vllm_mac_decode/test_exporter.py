@@ -231,7 +231,7 @@ def test_a_peer_that_does_not_read_costs_bounded_memory_and_time() -> None:
     try:
         with workers(options | {"stall_timeout": 1.5}) as (worker,):
             session = stuck.admit(request)
-            assert eventually(lambda: bool(session.timeline.allocated_ns), 10)
+            assert eventually(lambda: session.allocated_layers == layers, 10)
             stuck.reading.clear()
             for layer in worker.caches:
                 worker.write(layer, request, 0, tokens)
