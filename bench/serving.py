@@ -4,10 +4,11 @@ vLLM alone, vLLM with a receiver on the same machine, and the receiver alone, al
 whatever cores there are: on one machine the two halves share them, so the figures compare the
 ways of serving with each other and say nothing of a Spark or a Mac.
 
-The relay's own latency is measured without a change to any of them: the receiver notes when it
-hands over a request's first and last token, and a client on the same machine, and so on the same
-monotonic clock, notes when they arrive. It holds everything between the two: control channel,
-relay, vLLM's output path, HTTP.
+Of the relay two figures. Its own time for a decode step is ``vllm:mac_decode_relay_seconds``, from
+the step's arrival in vLLM's engine process to its place in vLLM's output queue. A token's whole way
+to a client holds everything: control channel, relay, vLLM's output path, HTTP. The receiver notes
+when it hands over a request's first and last token, and a client on the same machine, and so on the
+same monotonic clock, notes when they arrive.
 
     python -m bench.serving
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
@@ -106,6 +109,29 @@ def relay_latency(vllm: Vllm, receiver: Receiver, requests: int, output: int) ->
     }
 
 
+def relay_time(vllm: Vllm) -> dict[str, float]:
+    """Milliseconds that a decode step spends in the relay: quantiles, linear within a bucket."""
+    vllm.tokens([1, 2, 3], 1)  # vLLM collects the times when its engine steps
+    name = "vllm:mac_decode_relay_seconds"
+    buckets: dict[float, float] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{vllm.url}/metrics").text):
+        for sample in family.samples:
+            if sample.name == f"{name}_bucket":
+                edge = float(sample.labels["le"])
+                buckets[edge] = buckets.get(edge, 0) + sample.value
+
+    def quantile(part: float) -> float:
+        below, seen = 0.0, 0.0
+        for edge, count in sorted(buckets.items()):
+            if count >= part * buckets[math.inf]:
+                inside = (part * buckets[math.inf] - seen) / (count - seen)
+                return round(1000 * (below + (edge - below) * inside), 3)
+            below, seen = edge, count
+        raise AssertionError("a histogram's last bucket holds everything")
+
+    return {"steps": buckets[math.inf], "p50_ms": quantile(0.5), "p99_ms": quantile(0.99)}
+
+
 def _arrivals(http: httpx.Client, name: str, prompt: list[int], output: int) -> list[int]:
     """When each chunk of a streamed completion came (monotonic, ns)."""
     body = {"model": NAME, "prompt": prompt, "max_tokens": output, "temperature": 0,
@@ -129,17 +155,6 @@ def steps(receiver: Receiver) -> tuple[float, float]:
     """Seconds in decode steps, and their number, so far."""
     name = "mlx_receiver_decode_step_seconds"
     return receiver.metric(f"{name}_sum"), receiver.metric(f"{name}_count")
-
-
-def relay_overhead_ms(rows: list[dict[str, Any]], at_once: int) -> float:
-    """What the relay adds between two tokens: ITL p50 beyond the receiver's own mean step, less
-    the same of the receiver alone. On shared cores the step itself is longer beside a vLLM."""
-    beyond = {
-        row["server"]: row["median_itl_ms"] - row["receiver_step_mean_ms"]
-        for row in rows
-        if row["concurrency"] == at_once and "receiver_step_mean_ms" in row
-    }
-    return round(beyond["vLLM and receiver"] - beyond["receiver alone"], 2)
 
 
 def run(model: Path, logs: Path, *, requests: int, prompt: int, output: int) -> dict[str, Any]:
@@ -168,12 +183,13 @@ def run(model: Path, logs: Path, *, requests: int, prompt: int, output: int) -> 
             name: vllm.metric(f"vllm:mac_decode_{name}_total") for name in ("tokens", "fallbacks")
         }
         latency = relay_latency(vllm, receiver, requests, output)
+        own = relay_time(vllm)
         vllm.server.stop()
         add("receiver alone", receiver.url, receiver)
     return {
         "sizes": sizes,
         "rows": rows,
-        "relay_overhead_per_token_ms": {str(n): relay_overhead_ms(rows, n) for n in (1, 8)},
+        "relay_time": own,
         "relay_latency": latency,
         "decoded_by_receiver": counts["tokens"],
         "fell_back": counts["fallbacks"],
@@ -189,9 +205,10 @@ def show(result: dict[str, Any]) -> None:
     console = Console(width=120)
     console.print(table)
     latency = result["relay_latency"]
+    own = result["relay_time"]
     console.print(
-        "What the relay adds between two tokens, in ms, by concurrency: "
-        f"{result['relay_overhead_per_token_ms']}"
+        f"The relay's own time for a decode step: {own['p50_ms']} ms p50, {own['p99_ms']} ms p99 "
+        f"({own['steps']:.0f} steps)"
     )
     console.print(
         f"From the receiver's hand-over of a token to the client: {latency['p50_ms']} ms p50, "

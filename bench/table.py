@@ -80,12 +80,23 @@ def handoff_rows(result: dict[str, Any]) -> Iterator[Row]:
 
 def serving_rows(result: dict[str, Any]) -> Iterator[Row]:
     """What the relay adds to each token."""
-    latency = result["relay_latency"]
-    for at_once, extra in result["relay_overhead_per_token_ms"].items():
+    latency, own = result["relay_latency"], result["relay_time"]
+    yield (
+        "the relay's own time for a decode step, in vLLM's engine process",
+        f"**{own['p50_ms']:.2f} ms** p50, {own['p99_ms']:.2f} ms p99",
+        f"{own['steps']:,.0f} steps, 1 to 8 requests each",
+    )
+    for at_once in (1, 8):
+        tpot = {
+            row["server"]: row["median_tpot_ms"]
+            for row in result["rows"]
+            if row["concurrency"] == at_once
+        }
         yield (
-            f"what the relay adds between two tokens (ITL p50), {at_once} at once",
-            f"**{extra:+.2f} ms**",
-            "beyond the receiver's step; all processes on the same cores",
+            f"{result['model']}: time per output token (p50), {at_once} at once, handed off",
+            f"**{tpot['vLLM and receiver']:.1f} ms**",
+            f"the receiver alone {tpot['receiver alone']:.1f}, vLLM alone "
+            f"{tpot['vLLM alone']:.1f}; every process on the same cores",
         )
     yield (
         "a token's way from the receiver through vLLM to the HTTP client",

@@ -87,7 +87,6 @@ class Receiving:
         from mlx_receiver.store import SessionStore
 
         self._layers = layers
-        self._opened = threading.Event()
         self._done = threading.Event()
         self._failure = ""
         self.store = SessionStore(
@@ -97,7 +96,7 @@ class Receiving:
         self.listener = hooks.transport(transport).listen(host, 0, self.store)
 
     def opened(self, session: Any) -> None:
-        self._opened.set()
+        pass
 
     def complete(self, session: Any) -> None:
         self._done.set()
@@ -107,13 +106,15 @@ class Receiving:
         self._done.set()
 
     def open(self, number: int, tokens: int, wait: bool = True) -> None:
-        """Reserve a session's memory, and wait until it is allocated."""
-        self._opened.clear()
+        """Reserve a session's memory, and wait until all of it is allocated."""
         self._done.clear()
         message = Open(number, "bench", list(range(tokens)), Sampling(max_tokens=32))
         self.session = self.store.open(message, None, "bfloat16")
-        if wait and not self._opened.wait(60):
-            raise RuntimeError("no memory within 60 s")
+        until = time.monotonic() + 60
+        while wait and self.session.allocated_layers < self._layers:
+            if time.monotonic() > until:
+                raise RuntimeError("no memory within 60 s")
+            time.sleep(0.01)
 
     def caches(self) -> tuple[float, list[Any]]:
         """Wait for the last block and build the MLX caches; also when it had arrived."""

@@ -38,8 +38,8 @@ class LinkListener(Protocol):
     def disconnected(self, reason: str) -> None:
         """Every session is lost."""
 
-    def message(self, message: m.ReceiverMessage) -> None:
-        """Anything else that the receiver says."""
+    def message(self, message: m.ReceiverMessage, arrived: float) -> None:
+        """Anything else that the receiver says, and when it came (``time.perf_counter()``)."""
 
     def tick(self, now: float) -> None:
         """A few times a second; ``now`` is ``time.monotonic()``."""
@@ -225,11 +225,13 @@ class Link:
                 heard = now
                 with contextlib.suppress(zmq.Again):
                     while True:
-                        message = m.decode_receiver(socket.recv(zmq.NOBLOCK))
+                        packed = socket.recv(zmq.NOBLOCK)
+                        arrived = time.perf_counter()
+                        message = m.decode_receiver(packed)
                         if isinstance(message, m.Rejected):
                             self._lost(message.reason)
                             return 0
-                        self._listener.message(message)
+                        self._listener.message(message, arrived)
             if broken in events:
                 self._lost("it closed the connection")
                 return 0

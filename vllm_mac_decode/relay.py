@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ logger = init_logger("vllm.mac_decode.relay")
 
 #: Our key in the ``kv_transfer_params`` that routers carry to the receiver.
 ROUTER_KEY = "mac_decode"
+
+#: Times of each kind that wait for vLLM to collect them.
+KEPT_TIMES = 1024
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -67,12 +70,16 @@ class Session:
 
 @dataclass
 class Counts:
-    """What happened since the last ``Relay.take_counts``."""
+    """What happened since the last ``Relay.take_counts``.
+
+    Of the times, in seconds, the latest are kept: nobody takes counts while vLLM's engine rests.
+    """
 
     events: Counter[str] = field(default_factory=Counter)
     local: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
-    gaps: list[float] = field(default_factory=list)
+    handoff_gaps: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_TIMES))
+    relay_times: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_TIMES))
 
 
 class Relay:
@@ -345,12 +352,13 @@ class Relay:
             for session in list(self._sessions.values()):
                 self._give_up(session, "lost", breaker=False)
 
-    def message(self, message: m.ReceiverMessage) -> None:
+    def message(self, message: m.ReceiverMessage, arrived: float) -> None:
         """Act on what the receiver says."""
         with self._lock:
             match message:
                 case m.Step():
                     self._decoded(message.decoded)
+                    self._counts.relay_times.append(time.perf_counter() - arrived)
                 case m.Refused() | m.Failed():
                     session = self._sessions.get(message.session)
                     if session is not None:
@@ -401,7 +409,7 @@ class Relay:
                 self._give_up(session, "failed_protocol")
                 continue
             if len(session.tokens) == 1:
-                self._counts.gaps.append(now - session.first_token_at)
+                self._counts.handoff_gaps.append(now - session.first_token_at)
             session.progress_at = now
             session.tokens += decoded.token_ids
             self._counts.events["tokens"] += len(decoded.token_ids)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
 
-if TYPE_CHECKING:
-    from vllm_mac_decode.relay import Relay
+from vllm_mac_decode.relay import KEPT_TIMES, Relay
 
 #: name -> help, for the counters without a reason label.
 _COUNTERS = {
@@ -24,10 +23,22 @@ _BY_REASON = {
     "local": "Requests decoded locally from the start, by reason",
     "fallbacks": "Hand-offs that went on locally, by reason",
 }
+#: name -> help and buckets in seconds, for the histograms.
+_TIMES = {
+    "handoff_gap": (
+        "From vLLM's first token to the receiver's first",
+        [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0],
+    ),
+    "relay": (
+        "From the arrival of a receiver's decode step to its place in vLLM's output queue",
+        [0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05],
+    ),
+}
 
 
 class MacDecodeStats(KVConnectorStats):
-    """Counts of one interval, as a flat mapping ``name`` or ``name:reason`` -> number."""
+    """Counts of one interval, as a flat mapping: ``name`` or ``name:reason`` -> number, and for
+    the times ``name`` -> the latest seconds."""
 
     def reset(self) -> None:
         """Forget everything."""
@@ -37,17 +48,17 @@ class MacDecodeStats(KVConnectorStats):
         """Add another interval's counts."""
         for key, value in other.data.items():
             if isinstance(value, list):
-                self.data[key] = [*self.data.get(key, []), *value]
+                self.data[key] = [*self.data.get(key, []), *value][-KEPT_TIMES:]
             else:
                 self.data[key] = self.data.get(key, 0) + value
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """For the log line: counts, and the mean hand-off gap in milliseconds."""
+        """For the log line: counts, and the mean times in milliseconds."""
         numbers = {k: v for k, v in self.data.items() if not isinstance(v, list)}
-        gaps = self.data.get("gaps")
-        if gaps:
-            numbers["mean_handoff_gap_ms"] = round(1000 * sum(gaps) / len(gaps), 1)
+        for name in _TIMES:
+            if seconds := self.data.get(name):
+                numbers[f"mean_{name}_ms"] = round(1000 * sum(seconds) / len(seconds), 2)
         return numbers
 
     def is_empty(self) -> bool:
@@ -61,8 +72,9 @@ def stats_from(relay: Relay) -> MacDecodeStats | None:
     data: dict[str, Any] = dict(counts.events)
     data |= {f"local:{reason}": n for reason, n in counts.local.items()}
     data |= {f"fallbacks:{reason}": n for reason, n in counts.fallbacks.items()}
-    if counts.gaps:
-        data["gaps"] = counts.gaps
+    for name, seconds in (("handoff_gap", counts.handoff_gaps), ("relay", counts.relay_times)):
+        if seconds:
+            data[name] = list(seconds)
     return MacDecodeStats(data=data) if data else None
 
 
@@ -91,21 +103,24 @@ class MacDecodePromMetrics(KVConnectorPromMetrics):
             )
             for name, text in _BY_REASON.items()
         }
-        self._gap = self._histogram_cls(
-            name="vllm:mac_decode_handoff_gap_seconds",
-            documentation="From vLLM's first token to the receiver's first",
-            buckets=[0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0],
-            labelnames=labelnames,
-        )
+        self._times = {
+            name: self._histogram_cls(
+                name=f"vllm:mac_decode_{name}_seconds",
+                documentation=text,
+                buckets=buckets,
+                labelnames=labelnames,
+            )
+            for name, (text, buckets) in _TIMES.items()
+        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one interval's counts."""
         values = self.per_engine_labelvalues[engine_idx]
         for key, value in transfer_stats_data.items():
             name, _, reason = key.partition(":")
-            if name == "gaps":
-                for gap in value:
-                    self._gap.labels(*values).observe(gap)
+            if name in self._times:
+                for seconds in value:
+                    self._times[name].labels(*values).observe(seconds)
             elif reason:
                 self._reasons[name].labels(*values, reason).inc(value)
             else:

@@ -30,7 +30,7 @@ class Events:
     def disconnected(self, reason: str) -> None:
         self.seen.put(reason)
 
-    def message(self, message: m.ReceiverMessage) -> None:
+    def message(self, message: m.ReceiverMessage, arrived: float) -> None:
         pass
 
     def tick(self, now: float) -> None:
