@@ -135,39 +135,46 @@ def context(result: dict[str, Any]) -> Figure:
 
 
 def overlap(result: dict[str, Any]) -> Figure:
-    """Time to the first token with the export on and off, on a GPU."""
-    rows = sorted(result["rows"], key=lambda row: row["prompt_tokens"])
-    figure, axis = plt.subplots(figsize=(1.6 * len(rows) + 3.4, 3.6), layout="constrained")
+    """On a GPU: the first token with the export on and off, and the receiver's first behind it."""
+    whole = [row for row in result["rows"] if "step_tokens" not in row]
+    stepped = [row for row in result["rows"] if "step_tokens" in row]
+    figure, (first, gap) = plt.subplots(1, 2, figsize=(10.4, 3.6), layout="constrained")
     kinds = (
         ("first_token_local_ms", "kept local", PALE),
         ("first_token_handed_off_ms", "KV streamed out", PREFILL),
     )
     for index, (key, label, colour) in enumerate(kinds):
-        values = [row[key] for row in rows]
-        middle = [value["median"] for value in values]
-        spread = [
-            [value["median"] - value["min"] for value in values],
-            [value["max"] - value["median"] for value in values],
-        ]
-        places = [at + 0.38 * (index - 0.5) for at in range(len(rows))]
-        bars = axis.bar(
-            places,
-            middle,
-            0.36,
-            yerr=spread,
-            color=colour,
-            label=label,
-            capsize=3,
-            ecolor="#555555",
-        )
-        axis.bar_label(bars, [f"{value:.0f}" for value in middle], label_type="center", fontsize=9)
-    ticks = [f"{r['prompt_tokens']:,}\n({r['slowdown_percent']:+.1f}%)" for r in rows]
-    axis.set_xticks(range(len(rows)), ticks)
-    axis.set_xlabel("prompt tokens (change of the median)")
-    axis.set_ylabel("ms to the first token (median, range)")
-    axis.legend(frameon=False, fontsize=9)
-    axis.set_title(f"Prefill on {result['machine']['gpu']}", fontsize=11)
-    _bare(axis, grid="y")
+        middle = [row[key]["median"] for row in whole]
+        places = [at + 0.38 * (index - 0.5) for at in range(len(whole))]
+        bars = first.bar(places, middle, 0.36, color=colour, label=label)
+        first.bar_label(bars, [f"{value:.0f}" for value in middle], fontsize=8)
+    ticks = [f"{r['prompt_tokens'] // 1024}k\n({r['slowdown_percent']:+.1f}%)" for r in whole]
+    first.set_xticks(range(len(whole)), ticks)
+    first.set_xlabel("prompt tokens (change of the median)")
+    first.set_ylabel("ms to the first token")
+    first.set_yscale("log")
+    first.legend(frameon=False, fontsize=8)
+    for rows, label, colour in (
+        (whole, "prefill in one step", PREFILL),
+        (stepped, "in steps of 2,048 tokens", DECODE),
+    ):
+        gap.plot(
+            [row["prompt_tokens"] for row in rows],
+            [row["handoff_gap_ms"]["median"] for row in rows],
+            color=colour, label=label, marker="o", markersize=4,
+        )  # fmt: skip
+    lengths = [row["prompt_tokens"] for row in whole]
+    step = [row["receiver_ms_per_token"]["median"] for row in whole]
+    gap.plot(lengths, step, color="black", linestyle=":", label="one decode step")
+    gap.set_xscale("log", base=2)
+    gap.set_yscale("log")
+    gap.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    gap.set_xlabel("prompt tokens")
+    gap.set_ylabel("ms from vLLM's first token\nto the receiver's")
+    gap.legend(frameon=False, fontsize=8)
+    for axis in (first, gap):
+        _bare(axis, grid="y")
+    figure.suptitle(f"{result['machine']['gpu']}, Llama-3.1-8B's shape", fontsize=11)
     return figure
 
 

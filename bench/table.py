@@ -117,14 +117,17 @@ def fault_rows(result: dict[str, Any]) -> Iterator[Row]:
 
 
 def overlap_rows(result: dict[str, Any]) -> Iterator[Row]:
-    """Time to the first token with the export on."""
+    """Time to the first token with the export on, and to the receiver's."""
     for row in result["rows"]:
         local, handed = row["first_token_local_ms"], row["first_token_handed_off_ms"]
+        steps = f" in steps of {row['step_tokens']:,}" if "step_tokens" in row else ""
         yield (
-            f"first token on {result['machine']['gpu']}, {row['prompt_tokens']:,} tokens, "
-            "KV streamed out",
-            f"**{handed['median']:.1f} ms** ({row['slowdown_percent']:+.1f} %)",
-            f"kept local {local['median']:.1f} ms ({local['min']:.1f} to {local['max']:.1f})",
+            f"{result['machine']['gpu']}, {row['prompt_tokens']:,} tokens{steps}: first token with "
+            "KV streamed out, then the receiver's first",
+            f"**{handed['median']:.1f} ms** ({row['slowdown_percent']:+.1f} %), "
+            f"**{row['handoff_gap_ms']['median']:.1f} ms** later",
+            f"kept local {local['median']:.1f} ms; a decode step "
+            f"{row['receiver_ms_per_token']['median']:.1f} ms",
         )
 
 
