@@ -28,8 +28,8 @@ $(VENV)/bin/python:
 install: $(VENV)/bin/python ## Create the virtual environment and install both halves
 	@"$(VENV)/bin/python" .ci/install_cpu.py
 
-test: install ## Run the tests, two at a time (ARGS are passed to pytest, for example -n0)
-	"$(VENV)/bin/python" -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+test: install ## Run the tests (ARGS are passed to pytest)
+	"$(VENV)/bin/python" -m pytest tests $(ARGS)
 
 demo: install ## Hand one request from vLLM to MLX and show it (PROMPT, MODEL)
 	@set --; \

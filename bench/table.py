@@ -16,6 +16,9 @@ from bench.lab import RESULTS
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
+#: Of a curve over the prompt's length, what the table shows.
+SHOWN_LENGTHS = (1024, 8192, 32768)
+
 Row = tuple[str, str, str]
 
 
@@ -119,6 +122,8 @@ def fault_rows(result: dict[str, Any]) -> Iterator[Row]:
 def overlap_rows(result: dict[str, Any]) -> Iterator[Row]:
     """Time to the first token with the export on, and to the receiver's."""
     for row in result["rows"]:
+        if row["prompt_tokens"] not in SHOWN_LENGTHS:
+            continue  # the picture has all
         local, handed = row["first_token_local_ms"], row["first_token_handed_off_ms"]
         steps = f" in steps of {row['step_tokens']:,}" if "step_tokens" in row else ""
         yield (

@@ -16,24 +16,6 @@ from vllm_mac_decode.demo.model import fetch_smollm2
 use_fast_blas()  # before any test imports MLX
 
 
-#: What takes longest, first: two processes share the work, and neither should end it alone.
-ORDER = ("failures", "served", "smollm2", "engine_modes", "demo", "precision")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share servers stay in one process; see `make test`."""
-
-    def group(item: pytest.Item) -> str:
-        if "served" in getattr(item, "fixturenames", ()):
-            return "served"
-        return "smollm2" if item.name == "test_smollm2" else item.path.stem.removeprefix("test_")
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    rank = {name: number for number, name in enumerate(ORDER)}
-    items.sort(key=lambda item: rank.get(group(item), len(ORDER)))
-
-
 def free_port() -> int:
     """A TCP port on this machine that nothing listens on."""
     with socket.socket() as probe:
