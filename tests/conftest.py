@@ -1,6 +1,7 @@
 """Models for the tests, made once and kept in the user's cache."""
 
 import contextlib
+import os
 import socket
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,28 @@ from tests.models import GENERATOR_VERSION, tiny_llama, tiny_qwen3
 from vllm_mac_decode.demo.model import fetch_smollm2
 
 use_fast_blas()  # before any test imports MLX
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two vLLMs whose OpenMP threads wait for each other on the same cores would crawl.
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+#: What the second of two processes runs; the first has the tests that load a machine, the heaviest
+#: last, when the second is done.
+BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_modes", "test_link",
+          "test_packaging", "test_features")  # fmt: skip
+LAST = ("test_many_clients", "test_failures")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Divide the tests for `make test`; those that share servers stay together."""
+
+    def names(item: pytest.Item) -> set[str]:
+        return {item.path.stem, item.path.parent.name}
+
+    for item in items:
+        beside = not names(item).isdisjoint(BESIDE)
+        item.add_marker(pytest.mark.xdist_group("beside" if beside else "main"))
+    items.sort(key=lambda item: not names(item).isdisjoint(LAST))
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_mac_decode.demo.model import fetch_smollm2, lift_rope_theta
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raise it with every change that changes what is written: caches are keyed by it."""
 
 VOCABULARY = 49_152
@@ -24,8 +24,8 @@ _SHARED: dict[str, Any] = {
     "attention_bias": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "hidden_size": 256,
-    "intermediate_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 256,
     "max_position_embeddings": 8192,
     "num_key_value_heads": 2,
     "pad_token_id": 2,
