@@ -70,19 +70,22 @@ class Staging:
         return slot
 
     def finish(self) -> None:
-        """Wait for every copy that has been queued."""
+        """Wait for every copy that has been queued, and let go of where they went."""
         with self._lock:
-            last = self._last
+            last, copying = self._last, [(slot, slot.target) for slot in self._free]
         if last is not None:
             self._driver.wait(last.done)
+        with self._lock:
+            for slot, target in copying:
+                if slot.target is target:
+                    slot.target = None
 
     def copy(self, slot: Slot) -> None:
         """Queue the copy of a full slot and take it back."""
-        target, slot.target = slot.target, None
-        assert target is not None
+        assert slot.target is not None
         with self._lock:
             self._free.append(slot)
-            self._driver.copy_rows(slot.pinned[: target.nbytes], target, slot.done)
+            self._driver.copy_rows(slot.pinned[: slot.target.nbytes], slot.target, slot.done)
             self._last = slot
 
     def drop(self, slot: Slot) -> None:
@@ -99,7 +102,8 @@ class Slot:
         self._staging = staging
         self.pinned = pinned
         self.done = done
-        #: Where the block belongs.
+        #: Where the block belongs; held while it is being copied, because a session that ends
+        #: meanwhile gives its memory to others.
         self.target: NDArray[Any] | None = None
 
     @property

@@ -27,6 +27,7 @@ BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_m
 LAST = ("test_many_clients", "test_failures")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the groups behind us
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Divide the tests for `make test`; those that share servers stay together."""
 

@@ -5,7 +5,9 @@ There is no GPU here: ``LateDriver`` stands for its copy engine, and copies as l
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,10 +29,10 @@ SIGNATURE = ModelSignature("llama", LAYERS, HEADS, DIM, HEADS * DIM, 100, [])
 
 
 class LateDriver:
-    """Copies nothing before it is waited for."""
+    """Copies nothing before it is waited for, and keeps no memory alive."""
 
     def __init__(self) -> None:
-        self.queued: list[tuple[Any, NDArray[np.uint8], NDArray[Any]]] = []
+        self.queued: list[tuple[Any, NDArray[np.uint8], weakref.ref[NDArray[Any]]]] = []
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         return np.empty(nbytes, np.uint8)
@@ -39,13 +41,15 @@ class LateDriver:
         return object()
 
     def copy_rows(self, source: NDArray[np.uint8], target: NDArray[Any], done: Any) -> None:
-        self.queued.append((done, source, target))
+        self.queued.append((done, source, weakref.ref(target)))
 
     def wait(self, done: Any) -> None:
         """Copies run in order: up to the last one that has this mark."""
         marks = [mark for mark, _, _ in self.queued]
         until = len(marks) - marks[::-1].index(done) if done in marks else 0
-        for _, source, target in self.queued[:until]:
+        for _, source, alive in self.queued[:until]:
+            target = alive()
+            assert target is not None, "the memory belongs to somebody else by now"
             target[...] = source.view(target.dtype).reshape(target.shape)
         del self.queued[:until]
 
@@ -133,6 +137,25 @@ def test_a_block_that_finds_every_buffer_in_use_lands_in_the_cache_itself(
             buffer[:] = bytes(buffer.nbytes)
         landing.commit()
     assert len(staged.queued) == 2
+
+
+def test_memory_of_an_ended_session_is_held_while_it_is_written(staged: LateDriver) -> None:
+    made = session(buffers())
+    land(made, block(0, Plane.KEYS), values(1))
+    made.end("cancelled")
+    gc.collect()
+    ((done, _, target),) = staged.queued
+    staged.wait(done)
+    assert target() is not None, "until the slot is used again"
+
+
+def test_a_finished_cache_has_no_other_owner(staged: LateDriver) -> None:
+    memory = buffers()
+    made = session(memory)
+    land(made, block(0, Plane.KEYS), values(1))
+    ((_, _, target),) = staged.queued
+    memory.build(mx.float32)
+    assert target() is None
 
 
 def test_a_duplicate_is_compared_with_what_was_staged(staged: LateDriver) -> None:
