@@ -27,17 +27,18 @@ BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_m
 LAST = ("test_many_clients", "test_failures")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the groups behind us
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _is_of(item: pytest.Item, names: tuple[str, ...]) -> bool:
+    return item.path.stem in names or item.path.parent.name in names
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Divide the tests for `make test`; those that share servers stay together."""
+    item.add_marker(pytest.mark.xdist_group("beside" if _is_of(item, BESIDE) else "main"))
 
-    def names(item: pytest.Item) -> set[str]:
-        return {item.path.stem, item.path.parent.name}
 
-    for item in items:
-        beside = not names(item).isdisjoint(BESIDE)
-        item.add_marker(pytest.mark.xdist_group("beside" if beside else "main"))
-    items.sort(key=lambda item: not names(item).isdisjoint(LAST))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the heaviest last."""
+    items.sort(key=lambda item: _is_of(item, LAST))
 
 
 def free_port() -> int:
