@@ -28,8 +28,8 @@ $(VENV)/bin/python:
 install: $(VENV)/bin/python ## Create the virtual environment and install both halves
 	@"$(VENV)/bin/python" .ci/install_cpu.py
 
-test: install ## Run the tests in two processes (ARGS are passed to pytest, for example -n0)
-	"$(VENV)/bin/python" -m pytest tests -n 2 --dist loadgroup $(ARGS)
+test: install ## Run the tests (ARGS are passed to pytest)
+	"$(VENV)/bin/python" -m tests $(ARGS)
 
 demo: install ## Hand one request from vLLM to MLX and show it (PROMPT, MODEL)
 	@set --; \

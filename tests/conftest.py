@@ -1,7 +1,6 @@
 """Models for the tests, made once and kept in the user's cache."""
 
 import contextlib
-import os
 import socket
 import tempfile
 from collections.abc import Callable
@@ -16,14 +15,10 @@ from vllm_mac_decode.demo.model import fetch_smollm2
 
 use_fast_blas()  # before any test imports MLX
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two vLLMs whose OpenMP threads wait for each other on the same cores would crawl.
-    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-
-#: What the second of two processes runs; the first has the tests that load a machine, the heaviest
-#: last, when the second is done.
+#: What the second process of ``python -m tests`` runs: it is not the one to load the machine.
 BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_modes", "test_link",
           "test_packaging", "test_features")  # fmt: skip
+#: The heaviest, when the second process is done.
 LAST = ("test_many_clients", "test_failures")
 
 
@@ -32,8 +27,9 @@ def _is_of(item: pytest.Item, names: tuple[str, ...]) -> bool:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Divide the tests for `make test`; those that share servers stay together."""
-    item.add_marker(pytest.mark.xdist_group("beside" if _is_of(item, BESIDE) else "main"))
+    """Divide the tests."""
+    if _is_of(item, BESIDE):
+        item.add_marker("beside")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
