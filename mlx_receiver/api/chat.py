@@ -95,15 +95,14 @@ class _Request:
             choice.finish = "tool_calls"
         return choice, content, calls
 
-    def _logprobs(self, rows: list[Any]) -> dict[str, Any] | None:
+    def _logprobs(self, choice: _Choice, rows: list[Any]) -> dict[str, Any] | None:
+        """Of the choice's latest tokens."""
         if not self.body.logprobs:
             return None
-        return logprobs.for_chat(
-            rows,
-            self.body.top_logprobs or 0,
-            self.service.tokenizer,
-            bool(self.body.return_tokens_as_token_ids),
-        )
+        before = choice.token_ids[: len(choice.token_ids) - len(rows)]
+        as_ids = bool(self.body.return_tokens_as_token_ids)
+        names = logprobs.Names(self.service.tokenizer, before, as_ids)
+        return logprobs.for_chat(rows, self.body.top_logprobs or 0, names)
 
     def _usage(self, samples: list[Sample] | None = None) -> dict[str, Any]:
         counted = self.samples if samples is None else samples
@@ -129,7 +128,7 @@ class _Request:
                 {
                     "index": index,
                     "message": message,
-                    "logprobs": self._logprobs(choice.rows),
+                    "logprobs": self._logprobs(choice, choice.rows),
                     "finish_reason": choice.finish,
                     "stop_reason": choice.stop_reason,
                     "token_ids": choice.token_ids if self.body.return_token_ids else None,
@@ -175,7 +174,7 @@ class _Request:
                 entry = {
                     "index": delta.index,
                     "delta": message,
-                    "logprobs": self._logprobs(delta.logprobs),
+                    "logprobs": self._logprobs(choice, delta.logprobs),
                     "finish_reason": choice.finish,
                 }
                 if delta.finish is not None:

@@ -91,14 +91,14 @@ class _Request:
         return choice, text
 
     def _logprobs(self, choice: _Choice, rows: list[Any]) -> dict[str, Any] | None:
+        """Of the choice's latest tokens."""
         if self.body.logprobs is None:
             return None
+        before = choice.token_ids[: len(choice.token_ids) - len(rows)]
+        as_ids = bool(self.body.return_tokens_as_token_ids)
+        names = logprobs.Names(self.service.tokenizer, before, as_ids)
         found, choice.offset = logprobs.for_completion(
-            rows,
-            self.body.logprobs,
-            self.service.tokenizer,
-            choice.offset,
-            bool(self.body.return_tokens_as_token_ids),
+            rows, self.body.logprobs, names, choice.offset
         )
         return found
 

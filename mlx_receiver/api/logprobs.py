@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any, Final
 
 from mlx_receiver.api.tokenizer import Tokenizer
@@ -11,49 +12,85 @@ from mlx_receiver.wire.messages import Logprobs
 #: JSON has no infinity; vLLM writes this.
 _LOWEST: Final = -9999.0
 
+#: What a tokenizer decodes an incomplete character to, and the most tokens that hold one.
+_INCOMPLETE: Final = "\ufffd"
+_LONGEST_CHARACTER: Final = 4
+
 
 def for_completion(
-    rows: Sequence[Logprobs], count: int, tokenizer: Tokenizer, offset: int, as_ids: bool
+    rows: Sequence[Logprobs], count: int, names: Names, offset: int
 ) -> tuple[dict[str, Any], int]:
     """OpenAI's ``logprobs`` of completions, and the text offset behind it."""
-    tokens, offsets = [], []
+    tokens, offsets, likeliest = [], [], []
     for row in rows:
-        token = _name(row.token_ids[0], tokenizer, as_ids)
+        token = names.of(row.token_ids[0])
         tokens.append(token)
         offsets.append(offset)
+        likeliest.append({names.of(t): v for t, v in _alternatives(row, count)})
         offset += len(token)
+        names.sampled(row.token_ids[0])
     found = {
         "text_offset": offsets,
         "token_logprobs": [_finite(row.values[0]) for row in rows],
         "tokens": tokens,
-        "top_logprobs": [
-            {_name(t, tokenizer, as_ids): v for t, v in _alternatives(row, count)} for row in rows
-        ],
+        "top_logprobs": likeliest,
     }
     return found, offset
 
 
-def for_chat(
-    rows: Iterable[Logprobs], count: int, tokenizer: Tokenizer, as_ids: bool
-) -> dict[str, Any]:
+def for_chat(rows: Iterable[Logprobs], count: int, names: Names) -> dict[str, Any]:
     """OpenAI's ``logprobs`` of chat completions."""
 
     def entry(token: int, value: float) -> dict[str, Any]:
-        name = _name(token, tokenizer, as_ids)
-        return {"token": name, "logprob": value, "bytes": list(name.encode())}
+        name = names.of(token)
+        return {"token": name, "logprob": _finite(value), "bytes": list(name.encode())}
 
-    return {
-        "content": [
-            {
-                **entry(row.token_ids[0], _finite(row.values[0])),
-                "top_logprobs": [
-                    entry(t, _finite(v))
-                    for t, v in zip(row.token_ids[1 : count + 1], row.values[1:], strict=False)
-                ],
-            }
-            for row in rows
-        ]
-    }
+    content = []
+    for row in rows:
+        alternatives = zip(row.token_ids[1 : count + 1], row.values[1:], strict=False)
+        content.append(
+            entry(row.token_ids[0], row.values[0])
+            | {"top_logprobs": [entry(token, value) for token, value in alternatives]}
+        )
+        names.sampled(row.token_ids[0])
+    return {"content": content}
+
+
+class Names:
+    """What tokens are called at one place of a text: ``before`` holds what was sampled so far.
+
+    A token that holds a part of a character only has no text; the character's last one has it all,
+    as in vLLM's answers.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], as_ids: bool) -> None:
+        self._tokenizer = tokenizer
+        self._before = list(before[-_LONGEST_CHARACTER:])
+        self._as_ids = as_ids
+
+    def sampled(self, token: int) -> None:
+        """Go on behind this token."""
+        self._before = [*self._before, token][-_LONGEST_CHARACTER:]
+
+    def of(self, token: int) -> str:
+        """The token's text, or its id where ids are wanted."""
+        if self._as_ids:
+            return f"token_id:{token}"
+        decode = self._tokenizer.decode
+        alone = decode([token])
+        if not alone.endswith(_INCOMPLETE):
+            return alone
+        for count in range(1, len(self._before) + 1):
+            context = self._before[-count:]
+            joined = decode([*context, token])
+            if joined.endswith(_INCOMPLETE):
+                continue
+            while context and decode([context[-1]]).endswith(_INCOMPLETE):
+                context.pop()
+            shown = decode(context) if context else ""
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(shown, joined, strict=False))
+            return joined[sum(1 for _ in same) :]
+        return ""
 
 
 def _alternatives(row: Logprobs, count: int) -> list[tuple[int, float]]:
@@ -64,7 +101,3 @@ def _alternatives(row: Logprobs, count: int) -> list[tuple[int, float]]:
 
 def _finite(value: float) -> float:
     return max(value, _LOWEST)
-
-
-def _name(token: int, tokenizer: Tokenizer, as_ids: bool) -> str:
-    return f"token_id:{token}" if as_ids else tokenizer.decode([token])
