@@ -151,15 +151,15 @@ def test_thirty_two_streams_are_right_and_none_starves(crowd: Crowd, tmp_path: P
     assert longest < max(10 * usual, 1.5)
 
 
-def test_a_receiver_that_admits_four_refuses_the_rest(crowd: Crowd, tmp_path: Path) -> None:
+def test_a_receiver_that_admits_two_refuses_the_rest(crowd: Crowd, tmp_path: Path) -> None:
     served = crowd.vllm
-    with receiving(crowd, tmp_path / "receiver.log", "--max-sessions", "4") as receiver:
+    with receiving(crowd, tmp_path / "receiver.log", "--max-sessions", "2") as receiver:
         before = served.metric("vllm:mac_decode_fallbacks_total", reason="refused_capacity")
         streams = crowd.ask()
         assert [s.tokens for s in streams] == crowd.expected
         assert {s.finish for s in streams} == {"length"}
         served.tokens([5, 6, 7], 1)
         refused = served.metric("vllm:mac_decode_fallbacks_total", reason="refused_capacity")
-        assert refused - before >= CLIENTS // 4  # how many depends on how soon others end
+        assert refused - before >= CLIENTS // 2
         assert idle(receiver) == NOTHING
         served.wait_connected(receiver)  # refusals do not keep it from being used
