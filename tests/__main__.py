@@ -3,7 +3,7 @@
     python -m tests -k wire -x
 
 The second one has the tests that leave a core free most of the time (see ``tests.conftest``). What
-it prints is shown at the end.
+it prints is shown at the end. Then come the few that must be alone.
 """
 
 from __future__ import annotations
@@ -20,24 +20,31 @@ ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 def main() -> int:
-    """The worse of the two exit statuses; a half without tests is fine if the other has some."""
+    """The worst of the exit statuses; a part without tests is fine if another has some."""
 
-    def start(which: str, output: int | None) -> subprocess.Popen[bytes]:
+    def start(which: str, output: int | None = None, **environment: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "pytest", "tests", "-m", which, *sys.argv[1:]]
         return subprocess.Popen(
-            command, env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
+            command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
         )
 
     with tempfile.TemporaryFile() as beside:
-        halves = [start("not beside", None), start("beside", beside.fileno())]
+        halves = [
+            start("not beside and not alone", **ENVIRONMENT),
+            start("beside", beside.fileno(), **ENVIRONMENT),
+        ]
         try:
             statuses = [half.wait() for half in halves]
         except KeyboardInterrupt:  # both have heard it, too, and stop their servers
-            statuses = [half.wait() for half in halves]
-        beside.seek(0)
-        sys.stdout.buffer.write(beside.read())
+            return max(abs(half.wait()) for half in halves)
+        finally:
+            beside.seek(0)
+            sys.stdout.buffer.write(beside.read())
+            sys.stdout.flush()
+    statuses.append(start("alone").wait())
     empty = int(pytest.ExitCode.NO_TESTS_COLLECTED)
-    return max((status for status in statuses if status != empty), default=empty)
+    # One that a signal ended has a negative status.
+    return max((abs(status) for status in statuses if status != empty), default=empty)
 
 
 if __name__ == "__main__":

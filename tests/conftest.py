@@ -18,8 +18,8 @@ use_fast_blas()  # before any test imports MLX
 #: What the second process of ``python -m tests`` runs: it is not the one to load the machine.
 BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_modes", "test_link",
           "test_packaging", "test_features")  # fmt: skip
-#: The heaviest, when the second process is done.
-LAST = ("test_many_clients", "test_failures")
+#: What bounds a time that other tests would spoil: runs when both are done.
+ALONE = ("test_many_clients",)
 
 
 def _is_of(item: pytest.Item, names: tuple[str, ...]) -> bool:
@@ -30,11 +30,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Divide the tests."""
     if _is_of(item, BESIDE):
         item.add_marker("beside")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the heaviest last."""
-    items.sort(key=lambda item: _is_of(item, LAST))
+    if _is_of(item, ALONE):
+        item.add_marker("alone")
 
 
 def free_port() -> int:

@@ -179,9 +179,9 @@ def test_a_block_waits_for_its_layer(driver: LateDriver) -> None:
 
     thread = threading.Thread(target=last, daemon=True)
     thread.start()
-    while memory.grow():
-        assert not landed.wait(0.1)
-        assert made.memory_grew()
+    assert memory.grow() and made.memory_grew()
+    assert not landed.wait(0.2), "the last layer is still missing"
+    assert memory.grow() and made.memory_grew()
     assert landed.wait(5)
     thread.join()
 
