@@ -104,7 +104,6 @@ def run(
     clients: int = 4,
     freeze: float = 3.0,
     tokens: int = 40,
-    prompts: int = 24,
     show: bool = False,
 ) -> dict[str, Any]:
     """Run the trials; the result says how many responses were right, wrong and slowest."""
@@ -119,9 +118,7 @@ def run(
                 skipped = str(error)
             bench = Trials(model, logs, mac, random.Random(seed), freeze)
             stack.callback(bench.close)
-            return bench.run(trials, seed, clients, tokens, prompts, show) | {
-                "unplug_skipped": skipped
-            }
+            return bench.run(trials, seed, clients, tokens, show) | {"unplug_skipped": skipped}
 
     # A thread of its own: whoever enters a namespace cannot leave it.
     with ThreadPoolExecutor(1) as thread:
@@ -147,9 +144,7 @@ class Trials:
             self._vllm.server.stop()
         self._receiver.server.stop()
 
-    def run(
-        self, trials: int, seed: int, clients: int, tokens: int, prompts: int, show: bool
-    ) -> dict[str, Any]:
+    def run(self, trials: int, seed: int, clients: int, tokens: int, show: bool) -> dict[str, Any]:
         """See ``run``."""
         receiver = self._receiver
         vllm = self._vllm = start_vllm(
@@ -162,7 +157,7 @@ class Trials:
         # The reference is vLLM alone: hand-offs wait until the receiver is let run.
         receiver.server.signal(signal.SIGSTOP)
         time.sleep(3)
-        expected = references(vllm, seed, prompts, tokens)
+        expected = references(vllm, seed, 24, tokens)
         receiver.server.signal(signal.SIGCONT)
         vllm.wait_connected(receiver, 40)
         agreeing = [(p, t) for p, t in expected if vllm.tokens(p, len(t)) == t]

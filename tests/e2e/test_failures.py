@@ -12,7 +12,7 @@ pytestmark = pytest.mark.server
 
 
 def test_a_dozen_random_faults_under_load(tiny_llama_path: Path, tmp_path: Path) -> None:
-    result = run(tiny_llama_path, tmp_path, trials=12, seed=5, prompts=8)
+    result = run(tiny_llama_path, tmp_path, trials=12, seed=5)
     assert result["responses_wrong"] == 0, result["problems"]
     assert result["responses_right"] >= 20
     assert result["fell_back"]["all"] > 0
