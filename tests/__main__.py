@@ -3,7 +3,7 @@
     python -m tests -k wire -x
 
 The second one has the tests that leave a core free most of the time (see ``tests.conftest``). What
-it prints is shown at the end. Then come the few that must be alone.
+it prints is shown at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> int:
 
     with tempfile.TemporaryFile() as beside:
         halves = [
-            start("not beside and not alone", **ENVIRONMENT),
+            start("not beside", **ENVIRONMENT),
             start("beside", beside.fileno(), **ENVIRONMENT),
         ]
         try:
@@ -41,7 +41,6 @@ def main() -> int:
             beside.seek(0)
             sys.stdout.buffer.write(beside.read())
             sys.stdout.flush()
-    statuses.append(start("alone").wait())
     empty = int(pytest.ExitCode.NO_TESTS_COLLECTED)
     # One that a signal ended has a negative status.
     return max((abs(status) for status in statuses if status != empty), default=empty)

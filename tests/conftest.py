@@ -18,20 +18,12 @@ use_fast_blas()  # before any test imports MLX
 #: What the second process of ``python -m tests`` runs: it is not the one to load the machine.
 BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_modes", "test_link",
           "test_packaging", "test_features")  # fmt: skip
-#: What bounds a time that other tests would spoil: runs when both are done.
-ALONE = ("test_many_clients",)
-
-
-def _is_of(item: pytest.Item, names: tuple[str, ...]) -> bool:
-    return item.path.stem in names or item.path.parent.name in names
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Divide the tests."""
-    if _is_of(item, BESIDE):
+    if item.path.stem in BESIDE or item.path.parent.name in BESIDE:
         item.add_marker("beside")
-    if _is_of(item, ALONE):
-        item.add_marker("alone")
 
 
 def free_port() -> int:

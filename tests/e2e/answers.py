@@ -86,12 +86,11 @@ def _join_chunks(answer: Answer, events: list[str]) -> None:
         chunk = _strip(json.loads(event))
         for choice in chunk.pop("choices", []):
             index = choice["index"]
-            kind = "finish" if choice.get("finish_reason") else "delta"
-            if (choice.get("delta") or {}).get("role"):
-                kind = "role"
-            _note(answer, str(index), kind)
+            role = (choice.get("delta") or {}).get("role")
+            _note(answer, str(index), "role" if role else "delta")
             whole["choices"][index] = _join(whole["choices"].get(index, {}), choice)
-            if kind == "finish":
+            if choice.get("finish_reason"):  # in a chunk of its own, or with the last pieces
+                _note(answer, str(index), "finish")
                 _note(answer, "stream", "finish")
         if chunk.get("usage") and not event.count('"index"'):
             _note(answer, "stream", "usage")

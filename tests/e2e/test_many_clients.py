@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
-import statistics
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,31 +26,57 @@ OUTPUTS = (8, 16, 32, 56)
 
 @dataclass
 class Stream:
-    """One streamed response: its tokens, and when each chunk came."""
+    """One streamed response: its tokens, and their number by time of arrival.
+
+    Time is counted in arrivals at any stream. What comes without another's in between has come at
+    once: the client was away.
+    """
 
     tokens: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    arrivals: dict[int, int] = field(default_factory=dict)
     finish: str = ""
 
-    @property
-    def longest_gap(self) -> float:
-        """Seconds between two chunks after the first remote one."""
-        return max((b - a for a, b in pairwise(self.times[1:])), default=0.0)
+
+async def stream_all(url: str, requests: list[tuple[list[int], int]]) -> list[Stream]:
+    """Ask for all at once, greedily, and follow them to their ends."""
+    now, latest = 0, None
+
+    async def follow(prompt: list[int], output: int) -> Stream:
+        nonlocal now, latest
+        body = {"model": "m", "prompt": prompt, "max_tokens": output, "temperature": 0,
+                "ignore_eos": True, "stream": True, "return_token_ids": True}  # fmt: skip
+        seen = Stream()
+        async with http.stream("POST", "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    (choice,) = json.loads(line[6:])["choices"]
+                    if latest is not seen:
+                        now, latest = now + 1, seen
+                    new = choice["token_ids"] or []
+                    seen.tokens += new
+                    seen.arrivals[now] = seen.arrivals.get(now, 0) + len(new)
+                    seen.finish = choice["finish_reason"] or seen.finish
+        return seen
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+        return await asyncio.gather(*(follow(*request) for request in requests))
 
 
-def stream(vllm: Vllm, prompt: list[int], output: int) -> Stream:
-    """Ask for a greedy stream and follow it to its end."""
-    body = {"model": "m", "prompt": prompt, "max_tokens": output, "temperature": 0,
-            "ignore_eos": True, "stream": True, "return_token_ids": True}  # fmt: skip
-    seen = Stream()
-    with httpx.stream("POST", f"{vllm.url}/v1/completions", json=body, timeout=120) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                (choice,) = json.loads(line[6:])["choices"]
-                seen.tokens += choice["token_ids"] or []
-                seen.times.append(time.monotonic())
-                seen.finish = choice["finish_reason"] or seen.finish
-    return seen
+def most_behind(streams: list[Stream]) -> int:
+    """The most tokens that one stream got while another, which was running, waited for its next.
+
+    What the waiting stream gets next is taken off: a server that is slow to send joins tokens. The
+    first arrival is vLLM's own token; a stream runs from its second one on.
+    """
+    worst = 0
+    for waiting in streams:
+        times = list(waiting.arrivals)[1:]
+        for began, ended in pairwise(times):
+            for other in streams:
+                others = sum(n for at, n in other.arrivals.items() if began < at < ended)
+                worst = max(worst, others - waiting.arrivals[ended])
+    return worst
 
 
 @dataclass
@@ -67,8 +91,7 @@ class Crowd:
 
     def ask(self) -> list[Stream]:
         """All at once."""
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            return list(pool.map(lambda request: stream(self.vllm, *request), self.requests))
+        return asyncio.run(stream_all(self.vllm.url, self.requests))
 
     def wait_alone(self) -> None:
         """Wait until vLLM has noticed that the receiver is gone."""
@@ -132,8 +155,6 @@ NOTHING = {"sessions": 0, "decoding": 0, "waiting": 0, "kv_reserved_bytes": 0}
 
 def test_thirty_two_streams_are_right_and_none_starves(crowd: Crowd, tmp_path: Path) -> None:
     with receiving(crowd, tmp_path / "receiver.log") as receiver:
-        # vLLM's CPU kernels are made when a batch first has their shape, on the receiver's cores.
-        assert [s.tokens for s in crowd.ask()] == crowd.expected
         before = receiver.metric("mlx_receiver_decoded_tokens_total")
         streams = crowd.ask()
         assert [s.tokens for s in streams] == crowd.expected
@@ -141,14 +162,12 @@ def test_thirty_two_streams_are_right_and_none_starves(crowd: Crowd, tmp_path: P
         decoded = receiver.metric("mlx_receiver_decoded_tokens_total") - before
         assert decoded == sum(output - 1 for _, output in crowd.requests)
         assert idle(receiver) == NOTHING
-    # Starvation: one stream waits while others go on. Every step serves every stream, so the
-    # longest pause within any stream is set beside the usual one. Joins, which copy the batch,
-    # vLLM's prefills and other processes on the same cores are why it is not closer to one.
-    gaps = [b - a for s in streams for a, b in pairwise(s.times[1:])]
-    usual, longest = statistics.median(gaps), max(s.longest_gap for s in streams)
-    handoff = max(s.times[1] - s.times[0] for s in streams)
-    print(f"median gap {usual:.3f} s, longest {longest:.3f} s, longest hand-off {handoff:.3f} s")
-    assert longest < max(10 * usual, 1.5)
+    # Starvation is counted in tokens, not in seconds, so that a slow machine is none. Every decode
+    # step serves every stream; what is allowed besides is the order in which vLLM's front end and
+    # the client take up what came at once.
+    behind = most_behind(streams)
+    print(f"a running stream was at most {behind} tokens behind another")
+    assert behind <= 16  # of the 55 that the longest streams get
 
 
 def test_a_receiver_that_admits_two_refuses_the_rest(crowd: Crowd, tmp_path: Path) -> None:
