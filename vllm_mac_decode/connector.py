@@ -274,6 +274,16 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             }
         return self._plan is not None and self._plan.forget(request.request_id), params
 
+    @_guarded(lambda: False)
+    def has_pending_push_work(self) -> bool:
+        """Whether the engine must step although no request of its own asks for it: once for every
+        session that ended, for the workers and the metrics, and while it waits for every response
+        to end."""
+        relay = self.relay
+        if relay is None or relay.seam is None or self._plan is None:
+            return False
+        return relay.has_news() or (relay.seam.draining and relay.busy())
+
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:

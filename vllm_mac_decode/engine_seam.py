@@ -1,15 +1,19 @@
 """The one place that touches vLLM's engine core: what is hooked, and what is put in.
 
-vLLM has no public way for a connector to add tokens to a response, so three methods are
-wrapped, once per process and only acting where the connector is ours:
+vLLM has no public way for a connector to add tokens to a response, so some methods are wrapped,
+once per process and only acting where the connector is ours:
 
 - ``EngineCoreProc.run_busy_loop``: gives the connector's scheduler half its engine (the
   constructor is already running when the connector is made);
 - ``Scheduler.update_from_output``: the relay sees each step's outputs before the clients do;
-- ``EngineCore.abort_requests``: the relay hears of clients that went away.
+- ``EngineCore.abort_requests``: the relay hears of clients that went away;
+- ``Scheduler.finish_requests`` and ``set_pause_state``: vLLM ends or holds every request, when it
+  stops, sleeps or is paused, and the receiver's are among them;
+- ``EngineCoreProc._reject_add_in_shutdown`` and, from vLLM 0.33, ``_reject_add_while_paused``: the
+  local continuation of a response is no new request.
 
 Everything else uses what the engine offers to its own input and output threads: its queues.
-Checked against vLLM 0.26 and 0.32; fields that differ are read with ``getattr``.
+Checked against vLLM 0.26 to 0.33; fields that differ are read with ``getattr``.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import (
     EngineCoreOutput,
@@ -45,39 +50,19 @@ _INSTALLED = "_mac_decode_installed"
 
 
 def install() -> None:
-    """Wrap the three methods. Safe to call more than once."""
+    """Wrap the methods. Safe to call more than once."""
     if getattr(EngineCore, _INSTALLED, False):
         return
     setattr(EngineCore, _INSTALLED, True)
-
-    update_from_output = Scheduler.update_from_output
-    abort_requests = EngineCore.abort_requests
-
-    @functools.wraps(update_from_output)
-    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = update_from_output(self, *args, **kwargs)
-        relay = _relay(self)
-        if relay is not None:
-            try:
-                relay.rewrite(outputs)
-            except Exception:
-                self.connector.fault("rewrite")
-        return outputs
-
-    @functools.wraps(abort_requests)
-    def abort(self: Any, request_ids: list[str]) -> Any:
-        relay = _relay(self.scheduler)
-        if relay is not None:
-            try:
-                request_ids = relay.abort(request_ids)
-            except Exception:
-                self.scheduler.connector.fault("abort")
-        return abort_requests(self, request_ids)
-
     for engine in (EngineCoreProc, DPEngineCoreProc):
         engine.run_busy_loop = _attaching(engine.run_busy_loop)
-    Scheduler.update_from_output = update
-    EngineCore.abort_requests = abort
+    Scheduler.update_from_output = _rewriting(Scheduler.update_from_output)
+    EngineCore.abort_requests = _aborting(EngineCore.abort_requests)
+    Scheduler.finish_requests = _finishing(Scheduler.finish_requests)
+    Scheduler.set_pause_state = _pausing(Scheduler.set_pause_state)
+    for name in ("_reject_add_in_shutdown", "_reject_add_while_paused"):
+        if hasattr(EngineCoreProc, name):
+            setattr(EngineCoreProc, name, _continuing(getattr(EngineCoreProc, name)))
 
 
 def _attaching(run_busy_loop: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -91,8 +76,68 @@ def _attaching(run_busy_loop: Callable[[Any], None]) -> Callable[[Any], None]:
     return run
 
 
-def _relay(scheduler: Any) -> Relay | None:
-    return getattr(getattr(scheduler, "connector", None), "relay", None)
+def _rewriting(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(update_from_output)
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = update_from_output(self, *args, **kwargs)
+        _ask(self, "rewrite", lambda relay: relay.rewrite(outputs))
+        return outputs
+
+    return update
+
+
+def _aborting(abort_requests: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(abort_requests)
+    def abort(self: Any, request_ids: list[str]) -> Any:
+        ids = _ask(self.scheduler, "abort", lambda relay: relay.abort(request_ids))
+        return abort_requests(self, request_ids if ids is None else ids)
+
+    return abort
+
+
+def _finishing(finish_requests: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(finish_requests)
+    def finish(self: Any, request_ids: Any, finished_status: Any) -> Any:
+        finished = finish_requests(self, request_ids, finished_status)
+        if request_ids is None:
+            _ask(self, "abort_all", lambda relay: relay.abort_all())
+        return finished
+
+    return finish
+
+
+def _pausing(set_pause_state: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(set_pause_state)
+    def pause(self: Any, pause_state: PauseState) -> None:
+        set_pause_state(self, pause_state)
+        if pause_state == PauseState.PAUSED_ALL:
+            _ask(self, "freeze", lambda relay: relay.freeze())
+
+    return pause
+
+
+def _continuing(reject: Callable[..., bool]) -> Callable[..., bool]:
+    @functools.wraps(reject)
+    def rejected(self: Any, request: Request) -> bool:
+        stops = not self.is_running() and self.vllm_config.shutdown_timeout == 0
+        ours = _ask(
+            self.scheduler, "rejects", lambda relay: relay.rejects(request.request_id, not stops)
+        )
+        return reject(self, request) if ours is None else bool(ours)
+
+    return rejected
+
+
+def _ask(scheduler: Any, what: str, question: Callable[[Relay], Any]) -> Any:
+    """The relay's answer; None where there is none, or where it failed."""
+    relay = getattr(getattr(scheduler, "connector", None), "relay", None)
+    if relay is None:
+        return None
+    try:
+        return question(relay)
+    except Exception:
+        scheduler.connector.fault(what)
+        return None
 
 
 class EngineSeam:
@@ -108,6 +153,23 @@ class EngineSeam:
         self._output: queue.Queue[Any] = core.output_queue
         self.max_model_len: int = core.vllm_config.model_config.max_model_len
         self.rules = policy.engine_rules(core.vllm_config)
+        self._first_weights = self._weight_version()
+
+    @property
+    def draining(self) -> bool:
+        """Whether vLLM waits for its requests to end: it stops, or is paused."""
+        return not self._core.is_running() or (
+            self._core.scheduler.pause_state != PauseState.UNPAUSED
+        )
+
+    @property
+    def weights_changed(self) -> bool:
+        """Whether the weights were replaced after the start (known from vLLM 0.32 on)."""
+        return self._weight_version() != self._first_weights
+
+    def wake(self) -> None:
+        """Make an idle engine look whether there is something to do."""
+        self._input.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def is_length(self, output: EngineCoreOutput) -> bool:
         """Whether the output ends its request because of a length limit."""
@@ -121,7 +183,14 @@ class EngineSeam:
         if self._reports_finished():
             finished = {o.request_id for o in outputs if o.finish_reason is not None}
             message.finished_requests = finished or None
+        if (version := self._weight_version()) is not None:
+            message.weight_version = version
         self._output.put_nowait((client, message))
+
+    def emit_aborted(self, request: Request) -> None:
+        """Tell the request's client that vLLM gave it up."""
+        output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT)
+        self.emit(request.client_index, [output])
 
     def emit_decoded(self, decoded: list[tuple[Request, Decoded]]) -> None:
         """Send tokens that the receiver produced in one step, as an engine step of ours."""
@@ -171,6 +240,9 @@ class EngineSeam:
         # The prefill that the client's usage counts was the first request's.
         output.prefill_stats = None
         output.events = None
+
+    def _weight_version(self) -> str | None:
+        return getattr(self._core, "_weight_version", None)
 
     def _reports_finished(self) -> bool:
         return getattr(self._core.scheduler, "finished_req_ids_dict", None) is not None

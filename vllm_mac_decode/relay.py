@@ -15,8 +15,6 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import Counter, deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -26,6 +24,7 @@ from vllm_mac_decode import policy
 from vllm_mac_decode.breaker import CircuitBreaker
 from vllm_mac_decode.engine_seam import EngineSeam
 from vllm_mac_decode.link import Link
+from vllm_mac_decode.session import Counts, Session
 from vllm_mac_decode.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,49 +36,7 @@ logger = init_logger("vllm.mac_decode.relay")
 #: Our key in the ``kv_transfer_params`` that routers carry to the receiver.
 ROUTER_KEY = "mac_decode"
 
-#: Times of each kind that wait for vLLM to collect them.
-KEPT_TIMES = 1024
-
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
-
-
-@dataclass
-class Session:
-    """One handed-off request. ``tokens`` are its output so far, whoever produced them."""
-
-    session: int
-    request: Request
-    max_tokens: int
-    asked: bool = False  # Open was sent
-    started: bool = False  # the first token is out, the local request has ended
-    ended: bool = False  # the receiver has no part in it any more
-    continued_as: str = ""  # the local continuation's request id
-    kv_complete: bool = False
-    parked: bool = False  # a router's prefill: the receiver is asked for the rest over HTTP
-    handed_on: bool = False  # the router knows about it; only KV is left to be sent
-    tokens: list[int] = field(default_factory=list)
-    first_token_at: float = 0.0
-    progress_at: float = 0.0
-    progress: tuple[str, int, int] = ("", 0, 0)
-
-    @property
-    def request_id(self) -> str:
-        """The id under which the client's side knows it."""
-        return self.request.request_id
-
-
-@dataclass
-class Counts:
-    """What happened since the last ``Relay.take_counts``.
-
-    Of the times, in seconds, the latest are kept: nobody takes counts while vLLM's engine rests.
-    """
-
-    events: Counter[str] = field(default_factory=Counter)
-    local: Counter[str] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    handoff_gaps: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_TIMES))
-    relay_times: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_TIMES))
 
 
 class Relay:
@@ -100,8 +57,9 @@ class Relay:
 
     def on_new_request(self, request: Request) -> None:
         """Decide whether the request will be handed off, and if so end it after one token."""
-        if self._by_request.get(request.request_id) is not None:
-            return  # a continuation of ours
+        if (session := self._by_request.get(request.request_id)) is not None:
+            session.queued = False  # it is our continuation
+            return
         reason = self._unavailable()
         if reason is None and self.seam is not None:
             reason = policy.local_reason(request, self._settings, self.seam.rules)
@@ -178,6 +136,19 @@ class Relay:
             session = self._by_request.get(request_id)
             return session is not None and not session.ended
 
+    def has_news(self) -> bool:
+        """Whether ``take_ended`` and ``take_counts`` would tell of a session's end."""
+        with self._lock:
+            return bool(self._ended)
+
+    def busy(self) -> bool:
+        """Whether there are responses, or blocks for a router, that vLLM's scheduler does not
+        know about."""
+        with self._lock:
+            return any(s.started or s.handed_on for s in self._sessions.values()) or any(
+                s.queued for s in self._by_request.values()
+            )
+
     def rewrite(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Adjust what one engine step is about to send to the clients."""
         with self._lock:
@@ -205,20 +176,50 @@ class Relay:
                     local.append(request_id)
                     continue
                 local.append(session.continued_as or request_id)
-                if not session.ended:
-                    self._counts.events["aborted"] += 1
-                    self._cancel(session, "the client gave up")
+                # A continuation is forgotten when it has ended: an abort can overtake its start.
                 if not session.continued_as:
-                    self._forget(session)
+                    self._abort(session)
             return local
 
     def aborted(self, request_id: str) -> None:
-        """vLLM's scheduler ended the request without an output: a continuation is forgotten
-        only now, because an abort can overtake its start."""
+        """vLLM's scheduler ended the request without an output, for its client or because it
+        pauses or stops."""
         with self._lock:
             session = self._by_request.get(request_id)
-            if session is not None:
-                self._forget(session)
+            if session is None:
+                return
+            if request_id == session.continued_as and self.seam is not None:
+                # vLLM reports the continuation's id, which no client knows. One that has left
+                # does not mind.
+                self.seam.emit_aborted(session.request)
+            self._abort(session)
+
+    def abort_all(self) -> None:
+        """vLLM gives every request up: the same for responses that its scheduler does not know."""
+        with self._lock:
+            for session in list(self._sessions.values()):
+                if session.started and self.seam is not None:
+                    self.seam.emit_aborted(session.request)
+                if session.started or session.handed_on:
+                    self._abort(session)
+
+    def freeze(self) -> None:
+        """vLLM holds every response until it is resumed: those of the receiver come home."""
+        with self._lock:
+            for session in list(self._sessions.values()):
+                if session.started:
+                    self._give_up(session, "paused", breaker=False)
+
+    def rejects(self, request_id: str, draining: bool) -> bool | None:
+        """Whether an engine that takes no new requests must reject this one; None if it is not a
+        continuation of ours, which is not new: while the engine drains it goes on."""
+        with self._lock:
+            session = self._by_request.get(request_id)
+            if session is None or request_id != session.continued_as:
+                return None
+            if not draining:
+                self.aborted(request_id)
+            return not draining
 
     # --- both threads, with the lock --------------------------------------------------------
 
@@ -276,7 +277,7 @@ class Relay:
         """All KV is there: neither the workers nor this side have a part in it any more."""
         session.ended = True
         self._sessions.pop(session.session, None)
-        self._ended.append(session.session)
+        self._tell_workers(session)
 
     def _hidden(self, request_id: str) -> bool:
         session = self._by_request.get(request_id)
@@ -301,7 +302,7 @@ class Relay:
 
     def _continue_locally(self, session: Session) -> None:
         assert self.seam is not None
-        session.continued_as = f"{session.request_id}-local"
+        session.continued_as, session.queued = f"{session.request_id}-local", True
         self._by_request[session.continued_as] = session
         self.seam.resume(session.request, session.continued_as, session.tokens, session.max_tokens)
 
@@ -309,8 +310,21 @@ class Relay:
         session.ended = True
         self._sessions.pop(session.session, None)
         if session.asked:
-            self._ended.append(session.session)
+            self._tell_workers(session)
             self._send(m.Cancel(session.session, reason))
+
+    def _abort(self, session: Session) -> None:
+        if not session.ended:
+            self._counts.events["aborted"] += 1
+            self._cancel(session, "the request was aborted")
+        self._forget(session)
+
+    def _tell_workers(self, session: Session) -> None:
+        """The session is over. They hear of it in the engine's next step, as the metrics do, and an
+        idle engine makes none by itself."""
+        self._ended.append(session.session)
+        if self.seam is not None:
+            self.seam.wake()
 
     def _forget(self, session: Session) -> None:
         session.ended = True
@@ -332,6 +346,8 @@ class Relay:
             return "no_receiver"
         if self._breaker.is_open(time.monotonic()):
             return "circuit_open"
+        if self.seam.weights_changed:
+            return "weights_changed"
         return None
 
     def _note_failure(self) -> None:
@@ -417,7 +433,7 @@ class Relay:
             if decoded.finish:
                 self._counts.events["completed"] += 1
                 self._breaker.succeeded()
-                self._ended.append(session.session)
+                self._tell_workers(session)
                 self._forget(session)
         if produced:
             assert self.seam is not None

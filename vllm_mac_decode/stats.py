@@ -9,7 +9,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from vllm_mac_decode.relay import KEPT_TIMES, Relay
+from vllm_mac_decode.relay import Relay
+from vllm_mac_decode.session import KEPT_TIMES
 
 #: name -> help, for the counters without a reason label.
 _COUNTERS = {

@@ -1,0 +1,151 @@
+"""vLLM pauses, or is asked to stop: responses that the receiver decodes do as vLLM's own do."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.mlx_alone import greedy
+from tests.servers import Receiver, Vllm, pair
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.server
+
+PROMPTS = [[7 + 3 * i + seed for i in range(60)] for seed in range(5)]
+OUTPUT = 400
+
+
+@pytest.fixture(scope="module")
+def drained(
+    tiny_llama_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Vllm, Receiver]]:
+    """A pair whose vLLM lets responses end when it is asked to stop."""
+    with pair(
+        tiny_llama_path, tmp_path_factory.mktemp("pause"),
+        args=("--shutdown-timeout", "60"), env={"VLLM_SERVER_DEV_MODE": "1"},
+    ) as served:  # fmt: skip
+        yield served
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama_path: Path) -> list[list[int]]:
+    return greedy(tiny_llama_path, PROMPTS, OUTPUT)
+
+
+@dataclass(eq=False)
+class Reader(threading.Thread):
+    """Reads a streamed response."""
+
+    vllm: Vllm
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    finish: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start()
+        assert eventually(lambda: len(self.tokens) > 20, 30)
+
+    def run(self) -> None:
+        body = {"model": "m", "prompt": self.prompt, "max_tokens": OUTPUT, "temperature": 0,
+                "ignore_eos": True, "stream": True, "return_token_ids": True}  # fmt: skip
+        url = f"{self.vllm.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=120) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    (choice,) = json.loads(line[6:])["choices"]
+                    self.tokens += choice["token_ids"] or []
+                    self.finish = choice["finish_reason"] or self.finish
+
+    def ended(self) -> list[int]:
+        """Every token, once the response is over."""
+        self.join(60)
+        assert not self.is_alive(), f"{len(self.tokens)} tokens came"
+        return self.tokens
+
+
+def fallbacks(vllm: Vllm, reason: str = "") -> float:
+    labels = {"reason": reason} if reason else {}
+    return vllm.metric("vllm:mac_decode_fallbacks_total", **labels)
+
+
+def post(vllm: Vllm, path: str) -> None:
+    httpx.post(f"{vllm.url}{path}", timeout=60).raise_for_status()
+
+
+def test_an_idle_engine_hears_that_a_response_has_ended(
+    drained: tuple[Vllm, Receiver], expected: list[list[int]]
+) -> None:
+    """What it was is counted, although no other request makes vLLM step."""
+    vllm, _ = drained
+    before = vllm.metric("vllm:mac_decode_tokens_total")
+    assert vllm.tokens(PROMPTS[0], OUTPUT) == expected[0]
+    counted = before + OUTPUT - 1
+    assert eventually(lambda: vllm.metric("vllm:mac_decode_tokens_total") == counted, 5)
+    assert vllm.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def test_a_pause_that_keeps_responses_holds_them(
+    drained: tuple[Vllm, Receiver], expected: list[list[int]]
+) -> None:
+    vllm, _ = drained
+    reader = Reader(vllm, PROMPTS[1])
+    post(vllm, "/pause?mode=keep")
+    time.sleep(0.5)  # what was on its way
+    held = len(reader.tokens)
+    time.sleep(1)
+    assert len(reader.tokens) == held < OUTPUT
+    post(vllm, "/resume")
+    assert reader.ended() == expected[1]
+    assert fallbacks(vllm, "paused") == fallbacks(vllm) == 1
+
+
+def test_a_pause_that_waits_waits_for_the_receiver(
+    drained: tuple[Vllm, Receiver], expected: list[list[int]]
+) -> None:
+    vllm, _ = drained
+    before = fallbacks(vllm)
+    reader = Reader(vllm, PROMPTS[2])
+    post(vllm, "/pause?mode=wait")
+    assert eventually(lambda: not reader.is_alive(), 2), "the pause was over before the response"
+    post(vllm, "/resume")
+    assert reader.ended() == expected[2]
+    assert fallbacks(vllm) == before
+
+
+def test_a_pause_that_aborts_ends_the_receivers_responses(
+    drained: tuple[Vllm, Receiver], expected: list[list[int]]
+) -> None:
+    vllm, receiver = drained
+    before = fallbacks(vllm)
+    reader = Reader(vllm, PROMPTS[3])
+    post(vllm, "/pause?mode=abort")
+    tokens = reader.ended()
+    assert reader.finish == "abort"
+    assert tokens == expected[3][: len(tokens)] and len(tokens) < OUTPUT
+    assert eventually(lambda: not receiver.health()["sessions"], 5)
+    post(vllm, "/resume")
+    vllm.wait_connected(receiver)
+    assert fallbacks(vllm) == before
+
+
+@pytest.mark.timeout(180)
+def test_a_vllm_that_stops_lets_every_response_end(
+    drained: tuple[Vllm, Receiver], expected: list[list[int]]
+) -> None:
+    """Also if the receiver dies meanwhile. Comes last: the vLLM is gone then."""
+    vllm, receiver = drained
+    readers = [Reader(vllm, prompt) for prompt in PROMPTS]
+    vllm.server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    receiver.server.signal(signal.SIGKILL)
+    assert [reader.ended() for reader in readers] == expected
+    assert vllm.server.process.wait(30) == 0
