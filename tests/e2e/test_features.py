@@ -140,7 +140,7 @@ def test_only_raw_log_probabilities_are_the_receivers(tiny_llama_path: Path) -> 
 
 # --- reasons that are the moment's rather than the request's -------------------------------------
 
-UNAVAILABLE = ("disabled", "no_receiver", "circuit_open")
+UNAVAILABLE = ("disabled", "no_receiver", "circuit_open", "weights_changed")
 
 
 @pytest.fixture
@@ -167,13 +167,17 @@ def test_a_receiver_that_is_not_there_or_fails_is_left_alone(
     assert reason_now(relay) == {"no_receiver": 1}
     signature, dtype = read_model(str(tiny_llama_path))
     # vLLM's engine is not needed to decide.
-    relay.seam = SimpleNamespace(rules=EngineRules())  # type: ignore[assignment]
+    seam = SimpleNamespace(rules=EngineRules(), weights_changed=False)
+    relay.seam = seam  # type: ignore[assignment]
     relay.link = Link(settings, signature, dtype, "test", relay)
     try:
         until = time.monotonic() + 10
         while relay.link.target is None and time.monotonic() < until:
             time.sleep(0.05)
         assert reason_now(relay) == {}
+        seam.weights_changed = True
+        assert reason_now(relay) == {"weights_changed": 1}
+        seam.weights_changed = False
         for _ in range(3):
             relay._note_failure()
         assert reason_now(relay) == {"circuit_open": 1}

@@ -77,8 +77,8 @@ def fallbacks(vllm: Vllm, reason: str = "") -> float:
     return vllm.metric("vllm:mac_decode_fallbacks_total", **labels)
 
 
-def post(vllm: Vllm, path: str) -> None:
-    httpx.post(f"{vllm.url}{path}", timeout=60).raise_for_status()
+def post(vllm: Vllm, path: str, body: dict[str, str] | None = None) -> None:
+    httpx.post(f"{vllm.url}{path}", json=body, timeout=60).raise_for_status()
 
 
 def test_an_idle_engine_hears_that_a_response_has_ended(
@@ -135,6 +135,20 @@ def test_a_pause_that_aborts_ends_the_receivers_responses(
     post(vllm, "/resume")
     vllm.wait_connected(receiver)
     assert fallbacks(vllm) == before
+
+
+def test_weights_that_the_receiver_does_not_have_keep_requests_local(
+    drained: tuple[Vllm, Receiver], expected: list[list[int]]
+) -> None:
+    vllm, _ = drained
+    if httpx.get(f"{vllm.url}/weight_info").status_code != 200:
+        pytest.skip("this vLLM has no weight versions")
+    before = vllm.metric("vllm:mac_decode_local_total", reason="weights_changed")
+    post(vllm, "/update_weight_version", {"new_version": "2"})
+    assert vllm.tokens(PROMPTS[4], 40) == expected[4][:40]
+    post(vllm, "/update_weight_version", {"new_version": "default"})
+    assert vllm.tokens(PROMPTS[4], 40) == expected[4][:40]
+    assert vllm.metric("vllm:mac_decode_local_total", reason="weights_changed") == before + 1
 
 
 @pytest.mark.timeout(180)
