@@ -91,8 +91,10 @@ def _sampling_reason(params: SamplingParams, engine: EngineRules) -> str | None:
         return "min_tokens"  # vLLM masks the end-of-text token that ignore_eos lets pass
     if params.extra_args:
         return "extra_args"  # addressed to custom logits processors or other plugins
-    if getattr(params, "watermarking", None) or getattr(params, "trace_decode_token_ids", None):
-        return "extra_sampling"
+    # ``watermarking`` says nothing by itself (vLLM 0.30 and 0.31 set it in every request): what
+    # counts is whether the engine has a watermark. The other one is there from vLLM 0.29 on.
+    if getattr(params, "trace_decode_token_ids", None):
+        return "trace_decode"
     return None
 
 

@@ -64,7 +64,7 @@ REQUESTS = {
     "thinking_budget": lambda: request(thinking_token_budget=5),
     "min_tokens": lambda: request(min_tokens=3, ignore_eos=True),
     "extra_args": lambda: request(extra_args={"mine": 1}),
-    "extra_sampling": lambda: request(watermarking=True),
+    "trace_decode": lambda: request(trace_decode_token_ids=[5]),
 }
 
 
@@ -106,7 +106,8 @@ def test_such_requests_stay_local(reason: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [{}, {"min_tokens": 3}, {"min_tokens": 3, "stop_token_ids": [9]}, {"ignore_eos": True},
-     {"logprobs": 20}, {"seed": 1, "temperature": 0.5}, {"bad_words": []}],
+     {"logprobs": 20}, {"seed": 1, "temperature": 0.5}, {"bad_words": []},
+     {"watermarking": True}],
     ids=str,
 )  # fmt: skip
 def test_others_are_handed_off(fields: dict[str, Any]) -> None:
