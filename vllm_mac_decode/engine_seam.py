@@ -164,7 +164,7 @@ class EngineSeam:
 
     @property
     def weights_changed(self) -> bool:
-        """Whether the weights were replaced after the start (known from vLLM 0.32 on)."""
+        """Whether the weights were replaced after the start (known from vLLM 0.27 on)."""
         return self._weight_version() != self._first_weights
 
     def wake(self) -> None:
@@ -183,8 +183,8 @@ class EngineSeam:
         if self._reports_finished():
             finished = {o.request_id for o in outputs if o.finish_reason is not None}
             message.finished_requests = finished or None
-        if (version := self._weight_version()) is not None:
-            message.weight_version = version
+        if hasattr(message, "weight_version"):  # vLLM 0.32 on
+            message.weight_version = self._weight_version()
         self._output.put_nowait((client, message))
 
     def emit_aborted(self, request: Request) -> None:
