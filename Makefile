@@ -8,7 +8,10 @@ VENV ?= .venv
 ARGS ?=
 PROMPT ?=
 MODEL ?=
-export PROMPT MODEL
+# Other versions than the pinned ones, each best in a VENV of its own.
+VLLM ?=
+MLX_LM ?=
+export PROMPT MODEL VLLM MLX_LM
 
 # 3.11 first: it is the version for which every wheel exists.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
@@ -19,6 +22,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 VENV=.venv ARGS='-k wire -x' PROMPT='...' MODEL=path"
+	@echo "  VLLM=0.31.0 MLX_LM=0.31.3 VENV=.venv-old"
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer, with venv, is needed." >&2; exit 1; }

