@@ -446,8 +446,3 @@ class Relay:
         with self._lock:
             counts, self._counts = self._counts, Counts()
         return counts
-
-    def active(self) -> int:
-        """Sessions in being."""
-        with self._lock:
-            return len(self._sessions)

@@ -15,7 +15,7 @@ from vllm_mac_decode.session import KEPT_TIMES
 #: name -> help, for the counters without a reason label.
 _COUNTERS = {
     "completed": "Responses that the receiver finished",
-    "aborted": "Handed-off requests whose client went away",
+    "aborted": "Handed-off requests that were aborted",
     "tokens": "Output tokens decoded by the receiver",
     "kv_bytes": "Bytes of KV that became resident on the receiver",
 }

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def drained(
     """A pair whose vLLM lets responses end when it is asked to stop."""
     with pair(
         tiny_llama_path, tmp_path_factory.mktemp("pause"),
-        args=("--shutdown-timeout", "60"), env={"VLLM_SERVER_DEV_MODE": "1"},
+        args=("--shutdown-timeout", "60", "--max-num-batched-tokens", "128"),
+        env={"VLLM_SERVER_DEV_MODE": "1"},
     ) as served:  # fmt: skip
         yield served
 
@@ -135,6 +137,20 @@ def test_a_pause_that_aborts_ends_the_receivers_responses(
     post(vllm, "/resume")
     vllm.wait_connected(receiver)
     assert fallbacks(vllm) == before
+
+
+def test_an_abort_during_prefill_frees_the_receiver(drained: tuple[Vllm, Receiver]) -> None:
+    vllm, receiver = drained
+    prompts = [[11 + i + seed for i in range(1800)] for seed in range(6)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = [pool.submit(vllm.complete, prompt, 50) for prompt in prompts]
+        assert eventually(lambda: receiver.health()["sessions"], 20, 0.01)
+        post(vllm, "/pause?mode=abort")
+        finishes = [answer.result()["choices"][0]["finish_reason"] for answer in answers]
+    assert finishes.count("abort") > 3  # those that had not begun to decode
+    assert eventually(lambda: not receiver.health()["sessions"], 5)
+    assert receiver.health()["kv_reserved_bytes"] == 0
+    post(vllm, "/resume")
 
 
 def test_weights_that_the_receiver_does_not_have_keep_requests_local(
