@@ -17,7 +17,7 @@ use_fast_blas()  # before any test imports MLX
 
 #: What the second process of ``python -m tests`` runs: it is not the one to load the machine.
 BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_modes", "test_link",
-          "test_packaging", "test_pause", "test_features")  # fmt: skip
+          "test_packaging", "test_pause")  # fmt: skip
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -106,9 +106,8 @@ class _Request:
 
     def _usage(self, samples: list[Sample] | None = None) -> dict[str, Any]:
         counted = self.samples if samples is None else samples
-        return usage(
-            len(self.prompt), sum(s.tokens for s in counted), self.samples[-1].cached_tokens
-        )
+        tokens = sum(len(self.choices[s.index].token_ids) for s in counted)
+        return usage(len(self.prompt), tokens, self.samples[-1].cached_tokens)
 
     async def whole(self) -> dict[str, Any]:
         """The response of a request that does not stream."""

@@ -107,7 +107,7 @@ class _Request:
         prompts = {s.index // self.n: s for s in counted}.values()
         return usage(
             sum(len(s.prompt) for s in prompts),
-            sum(s.tokens for s in counted),
+            sum(len(self.choices[s.index].token_ids) for s in counted),
             sum(s.cached_tokens for s in counted),
         )
 

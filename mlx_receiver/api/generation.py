@@ -37,7 +37,6 @@ async def generate(service: Service, sample: Sample) -> AsyncGenerator[Delta, No
         async with contextlib.aclosing(tokens):
             async for decoded in tokens:
                 delta = _delta(sample, text, decoded)
-                sample.tokens += len(delta.token_ids)
                 yield delta
                 if delta.finish is not None:
                     return

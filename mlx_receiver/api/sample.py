@@ -13,7 +13,7 @@ from mlx_receiver.wire.messages import Sampling
 class Sample:
     """A prompt and how to continue it. ``index`` is its choice's.
 
-    ``handoff`` is there when a vLLM prefills the prompt; ``tokens`` counts the output so far.
+    ``handoff`` is there when a vLLM prefills the prompt.
     """
 
     index: int
@@ -21,7 +21,6 @@ class Sample:
     sampling: Sampling
     rules: TextRules
     handoff: HandOff | None = None
-    tokens: int = 0
 
     @property
     def cached_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
 
+from mlx_receiver.api.completions import completions
+from mlx_receiver.api.replies import DONE
+from mlx_receiver.api.service import Service
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from tests.mlx_receiver.conftest import Prefill
@@ -101,10 +107,30 @@ def test_a_stream_says_what_the_whole_answer_says(base: str) -> None:
     assert [choice["finish_reason"] for choice in choices] == [None] * 11 + ["length"]
 
 
-def test_continuous_usage_counts_up(base: str) -> None:
+def test_continuous_usage_counts_what_was_sent(receiver: Receiver) -> None:
+    """Not what is decoded by then: here the client is the slower one."""
     options = {"include_usage": True, "continuous_usage_stats": True}
-    parts = chunks(base, stream_options=options)
-    assert [part["usage"]["completion_tokens"] for part in parts[:-1]] == list(range(1, 13))
+    body = {"prompt": PROMPT, "max_tokens": 12, "ignore_eos": True, "stream": True,
+            "stream_options": options}  # fmt: skip
+    arriving = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+    async def receive() -> dict[str, Any]:
+        if not arriving:
+            await asyncio.Event().wait()  # the client stays
+        return arriving.pop()
+
+    async def read_slowly() -> list[int]:
+        request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+        answer = await completions(Service(receiver), request)
+        assert isinstance(answer, StreamingResponse)
+        counts = []
+        async for event in answer.body_iterator:
+            if bytes(event) != DONE:
+                counts.append(json.loads(bytes(event)[6:])["usage"]["completion_tokens"])
+            await asyncio.sleep(0.1)
+        return counts
+
+    assert asyncio.run(read_slowly()) == [*range(1, 13), 12]
 
 
 def test_stop_strings_end_the_text_and_are_never_shown_in_part(base: str) -> None:
