@@ -155,6 +155,7 @@ NOTHING = {"sessions": 0, "decoding": 0, "waiting": 0, "kv_reserved_bytes": 0}
 
 def test_thirty_two_streams_are_right_and_none_starves(crowd: Crowd, tmp_path: Path) -> None:
     with receiving(crowd, tmp_path / "receiver.log") as receiver:
+        assert [s.tokens for s in crowd.ask()] == crowd.expected
         before = receiver.metric("mlx_receiver_decoded_tokens_total")
         streams = crowd.ask()
         assert [s.tokens for s in streams] == crowd.expected
