@@ -10,6 +10,7 @@ both engines share the cores, so the absolute times say little; the ratios are t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
@@ -73,22 +74,19 @@ def main() -> None:
     def fresh() -> list[int]:
         return [source.randrange(20, 49000) for _ in range(options.prompt_tokens)]
 
-    def repeat(vllm: Vllm, local: bool) -> list[list[float]]:
-        return [ask(vllm, fresh(), options.tokens, local) for _ in range(options.repeats)]
-
     logs = Path(tempfile.mkdtemp(prefix="handoff-"))
-    plain_server = start_vllm(model, logs / "plain.log", env=ALL_CORES)
-    try:
-        ask(plain_server, fresh(), 2, False)
-        plain = repeat(plain_server, False)
-    finally:
-        plain_server.server.stop()
-    local, handed, exposed, gaps = [], [], [], []
-    with pair(model, logs, env=ALL_CORES) as (vllm, receiver):
+    plain, local, handed, exposed, gaps = [], [], [], [], []
+    with contextlib.ExitStack() as servers:
+        # All of them run all the time and are asked in turns: what slows the machine slows each.
+        bare = start_vllm(model, logs / "plain.log", env=ALL_CORES)
+        servers.callback(bare.server.stop)
+        vllm, receiver = servers.enter_context(pair(model, logs, env=ALL_CORES))
         base = f"{receiver.url}/handoffs"
-        ask(vllm, fresh(), options.tokens, False)
+        for server in (bare, vllm):
+            ask(server, fresh(), options.tokens, False)
         kv_bytes = receiver.metric("mlx_receiver_kv_bytes_total")
         for _ in range(options.repeats):
+            plain.append(ask(bare, fresh(), options.tokens, False))
             local.append(ask(vllm, fresh(), options.tokens, True))
             handed.append(ask(vllm, fresh(), options.tokens, False))
             summary = max(httpx.get(base).json(), key=lambda row: row["opened_ns"])

@@ -294,7 +294,9 @@ class DecodeEngine:
     def _step(self) -> None:
         began = time.perf_counter()
         try:
-            _, responses = self._generator.next()
+            joined, responses = self._generator.next()
+            if joined:
+                self._compute_tokens()
         except Exception as error:
             logger.exception("a decode step failed")
             for job in list(self._active.values()):
@@ -342,10 +344,27 @@ class DecodeEngine:
         leaving = [job._uid for job in jobs if job._uid in self._active]
         if not leaving:
             return
-        self._generator.remove(leaving)
+        import mlx.core as mx
+        from mlx_lm.generate import generation_stream
+
+        with mx.stream(generation_stream):
+            self._generator.remove(leaving)
         for uid in leaving:
             if uid is not None:
                 del self._active[uid]
+        self._compute_tokens()
+
+    def _compute_tokens(self) -> None:
+        """Let the tokens of the step that is under way be ready when it ends.
+
+        Joins and leavings concatenate and select them lazily. Left to be evaluated with the
+        step after it, every running response would wait for that step, too.
+        """
+        import mlx.core as mx
+
+        batch = self._generator._generation_batch
+        if len(batch):
+            mx.async_eval(batch._next_tokens)
 
     def _fail(self, job: Job, code: str, reason: str) -> None:
         if job._over:

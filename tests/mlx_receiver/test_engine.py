@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import queue
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_receiver.cache import PlainKV
-from mlx_receiver.engine import DecodeEngine, Job, Output
+from mlx_receiver.engine import DecodeEngine, Float32Logits, Job, Output
 from mlx_receiver.local import LocalJob, generate_tokens
 from mlx_receiver.model import find_model
 from mlx_receiver.wire.messages import Sampling, WireError
@@ -94,6 +96,30 @@ def test_a_cache_that_cannot_be_built_fails_its_job_only(
     assert code == "internal"
     assert "no memory left" in reason
     assert [neighbour.next(10).token_ids[0] for _ in range(8)] == kv.tokens
+
+
+def test_joining_and_leaving_leave_no_work_for_the_next_step(
+    engine: DecodeEngine, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's tokens would be shown only with the following step's."""
+    before: set[str] = set()
+    forward = Float32Logits.__call__
+
+    def watched(self: Float32Logits, inputs: mx.array, cache: Any = None) -> Any:
+        graph = io.StringIO()
+        mx.export_to_dot(graph, inputs)
+        before.update(re.findall(r'label ="(\w+)"', graph.getvalue()))
+        return forward(self, inputs, cache)
+
+    monkeypatch.setattr(Float32Logits, "__call__", watched)
+    kvs = [prefill(tokens) for tokens in (17, 2, 255)]
+    running = LocalJob(engine, kvs[0].prompt, Sampling(max_tokens=40, temperature=0.0))
+    running.next(20)
+    for kv in kvs[1:]:
+        assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
+    running.cancel()
+    assert generate_tokens(engine, kvs[0].prompt, GREEDY) == kvs[0].tokens
+    assert before == {"ExpandDims"}
 
 
 def test_a_failing_step_ends_its_jobs_and_not_the_engine(
