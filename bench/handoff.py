@@ -16,15 +16,17 @@ import random
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from bench.lab import ALL_CORES, RESULTS, record, save
-from tests.servers import Vllm, pair, start_vllm
+from tests.servers import Receiver, Vllm, pair, start_vllm
 
 
 def ask(vllm: Vllm, prompt: list[int], tokens: int, local: bool) -> list[float]:
@@ -50,6 +52,14 @@ def ask(vllm: Vllm, prompt: list[int], tokens: int, local: bool) -> list[float]:
     return times
 
 
+def exposed_seconds(receiver: Receiver) -> float:
+    """From the end of the last layer's compute to the complete cache, in the latest hand-off."""
+    base = f"{receiver.url}/handoffs"
+    summary = max(httpx.get(base).json(), key=lambda row: row["opened_ns"])
+    blocks = httpx.get(f"{base}/{summary['request_id']}").json()["blocks"]
+    return (summary["complete_ns"] - max(block["computed_ns"] for block in blocks)) / 1e9
+
+
 def milliseconds(values: list[float]) -> float:
     """The median in milliseconds."""
     return round(1000 * statistics.median(values), 1)
@@ -61,7 +71,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None, help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--out", type=Path, default=RESULTS / "handoff.json")
     options = parser.parse_args()
     model = options.model
@@ -75,44 +85,53 @@ def main() -> None:
         return [source.randrange(20, 49000) for _ in range(options.prompt_tokens)]
 
     logs = Path(tempfile.mkdtemp(prefix="handoff-"))
-    plain, local, handed, exposed, gaps = [], [], [], [], []
+    runs: dict[str, list[list[float]]] = {"plain": [], "local": [], "handed_off": []}
+    exposed = []
     with contextlib.ExitStack() as servers:
         # All of them run all the time and are asked in turns: what slows the machine slows each.
         bare = start_vllm(model, logs / "plain.log", env=ALL_CORES)
         servers.callback(bare.server.stop)
         vllm, receiver = servers.enter_context(pair(model, logs, env=ALL_CORES))
-        base = f"{receiver.url}/handoffs"
         for server in (bare, vllm):
             ask(server, fresh(), options.tokens, False)
         kv_bytes = receiver.metric("mlx_receiver_kv_bytes_total")
-        for _ in range(options.repeats):
-            plain.append(ask(bare, fresh(), options.tokens, False))
-            local.append(ask(vllm, fresh(), options.tokens, True))
-            handed.append(ask(vllm, fresh(), options.tokens, False))
-            summary = max(httpx.get(base).json(), key=lambda row: row["opened_ns"])
-            blocks = httpx.get(f"{base}/{summary['request_id']}").json()["blocks"]
-            exposed.append((summary["complete_ns"] - max(b["computed_ns"] for b in blocks)) / 1e9)
-            gaps.append(handed[-1][1] - handed[-1][0])
+        for _ in track(range(options.repeats), "rounds"):
+            for name in source.sample(list(runs), len(runs)):
+                server = bare if name == "plain" else vllm
+                runs[name].append(ask(server, fresh(), options.tokens, name == "local"))
+                if name == "handed_off":
+                    exposed.append(exposed_seconds(receiver))
         kv_bytes = (receiver.metric("mlx_receiver_kv_bytes_total") - kv_bytes) / options.repeats
 
-    def rate(runs: list[list[float]]) -> float:
-        return round(statistics.median((len(t) - 2) / (t[-1] - t[1]) for t in runs), 2)
-
-    first = {
-        name: milliseconds([t[0] for t in runs])
-        for name, runs in (("plain", plain), ("local", local), ("handed_off", handed))
+    first = {name: [times[0] for times in found] for name, found in runs.items()}
+    # A response's second token from the receiver takes longer: the first one was shown early.
+    steps = {
+        name: [
+            statistics.median(later - sooner for sooner, later in pairwise(t[2:])) for t in found
+        ]
+        for name, found in runs.items()
     }
+    gaps = [times[1] - times[0] for times in runs["handed_off"]]
+
+    def ratio(name: str) -> float:
+        """Of first tokens asked for in the same round."""
+        pairs = zip(first["handed_off"], first[name], strict=True)
+        return round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
+
     result = record("hand-off on one machine without accelerators, fp32") | {
         "model": model.name,
         "prompt_tokens": options.prompt_tokens,
         "repeats": options.repeats,
-        "first_token_ms": first,
-        "handed_off_over_plain": round(first["handed_off"] / first["plain"], 3),
-        "handed_off_over_local": round(first["handed_off"] / first["local"], 3),
+        "first_token_ms": {name: milliseconds(found) for name, found in first.items()},
+        "handed_off_over_plain": ratio("plain"),
+        "handed_off_over_local": ratio("local"),
         "kv_bytes": kv_bytes,
         "cache_complete_after_last_layer_ms": milliseconds(exposed),
         "handoff_gap_ms": milliseconds(gaps),
-        "tokens_per_second": {"vllm": rate(local), "receiver": rate(handed)},
+        "handoff_gap_beyond_a_step_ms": milliseconds(
+            [gap - step for gap, step in zip(gaps, steps["handed_off"], strict=True)]
+        ),
+        "decode_step_ms": {name: milliseconds(found) for name, found in steps.items()},
     }
     table = Table(title=f"{model.name}, {options.prompt_tokens} tokens in, fp32, one machine")
     table.add_column("measure")
@@ -124,7 +143,8 @@ def main() -> None:
         "kv_bytes",
         "cache_complete_after_last_layer_ms",
         "handoff_gap_ms",
-        "tokens_per_second",
+        "handoff_gap_beyond_a_step_ms",
+        "decode_step_ms",
     ):
         table.add_row(key, str(result[key]))
     Console().print(table)

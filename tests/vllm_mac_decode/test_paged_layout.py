@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,6 +251,31 @@ def test_a_cache_without_the_schedulers_blocks_is_refused() -> None:
 def test_a_backend_without_a_cache_update_of_its_own_is_refused() -> None:
     with pytest.raises(LayoutError, match="no cache update"):
         layer_update(SimpleNamespace(impl=object()))
+
+
+@pytest.mark.parametrize("make", [nhd_interleaved, vnni_packed])
+def test_gathering_on_the_cpu_starts_no_threads(make: Callable[[], Case]) -> None:
+    """They would slow down vLLM's own, see ``PagedLayout._gather_on_cpu``."""
+    case = make()
+    layout = case.probe()
+    ids = torch.arange(layout.blocks)
+    out = torch.empty(HEADS, layout.blocks, 32, 64, dtype=case.cache.dtype)
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    def gather() -> int:
+        torch.set_num_threads(4)  # this thread's, and the default of those to come
+        before = threads()
+        for plane in (layout.keys, layout.values):
+            layout.gather(case.cache, plane, ids, out)
+        return threads() - before
+
+    default = torch.get_num_threads()
+    with ThreadPoolExecutor(1) as exporter:
+        started = exporter.submit(gather).result()
+    torch.set_num_threads(default)
+    assert started == 0
 
 
 def test_runs_of_consecutive_blocks() -> None:
