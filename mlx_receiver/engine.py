@@ -294,9 +294,8 @@ class DecodeEngine:
     def _step(self) -> None:
         began = time.perf_counter()
         try:
-            joined, responses = self._generator.next()
-            if joined:
-                self._compute_tokens()
+            self._compute_tokens()
+            _, responses = self._generator.next()
         except Exception as error:
             logger.exception("a decode step failed")
             for job in list(self._active.values()):
@@ -352,13 +351,12 @@ class DecodeEngine:
         for uid in leaving:
             if uid is not None:
                 del self._active[uid]
-        self._compute_tokens()
 
     def _compute_tokens(self) -> None:
         """Let the tokens of the step that is under way be ready when it ends.
 
-        Joins and leavings concatenate and select them lazily. Left to be evaluated with the
-        step after it, every running response would wait for that step, too.
+        Joins and leavings concatenate and select them lazily. Evaluated with the step that comes
+        next, they would make every running response wait for that step, too.
         """
         import mlx.core as mx
 
