@@ -218,7 +218,7 @@ def measure(
     """Alternate local and handed-off requests of one length; short ones more often, because what
     else the machine does is a larger part of them."""
     repeats *= max(1, min(8, 8192 // length))
-    local, handed, gaps, local_tpot, remote_tpot, lags = [], [], [], [], [], []
+    local, handed, gaps, local_tpot, remote_tpot, seconds, lags = [], [], [], [], [], [], []
     for i in range(repeats + 1):
         a = engine.run(prompt_of(length, 2 * i), tokens, local=True)
         b = engine.run(prompt_of(length, 2 * i + 1), tokens, local=False)
@@ -230,6 +230,7 @@ def measure(
         if tokens > 2:
             local_tpot.append((a["times"][-1] - a["times"][1]) / (tokens - 2))
             remote_tpot.append((b["times"][-1] - b["times"][1]) / (tokens - 2))
+            seconds.append(b["times"][2] - b["times"][1])  # it joins the batch for this one
         if receiver is not None:
             lags.append(exposed(receiver))
     result = {
@@ -245,6 +246,7 @@ def measure(
     if tokens > 2:
         result["local_ms_per_token"] = summary(local_tpot)
         result["receiver_ms_per_token"] = summary(remote_tpot)
+        result["receiver_second_token_ms"] = summary(seconds)
     known = [lag for lag in lags if lag is not None]
     for name in known[0] if known else ():
         result[f"{name}_ms"] = summary([lag[name] for lag in known])
