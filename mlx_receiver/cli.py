@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -351,9 +352,25 @@ def _give_up(error: Exception) -> NoReturn:
     raise typer.Exit(2)
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
+def main() -> NoReturn:
+    """Run the command line, and end the process without C++'s static destructors.
+
+    MLX's abort it with "terminate called without an active exception", in the place of its exit
+    status, while a thread that has used MLX lives, or is not quite gone: ``Thread.join`` returns
+    before the thread's own C++ objects are destroyed.
+    """
+    status: int | str | None = 1
+    try:
+        app()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 if __name__ == "__main__":

@@ -166,6 +166,16 @@ def test_a_started_receiver_serves_and_stops_on_a_signal(
         process.stderr.close()
 
 
+def test_an_error_beside_a_running_engine_keeps_its_exit_status(tiny_llama_path: Path) -> None:
+    """MLX's static destructors would abort the process, at every fourth try or so."""
+    command = [sys.executable, "-m", "mlx_receiver.cli", "generate", "--model",
+               str(tiny_llama_path), "--token-ids", "99999999"]  # fmt: skip
+    for _ in range(6):
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert ended.returncode == 2, ended.stderr
+        assert ended.stderr.splitlines()[-1].endswith("outside the vocabulary of 49152")
+
+
 def test_amounts_of_memory() -> None:
     assert parse_bytes("24GB") == 24 << 30
     assert parse_bytes("512 MiB") == 512 << 20
