@@ -103,7 +103,7 @@ def test_an_idle_engine_hears_that_a_response_has_ended(
     before = vllm.metric("vllm:mac_decode_tokens_total")
     assert vllm.tokens(PROMPTS[0], 100) == expected[0][:100]
     counted = before + 100 - 1
-    assert eventually(lambda: vllm.metric("vllm:mac_decode_tokens_total") == counted, 10)
+    assert eventually(lambda: vllm.metric("vllm:mac_decode_tokens_total") == counted, 5)
     assert vllm.metric("vllm:kv_cache_usage_perc") == 0
 
 
@@ -145,7 +145,7 @@ def test_a_pause_that_aborts_ends_the_receivers_responses(
         tokens = reader.ended()
         assert reader.finish == "abort"
         assert tokens == expected[3][: len(tokens)] and len(tokens) < OUTPUT
-        assert eventually(lambda: not receiver.health()["sessions"], 10)
+        assert eventually(lambda: not receiver.health()["sessions"], 5)
     vllm.wait_connected(receiver)
     assert fallbacks(vllm) == before
 
@@ -161,7 +161,7 @@ def test_an_abort_during_prefill_frees_the_receiver(drained: tuple[Vllm, Receive
         with paused(vllm, "abort"):
             choices = answer.result(60).json()["choices"]
     assert [choice["finish_reason"] for choice in choices] == ["abort"] * len(prompts)
-    assert eventually(lambda: not receiver.health()["sessions"], 10)
+    assert eventually(lambda: not receiver.health()["sessions"], 5)
     assert receiver.health()["kv_reserved_bytes"] == 0
 
 

@@ -229,7 +229,7 @@ def test_a_peer_that_does_not_read_costs_bounded_memory_and_time() -> None:
     request = Request(tokens, list(range(256)), layers=layers, dim=64)
     options = {"layers": range(layers), "blocks": 256, "dim": 64, "staging_mib": 16}
     try:
-        with workers(options | {"stall_timeout": 3.0}) as (worker,):
+        with workers(options | {"stall_timeout": 1.5}) as (worker,):
             session = stuck.admit(request)
             assert eventually(lambda: session.allocated_layers == layers, 10)
             stuck.reading.clear()
@@ -238,14 +238,14 @@ def test_a_peer_that_does_not_read_costs_bounded_memory_and_time() -> None:
             before = resident_mib()
             began = time.monotonic()
             worker.step([(request, 0, tokens)], stuck.target)
-            assert time.monotonic() - began < 1.5, "the engine's thread waits for nobody"
+            assert time.monotonic() - began < 0.5, "the engine's thread waits for nobody"
             peak = 0
             assert worker.exporter.finished({request.id}) == set()
             while not worker.exporter.finished(set()):
                 peak = max(peak, resident_mib() - before)
-                assert time.monotonic() - began < 12, "the blocks are still held"
+                assert time.monotonic() - began < 5, "the blocks are still held"
                 time.sleep(0.02)
-            assert time.monotonic() - began > 2, "it did push back"
+            assert time.monotonic() - began > 1, "it did push back"
             assert peak < 32, f"{peak} MiB more"
             worker.check_alive()
     finally:
