@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -108,16 +107,24 @@ def write_model(folder: Path, dtype: str, **shape: Any) -> None:
 class ReceiverProcess:
     """``mlx-receiver start`` on this machine."""
 
-    def __init__(self, model: Path, dtype: str, log: Path, gpu: str = "") -> None:
-        """``gpu``: the only one that it sees; by default the first, beside vLLM."""
+    def __init__(
+        self, model: Path, dtype: str, log: Path, gpu: str = "", hollow: bool = False
+    ) -> None:
+        """``gpu``: the only one that it sees; by default the first, beside vLLM. ``hollow``: it
+        computes nothing, on no GPU."""
         self.port, self.http = 17790, 17791
         self.log = log
+        program = (
+            [str(Path(__file__).with_name("hollow.py"))]
+            if hollow
+            else ["-c", "from mlx_receiver.cli import main; main()"]
+        )
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from mlx_receiver.cli import main; main()",
-             "start", "--model", str(model), "--dtype", dtype,
+            [sys.executable, *program,
+             "start", "--model", str(model), *([] if hollow else ["--dtype", dtype]),
              "--port", str(self.port), "--http-port", str(self.http)],
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
-            stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True,
+            stdout=log.open("wb"), stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def wait(self, seconds: float) -> None:
@@ -148,11 +155,13 @@ class ReceiverProcess:
 
     def stop(self) -> None:
         """End it."""
+        if self.process.poll() is not None:
+            return
+        self.process.terminate()
         try:
-            os.killpg(self.process.pid, signal.SIGTERM)
             self.process.wait(10)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 class Engine:

@@ -206,10 +206,10 @@ def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
         layers[f"layers.{index}"] = ExportedLayer(index, cache, layout, 0)
 
     ids = torch.arange(blocks)
-    out = torch.zeros((HEADS, blocks, BLOCK, HEAD_DIM), dtype=torch.bfloat16)
+    out = torch.zeros((2, HEADS, blocks, BLOCK, HEAD_DIM), dtype=torch.bfloat16)
     began = time.perf_counter()
     for layer in layers.values():
-        layout.gather(layer.cache, layout.keys, ids, out)
+        layout.gather(layer.cache, ids, out)
     rate = LAYERS * out.nbytes / (time.perf_counter() - began) / 1e9
     return layers, rate
 

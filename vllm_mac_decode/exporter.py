@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -31,13 +32,12 @@ from vllm_mac_decode.launch import LaunchGate
 from vllm_mac_decode.metadata import BulkTarget, ExportSpan
 from vllm_mac_decode.paged_layout import PagedLayout
 from vllm_mac_decode.settings import Settings
-from vllm_mac_decode.staging import Slot, StagingRing
+from vllm_mac_decode.staging import SLOT_BYTES, Slot, StagingRing
 
 logger = init_logger("vllm.mac_decode.exporter")
 
 _POLL_SECONDS = 0.0005
 _IDLE_SECONDS = 0.2
-_HIGH_PRIORITY = -5  # a CUDA stream's; compute runs at 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class _Job:
 
 #: A staging slot and the frames whose payloads lie in it.
 _Staged = tuple[Slot, list[tuple[Header, list[memoryview]]]]
+
+#: For the sending thread, in order: frames, what to call once all before them are staged, the end.
+_Send = _Staged | Callable[[], None] | None
 
 
 @dataclass
@@ -111,7 +114,7 @@ class Exporter:
 
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._gate = LaunchGate[_Job](self._jobs.put)
-        self._sends: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
+        self._sends: queue.SimpleQueue[_Send] = queue.SimpleQueue()
         self._sender: Sender | None = None
         self._connected_to: BulkTarget | None = None
         self._sender_lock = threading.Lock()
@@ -210,10 +213,6 @@ class Exporter:
     # --- gathering --------------------------------------------------------------------------
 
     def _gather_loop(self) -> None:
-        stream = None
-        if self._device.type == "cuda":
-            # Else a gather of some microseconds waits for the rest of a long kernel.
-            stream = torch.cuda.Stream(self._device, priority=_HIGH_PRIORITY)
         while not self._closing:
             pending = any(not s.accepted for s in self._sessions.values())
             try:
@@ -224,11 +223,11 @@ class Exporter:
                 return
             if job is not None:
                 for span in job.spans:
-                    self._dispatch(replace(job, spans=[span]), stream)
-            self._take_replies(stream)
+                    self._dispatch(replace(job, spans=[span]))
+            self._take_replies()
             self._sweep()
 
-    def _dispatch(self, job: _Job, stream: Any) -> None:
+    def _dispatch(self, job: _Job) -> None:
         span = job.spans[0]
         session = self._sessions.get(span.session)
         if session is None and not self._is_dead(span.session):
@@ -236,7 +235,7 @@ class Exporter:
         if session is None or self._is_dead(span.session):
             self._read(job, span)
         elif session.accepted:
-            self._gather(job, span, stream)
+            self._gather(job, span)
         else:
             session.backlog.append(job)
 
@@ -269,7 +268,7 @@ class Exporter:
             return sender
         return self._sender
 
-    def _take_replies(self, stream: Any) -> None:
+    def _take_replies(self) -> None:
         if not self._sessions:
             return
         try:
@@ -281,7 +280,7 @@ class Exporter:
                 self._fail(session_id, str(error))
             return
         for reply in replies:
-            self._take_reply(reply, stream)
+            self._take_reply(reply)
 
     def _replies(self) -> list[DataReply]:
         """What the receiver has answered, waiting for the sender only when an answer is due: the
@@ -296,7 +295,7 @@ class Exporter:
         finally:
             self._sender_lock.release()
 
-    def _take_reply(self, reply: DataReply, stream: Any) -> None:
+    def _take_reply(self, reply: DataReply) -> None:
         session = self._sessions.get(reply.session)
         if session is None:
             return
@@ -309,7 +308,7 @@ class Exporter:
             if self._is_dead(reply.session):
                 self._read(job, job.spans[0])
             else:
-                self._gather(job, job.spans[0], stream)
+                self._gather(job, job.spans[0])
 
     def _fail(self, session_id: int, reason: str) -> None:
         """Give a session up. The receiver or the relay's clock tells vLLM's other half."""
@@ -326,33 +325,34 @@ class Exporter:
             if len(self._dead) > 4096:
                 self._dead = {s for s in self._dead if s in self._sessions}
 
-    def _gather(self, job: _Job, span: ExportSpan, stream: Any) -> None:
+    def _gather(self, job: _Job, span: ExportSpan) -> None:
         """Copy one layer of a span into staging, piece by piece, and queue it for sending."""
         layer, layout = job.layer, job.layer.layout
         size = layout.block_size
-        ids = self._tensor_blocks(span, stream)
+        ids = self._tensor_blocks(span)
         base = span.start - span.start % (size * self._split)  # first token of ids[0]
-        row = layout.heads * size * layout.head_dim * layer.cache.element_size()
-        per_piece = max(1, self._ring.slot_bytes // (2 * row))
+        token = layout.head_dim * layer.cache.element_size()  # bytes of one, in one head's row
+        block = layout.heads * size * token
+        per_piece = max(1, SLOT_BYTES // (2 * block))
         last = -(-(span.end - base) // size)
         for at in range((span.start - base) // size, last, per_piece):
             if self._is_dead(span.session) or self._closing:
                 break
             piece = ids[at : min(at + per_piece, last)]
-            slot = self._ring.acquire(2 * len(piece) * row)
-            staged = slot.copy_in(
+            count = len(piece)
+            slot = self._ring.acquire(2 * count * block)
+            slot.fill(
                 layer.cache.dtype,
-                (2, layout.heads, len(piece), size, layout.head_dim),
-                partial(_gather_planes, layer, piece),
+                (2, layout.heads, count, size, layout.head_dim),
+                partial(layout.gather, layer.cache, piece),
                 job.written,
-                stream,
             )
             first = base + at * size  # the token in the piece's first row
-            low, high = max(span.start, first), min(span.end, first + len(piece) * size)
+            low, high = max(span.start, first), min(span.end, first + count * size)
             frames = []
             for plane in Plane:
-                rows = staged[plane].flatten(1, 2)[:, low - first : high - first]
-                payload = [memoryview(head.view(torch.uint8).numpy()).cast("B") for head in rows]
+                rows = slot.memory[plane * count * block : (plane + 1) * count * block]
+                payload = _tokens(rows, layout.heads, (low - first) * token, (high - first) * token)
                 frames.append((self._header(job, span, plane, low, high), payload))
             self._sends.put((slot, frames))
         self._read_when_staged(job, span)
@@ -361,20 +361,20 @@ class Exporter:
         """On a GPU the copies are only queued: the sending thread, which waits for them in
         order, reports when the last one is done."""
         if self._device.type == "cuda":
-            self._sends.put((Slot.marker(lambda: self._read(job, span)), []))
+            self._sends.put(partial(self._read, job, span))
         else:
             self._read(job, span)
 
-    def _tensor_blocks(self, span: ExportSpan, stream: Any) -> torch.Tensor:
+    def _tensor_blocks(self, span: ExportSpan) -> torch.Tensor:
         """The tensor's block ids of a span, on its device; the same for every layer of a step."""
         key = (span.session, span.start)
         if self._ids_of != key:
             ids = torch.tensor(span.block_ids, dtype=torch.int64)
             if self._split > 1:
                 ids = (ids[:, None] * self._split + torch.arange(self._split)).flatten()
-            if stream is not None:
+            if self._ring.stream is not None:
                 # On the stream that will read them: the default one has compute queued on it.
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(self._ring.stream):
                     ids = ids.to(self._device)
             self._ids_of, self._ids = key, ids
         return self._ids
@@ -403,10 +403,13 @@ class Exporter:
             item = self._sends.get()
             if item is None:
                 return
+            if callable(item):
+                item()
+                continue
             slot, frames = item
             slot.wait()
             gathered = time.monotonic_ns()
-            if self._clock is not None and frames:
+            if self._clock is not None:
                 computed = self._clock.ns(slot.written)
                 frames = [(replace(h, computed_ns=computed), payload) for h, payload in frames]
             for header, payload in frames:
@@ -431,7 +434,9 @@ class Exporter:
             self._ring.release(slot)
 
 
-def _gather_planes(layer: ExportedLayer, block_ids: torch.Tensor, out: torch.Tensor) -> None:
-    """K into ``out[0]``, V into ``out[1]``, each ``[heads, blocks, block_size, head_dim]``."""
-    for plane, target in zip((layer.layout.keys, layer.layout.values), out, strict=True):
-        layer.layout.gather(layer.cache, plane, block_ids, target)
+def _tokens(rows: memoryview, heads: int, low: int, high: int) -> list[memoryview]:
+    """Bytes low .. high of every head's row, in as few parts as possible."""
+    row = rows.nbytes // heads
+    if (low, high) == (0, row):
+        return [rows]
+    return [rows[at + low : at + high] for at in range(0, rows.nbytes, row)]

@@ -1,8 +1,12 @@
 """A bounded ring of staging buffers between the paged cache and the network.
 
-On a GPU the buffers are pinned, and a copy runs on a side stream: wait for the layer's event,
-gather into device memory, copy to the pinned buffer, record an event that ``Slot.wait`` waits
-for. On the CPU the gather writes the buffer directly.
+On a GPU the host's buffers are pinned. A piece is gathered on one stream into device memory, once
+its layer's K and V are written, and copied from there on another. Were it one stream, each gather
+would wait for the copy before it, and then for a place between the compute kernels: those of a long
+prefill keep the whole GPU for some 10 ms each.
+
+Where CPU and GPU have one memory (DGX Spark) the gather writes the host's buffer itself. On the CPU
+it does so, too.
 """
 
 from __future__ import annotations
@@ -10,98 +14,132 @@ from __future__ import annotations
 import math
 import queue
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.mac_decode.staging")
 
 #: Small enough to pipeline gather and send, large enough to amortise a frame's overhead.
-SLOT_BYTES = 8 << 20
+SLOT_BYTES: Final = 8 << 20
+
+#: Of a CUDA stream; compute runs at 0. Else a gather waits behind a kernel that has begun to start.
+_HIGH_PRIORITY: Final = -5
 
 
 class Slot:
     """One staging buffer, in use from ``StagingRing.acquire`` to ``release``."""
 
-    def __init__(self, buffer: torch.Tensor, device_buffer: torch.Tensor | None) -> None:
-        self._buffer = buffer
-        self._device_buffer = device_buffer
-        self._copied: Any = torch.cuda.Event() if device_buffer is not None else None
-        self._after: Callable[[], None] | None = None
+    def __init__(
+        self, host: torch.Tensor, device: torch.Tensor | None, gathers: Any, copies: Any
+    ) -> None:
+        """``host`` and ``device``: uint8 ``[bytes]``, the latter what a GPU gathers into, on the
+        stream ``gathers``; with ``copies`` None both are the same memory."""
+        self._host = host
+        self._device = device
+        self._gathers, self._copies = gathers, copies
+        on_gpu = device is not None
+        self._gathered: Any = torch.cuda.Event() if on_gpu and copies is not None else None
+        self._staged: Any = torch.cuda.Event() if on_gpu else None
         #: The event after which the layer's K and V were in the cache (None on the CPU).
         self.written: Any = None
+        #: The host's bytes, valid once ``wait`` returned.
+        self.memory = memoryview(host.numpy())
 
-    @classmethod
-    def marker(cls, after: Callable[[], None]) -> Slot:
-        """No buffer: calls ``after`` when everything queued before it has been waited for."""
-        slot = cls.__new__(cls)
-        slot._buffer, slot._device_buffer = torch.empty(0), None
-        slot._copied, slot._after, slot.written = None, after, None
-        return slot
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer; 0 for a marker."""
-        return self._buffer.nbytes
-
-    def copy_in(
+    def fill(
         self,
         dtype: torch.dtype,
         shape: tuple[int, ...],
         gather: Callable[[torch.Tensor], None],
         written: Any,
-        stream: Any,
-    ) -> torch.Tensor:
-        """Run ``gather(out)`` for an ``out`` of this dtype and shape; returns the staged tensor
-        (on the host, valid once ``wait`` returned)."""
+    ) -> None:
+        """Run ``gather(out)`` for an ``out`` of this dtype and shape at the buffer's start, behind
+        the event ``written``. On a GPU this only queues."""
         used = math.prod(shape) * dtype.itemsize
-        staged = self._buffer[:used].view(dtype).view(shape)
-        if self._device_buffer is None:
-            gather(staged)
-            return staged
         self.written = written
-        with torch.cuda.stream(stream):
-            stream.wait_event(written)
-            on_device = self._device_buffer[:used].view(dtype).view(shape)
-            gather(on_device)
-            staged.copy_(on_device, non_blocking=True)
-            self._copied.record(stream)
-        return staged
+        if self._device is None:
+            gather(self._host[:used].view(dtype).view(shape))
+            return
+        with torch.cuda.stream(self._gathers):
+            self._gathers.wait_event(written)
+            gather(self._device[:used].view(dtype).view(shape))
+            if self._copies is None:
+                self._staged.record(self._gathers)
+                return
+            self._gathered.record(self._gathers)
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(self._gathered)
+            self._host[:used].copy_(self._device[:used], non_blocking=True)
+            self._staged.record(self._copies)
 
     def wait(self) -> None:
-        """Block until the copy is done (without holding the GIL)."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        if self._after is not None:
-            self._after()
+        """Block until the bytes are there (without holding the GIL)."""
+        if self._staged is not None:
+            self._staged.synchronize()
 
 
 class StagingRing:
     """``total_bytes`` of staging, in slots of SLOT_BYTES. Thread-safe."""
 
     def __init__(self, total_bytes: int, device: torch.device) -> None:
-        self.slot_bytes = SLOT_BYTES
-        self._device = device
+        """All memory is taken now: pinning some takes the driver milliseconds, in which a request
+        would wait, and must not happen while vLLM captures a CUDA graph."""
+        self._on = device
+        #: Where a GPU gathers, and what a gather needs is best put there; None on the CPU.
+        self.stream: Any = None
+        self._copies: Any = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device, priority=_HIGH_PRIORITY)
+            if not _one_memory(device):
+                self._copies = torch.cuda.Stream(device, priority=_HIGH_PRIORITY)
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-        self._unmade = max(1, total_bytes // SLOT_BYTES)
+        for _ in range(max(1, total_bytes // SLOT_BYTES)):
+            self._free.put(self._make(SLOT_BYTES))
 
     def acquire(self, nbytes: int) -> Slot:
         """A slot of at least ``nbytes``; blocks while all are in use.
 
         A piece larger than a slot (one very large block) gets a buffer of its own.
         """
-        if nbytes > self.slot_bytes:
-            return self._make(nbytes)
-        if self._unmade and self._free.empty():
-            self._unmade -= 1
-            return self._make(self.slot_bytes)
-        return self._free.get()
+        return self._make(nbytes) if nbytes > SLOT_BYTES else self._free.get()
 
     def release(self, slot: Slot) -> None:
         """Give a slot back."""
-        if slot.nbytes == self.slot_bytes:
+        if slot.memory.nbytes == SLOT_BYTES:
             self._free.put(slot)
 
     def _make(self, nbytes: int) -> Slot:
-        cuda = self._device.type == "cuda"
-        buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=cuda)
-        on_device = torch.empty(nbytes, dtype=torch.uint8, device=self._device) if cuda else None
-        return Slot(buffer, on_device)
+        if self.stream is None:
+            return Slot(torch.empty(nbytes, dtype=torch.uint8), None, None, None)
+        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        if self._copies is None:
+            device = _device_view(host)
+        else:
+            device = torch.empty(nbytes, dtype=torch.uint8, device=self._on)
+        return Slot(host, device, self.stream, self._copies)
+
+
+def _one_memory(device: torch.device) -> bool:
+    """Whether the GPU shares the CPU's memory and writes pinned memory as its own: tried out,
+    because no such machine was at hand to develop this on."""
+    if not getattr(torch.cuda.get_device_properties(device), "is_integrated", False):
+        return False
+    try:
+        host = torch.zeros(4096, dtype=torch.uint8, pin_memory=True)
+        _device_view(host).fill_(171)
+        torch.cuda.synchronize(device)
+        if bool((host == 171).all()):
+            return True
+        reason = "what the GPU writes does not arrive"
+    except Exception as error:
+        reason = str(error)
+    logger.warning("KV is copied to pinned memory although the memory is unified: %s", reason)
+    return False
+
+
+def _device_view(host: torch.Tensor) -> torch.Tensor:
+    """Pinned memory as a tensor of the GPU."""
+    from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
+
+    return get_accelerator_view_from_cpu_tensor(host)

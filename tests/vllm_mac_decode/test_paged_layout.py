@@ -156,17 +156,14 @@ def check_gather(case: Case, layout: PagedLayout) -> None:
     case.update(k[slots], v[slots], case.cache, slots)
     for ids in SCATTERED:
         tensor_ids = [i * ratio + part for i in ids for part in range(ratio)]
-        for plane, data in ((layout.keys, k), (layout.values, v)):
-            out = torch.empty(
-                layout.heads,
-                len(tensor_ids),
-                layout.block_size,
-                layout.head_dim,
-                dtype=case.cache.dtype,
-            )
-            layout.gather(case.cache, plane, torch.tensor(tensor_ids), out)
-            blocks = data.view(-1, layout.block_size, layout.heads, layout.head_dim)
-            assert torch.equal(out, blocks[tensor_ids].permute(2, 0, 1, 3))
+        shape = (2, layout.heads, len(tensor_ids), layout.block_size, layout.head_dim)
+        # What a GPU runs gathers from CPU tensors, too.
+        for gather in (layout.gather, layout._gather_on_gpu):
+            out = torch.empty(shape, dtype=case.cache.dtype)
+            gather(case.cache, torch.tensor(tensor_ids), out)
+            for data, got in zip((k, v), out, strict=True):
+                blocks = data.view(-1, layout.block_size, layout.heads, layout.head_dim)
+                assert torch.equal(got, blocks[tensor_ids].permute(2, 0, 1, 3))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -190,6 +187,26 @@ def test_probing_leaves_the_cache_alone() -> None:
     case.cache.fill_(3.0)
     case.probe()
     assert bool((case.cache == 3.0).all())
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "dims"),
+    [
+        (nhd_interleaved, torch.int64, 64 // 4),
+        (outer_planes, torch.int64, 64 // 4),
+        (lambda: nhd_interleaved(torch.float32, 80), torch.int64, 80 // 2),
+        (lambda: nhd_interleaved(torch.bfloat16, 66), torch.bfloat16, 66),
+    ],
+    ids=["halves of a row", "far apart", "float32", "66 dims"],
+)
+def test_a_gpu_reads_keys_and_values_at_once(
+    make: Callable[[], Case], dtype: torch.dtype, dims: int
+) -> None:
+    case = make()
+    layout = case.probe()
+    both = layout._both_planes(case.cache)
+    assert both is not None
+    assert both.dtype == dtype and both.shape == (2, HEADS, layout.blocks, 32, dims)
 
 
 def test_a_packing_without_strides_is_gathered_by_index() -> None:
@@ -259,7 +276,7 @@ def test_gathering_on_the_cpu_starts_no_threads(make: Callable[[], Case]) -> Non
     case = make()
     layout = case.probe()
     ids = torch.arange(layout.blocks)
-    out = torch.empty(HEADS, layout.blocks, 32, 64, dtype=case.cache.dtype)
+    out = torch.empty(2, HEADS, layout.blocks, 32, 64, dtype=case.cache.dtype)
 
     def threads() -> int:
         return len(list(Path("/proc/self/task").iterdir()))
@@ -267,8 +284,7 @@ def test_gathering_on_the_cpu_starts_no_threads(make: Callable[[], Case]) -> Non
     def gather() -> int:
         torch.set_num_threads(4)  # this thread's, and the default of those to come
         before = threads()
-        for plane in (layout.keys, layout.values):
-            layout.gather(case.cache, plane, ids, out)
+        layout.gather(case.cache, ids, out)
         return threads() - before
 
     default = torch.get_num_threads()
