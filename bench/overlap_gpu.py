@@ -4,9 +4,11 @@ Both kinds of request go through the same vLLM engine, alternating: one kind is 
 MLX receiver on this machine, the other carries an ``extra_args`` marker that keeps it local.
 What differs between their times to the first token is what exporting costs.
 
-    python bench/overlap_gpu.py --out bench/results/overlap_gpu.json
+    python -m bench.overlap_gpu --receiver-gpu 1     # a machine with two GPUs
+    python -m bench.overlap_gpu --hollow             # with one, see bench/hollow.py
 
-The model has Llama-3.1-8B's shape and random weights, written once to ``--model``.
+The model has Llama-3.1-8B's shape and random weights, written once to ``--model``. The link is TCP
+over loopback; what two plain programs get out of it is measured beside it.
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+from bench import transport
+from bench.lab import LOOPBACK, RESULTS, record, save
 
 SHAPE_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -114,11 +120,8 @@ class ReceiverProcess:
         computes nothing, on no GPU."""
         self.port, self.http = 17790, 17791
         self.log = log
-        program = (
-            [str(Path(__file__).with_name("hollow.py"))]
-            if hollow
-            else ["-c", "from mlx_receiver.cli import main; main()"]
-        )
+        real = "from mlx_receiver.cli import main; main()"
+        program = ["-m", "bench.hollow"] if hollow else ["-c", real]
         self.process = subprocess.Popen(
             [sys.executable, *program,
              "start", "--model", str(model), *([] if hollow else ["--dtype", dtype]),
@@ -285,9 +288,18 @@ def exposed(receiver: ReceiverProcess) -> dict[str, float] | None:
     }
 
 
+def link(tokens: int) -> dict[str, float]:
+    """What two plain programs get out of this machine's loopback, for that prompt's KV."""
+    options = Namespace(layers=32, tokens=tokens, frame_kib=0, repeats=5, no_verify=True)
+    row = transport.measure(LOOPBACK, "sockets", options)
+    return {key: row[key] for key in ("gb_per_s", "cpu_s_per_gb_both")}
+
+
 def main() -> None:
     """Measure and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=Path("/tmp/llama-8b-shape"))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 1024, 4096, 16384, 32768])
@@ -297,40 +309,45 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--no-connector", action="store_true", help="plain vLLM, for comparison")
     parser.add_argument("--memory", type=float, default=0.6)
-    parser.add_argument(
+    receivers = parser.add_mutually_exclusive_group()
+    receivers.add_argument(
         "--receiver-gpu",
         default="",
         help="the receiver's own GPU, as on another machine: two processes on one take turns",
     )
-    parser.add_argument("--out", type=Path, required=True)
+    receivers.add_argument(
+        "--hollow", action="store_true", help="a receiver that lands KV and computes nothing"
+    )
+    parser.add_argument("--add", action="store_true", help="add the rows to those in --out")
+    parser.add_argument("--out", type=Path, default=RESULTS / "overlap_gpu.json")
     options = parser.parse_args()
 
     import torch
-    import vllm
 
     write_model(options.model, "bfloat16", num_hidden_layers=options.layers)
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    result = record("prefill with KV export on and off, one engine, alternating requests")
+    result["machine"] |= {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpus": 2 if options.receiver_gpu else 1,
+    }
+    result["receiver"] = "hollow" if options.hollow else "mlx"
+    result["rows"] = []
+    if options.add:
+        earlier = json.loads(options.out.read_text())
+        result["command"] = f"{earlier['command']}; {result['command']}"
+        result["rows"] = earlier["rows"]
     receiver = None
     if not options.no_connector:
+        result["loopback"] = link(8192)
         receiver = ReceiverProcess(
             options.model,
             "bfloat16",
             options.out.with_suffix(".receiver.log"),
             gpu=options.receiver_gpu,
+            hollow=options.hollow,
         )
     longest = max(options.lengths) + options.tokens
-    result: dict[str, Any] = {
-        "what": "prefill with KV export on and off, one engine, alternating requests",
-        "command": " ".join(sys.argv),
-        "machine": {
-            "gpu": torch.cuda.get_device_name(),
-            "gpus": 2 if options.receiver_gpu else 1,
-            "cpu_cores": os.cpu_count(),
-        },
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": [],
-    }
     try:
         engine = Engine(
             options.model,
@@ -350,9 +367,11 @@ def main() -> None:
             result["warm_gap_s"] = round(warm["times"][1] - warm["times"][0], 2)
         for length in options.lengths:
             row = measure(engine, receiver, length, options.tokens, options.repeats)
+            if options.chunk:
+                row["step_tokens"] = options.chunk
             result["rows"].append(row)
             print(json.dumps(row), flush=True)
-            options.out.write_text(json.dumps(result, indent=1))
+            save(result, options.out)
             if receiver is not None:
                 timeline = options.out.with_suffix(f".{length}.timeline.json")
                 timeline.write_text(json.dumps(latest_timeline(receiver)))

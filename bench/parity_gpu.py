@@ -4,7 +4,7 @@ For each attention backend and dtype: a small random Llama, prompts around block
 chunked prefill, prefix-cache hits, CUDA graphs on. Tokens must equal MLX's own in fp32; in bf16
 the first token that differs is reported, with MLX's margin between its two best logits there.
 
-    python bench/parity_gpu.py --out bench/results/parity_gpu.json
+    python -m bench.parity_gpu
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from overlap_gpu import Engine, ReceiverProcess, prompt_of, write_model
+from bench.lab import RESULTS, record, save
+from bench.overlap_gpu import Engine, ReceiverProcess, prompt_of, write_model
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 128, 129, 700, 3000)
 TOKENS = 32
@@ -80,6 +81,8 @@ def compare(got: list[int], alone: list[Any]) -> dict[str, Any]:
 
 def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
     """One engine, all prompts, each three times: fresh, a full prefix hit, a longer one."""
+    import torch
+
     model = Path(f"/tmp/small-{dtype}")
     write_model(model, dtype, **SHAPE)
     receiver = ReceiverProcess(model, dtype, out.with_suffix(f".{backend}.{dtype}.log"))
@@ -115,13 +118,14 @@ def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
         "of_vllm_alone": len(vllm_rows),
         "differing": [row for row in rows if not row["equal"]],
         "decoded_by_receiver": handed,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
 def main() -> None:
     """Every backend in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS / "parity_gpu.json")
     parser.add_argument("--one", nargs=2, metavar=("BACKEND", "DTYPE"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -129,27 +133,31 @@ def main() -> None:
         result = one(*options.one, options.out)
         options.out.write_text(json.dumps(result))
         return
-    rows = []
+    result = record(
+        "greedy tokens of vLLM CUDA prefill + MLX CUDA decode against MLX CUDA alone; 30 prompts a "
+        "row (fresh, prefix hit, extended), chunked prefill, CUDA graphs on"
+    )
+    result["rows"] = []
     for backend, dtype in (
         ("TRITON_ATTN", "float32"),
         ("FLASH_ATTN", "bfloat16"),
         ("TRITON_ATTN", "bfloat16"),
     ):
         part = options.out.with_suffix(f".{backend}.{dtype}.json")
+        again = ["-m", "bench.parity_gpu", "--one", backend, dtype, "--out", str(part)]
         with part.with_suffix(".engine.log").open("wb") as log:
             code = subprocess.run(
-                [sys.executable, __file__, "--one", backend, dtype, "--out", str(part)],
-                check=False,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                [sys.executable, *again], check=False, stdout=log, stderr=subprocess.STDOUT
             ).returncode
         if code == 0:
-            rows.append(json.loads(part.read_text()))
+            row = json.loads(part.read_text())
+            result["machine"]["gpu"] = row.pop("gpu")
         else:
             tail = part.with_suffix(".engine.log").read_text(errors="replace")[-1500:]
-            rows.append({"backend": backend, "dtype": dtype, "exit": code, "log": tail})
-        print(json.dumps(rows[-1]), flush=True)
-        options.out.write_text(json.dumps(rows, indent=1))
+            row = {"backend": backend, "dtype": dtype, "exit": code, "log": tail}
+        result["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        save(result, options.out)
 
 
 if __name__ == "__main__":
