@@ -5,7 +5,8 @@ the GPU keeps up with it, as in a short prefill, every moment that another threa
 makes the step longer. Measured with 1,024 tokens of Llama-3.1-8B's shape on an H200 (first token
 28 ms): exporting each layer at once costs 42 to 69 %, exporting when the launching is done 2 to
 3 %. Where the GPU is far behind, waiting gains nothing and delays the transfer: with 8,192 tokens
-(210 ms) the cache was complete 28 ms after the last layer instead of 10.
+(210 ms) the cache was complete 28 ms after the last layer instead of 10. Left to
+choose, on an H100, exporting costs the first token of 1,024 to 32,768 tokens in one step under 1 %.
 """
 
 from __future__ import annotations
