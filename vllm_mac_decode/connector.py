@@ -120,8 +120,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         except LayoutError as error:
             self._report = WorkerReport(dtype, str(error))
         except Exception as error:
-            logger.exception("looking at the KV cache failed")
-            self._report = WorkerReport(dtype, f"looking at the KV cache failed: {error}")
+            logger.exception("the KV export cannot start")
+            self._report = WorkerReport(dtype, f"its export cannot start: {error}")
 
     def get_handshake_metadata(self) -> WorkerReport:
         """What ``register_kv_caches`` found, for the scheduler half."""

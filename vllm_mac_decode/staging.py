@@ -85,7 +85,7 @@ class StagingRing:
     def __init__(self, total_bytes: int, device: torch.device) -> None:
         """All memory is taken now: pinning some takes the driver milliseconds, in which a request
         would wait, and must not happen while vLLM captures a CUDA graph."""
-        self._on = device
+        self._device = device
         #: Where a GPU gathers, and what a gather needs is best put there; None on the CPU.
         self.stream: Any = None
         self._copies: Any = None
@@ -116,7 +116,7 @@ class StagingRing:
         if self._copies is None:
             device = _device_view(host)
         else:
-            device = torch.empty(nbytes, dtype=torch.uint8, device=self._on)
+            device = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         return Slot(host, device, self.stream, self._copies)
 
 
