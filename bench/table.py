@@ -144,7 +144,8 @@ def two_gpus_rows(result: dict[str, Any]) -> Iterator[Row]:
                 f"two {_gpu(result)}, 8,192 tokens, MLX on the second: vLLM's first token to "
                 "the receiver's",
                 f"**{row['handoff_gap_ms']['median']:.1f} ms**",
-                f"a decode step {row['receiver_ms_per_token']['median']:.1f} ms",
+                f"a decode step {row['receiver_ms_per_token']['median']:.1f} ms, "
+                f"vLLM's own {row['local_ms_per_token']['median']:.1f}",
             )
 
 
