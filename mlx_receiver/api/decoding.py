@@ -24,7 +24,10 @@ class Events:
 
     async def get(self, timeout: float | None = None) -> Decoded:
         """The next tokens. Raises WireError when the decoder gave up, TimeoutError."""
-        event = await asyncio.wait_for(self._queue.get(), timeout)
+        # Not ``wait_for``: in Python 3.11 it swallows a cancellation that comes together with an
+        # event, and what the client no longer wants would be decoded to its end.
+        async with asyncio.timeout(timeout):
+            event = await self._queue.get()
         if isinstance(event, WireError):
             raise event
         return event
