@@ -66,16 +66,18 @@ async def stream_all(url: str, requests: list[tuple[list[int], int]]) -> list[St
 def most_behind(streams: list[Stream]) -> int:
     """The most tokens that one stream got while another, which was running, waited for its next.
 
-    What the waiting stream gets next is taken off: a server that is slow to send joins tokens. The
+    What the waiting stream gets next, and what it got last, is taken off: a server that is slow to
+    send joins tokens, and each stream gets as many as the others, one a little before another. The
     first arrival is vLLM's own token; a stream runs from its second one on.
     """
     worst = 0
     for waiting in streams:
         times = list(waiting.arrivals)[1:]
         for began, ended in pairwise(times):
+            joined = waiting.arrivals[began] + waiting.arrivals[ended]
             for other in streams:
                 others = sum(n for at, n in other.arrivals.items() if began < at < ended)
-                worst = max(worst, others - waiting.arrivals[ended])
+                worst = max(worst, others - joined)
     return worst
 
 
