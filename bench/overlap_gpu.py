@@ -28,6 +28,7 @@ from typing import Any
 
 from bench import transport
 from bench.lab import LOOPBACK, RESULTS, record, save
+from vllm_mac_decode.demo.services import free_ports
 
 SHAPE_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -118,14 +119,15 @@ class ReceiverProcess:
     ) -> None:
         """``gpu``: the only one that it sees; by default the first, beside vLLM. ``hollow``: it
         computes nothing, on no GPU."""
-        self.port, self.http = 17790, 17791
+        port, self.http = free_ports(2)
+        self.address = f"127.0.0.1:{port}"
         self.log = log
         real = "from mlx_receiver.cli import main; main()"
         program = ["-m", "bench.hollow"] if hollow else ["-c", real]
         self.process = subprocess.Popen(
             [sys.executable, *program,
              "start", "--model", str(model), *([] if hollow else ["--dtype", dtype]),
-             "--port", str(self.port), "--http-port", str(self.http)],
+             "--port", str(port), "--http-port", str(self.http)],
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
             stdout=log.open("wb"), stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -352,7 +354,7 @@ def main() -> None:
         engine = Engine(
             options.model,
             not options.no_connector,
-            "127.0.0.1:17790",
+            "" if receiver is None else receiver.address,
             max_model_len=longest + 16,
             max_num_batched_tokens=options.chunk or longest,
             gpu_memory_utilization=options.memory,

@@ -1,8 +1,8 @@
 """Worker half: reads each layer's new KV out of the paged cache and streams it.
 
 The engine's thread only notes that a layer's K and V are written (``layer_written``: a queue
-put, and on a GPU an event record). Two threads do the rest: one gathers blocks into a bounded
-ring of staging buffers, one sends them. The blocks themselves are the backlog: vLLM keeps a
+put, and on a GPU an event record). Threads do the rest: one gathers blocks into a bounded ring
+of staging buffers, others send them (``bulk``). The blocks themselves are the backlog: vLLM keeps a
 finished request's blocks until ``finished`` reports that they have been read.
 
 Nothing here may stop or slow down the engine: every fault ends the session, never the step.
@@ -14,25 +14,23 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from zlib import crc32
 
 import msgspec
 import torch
 from vllm.logger import init_logger
 
-from mlx_receiver.wire.frames import ITEMSIZE, DataHello, DataReply, Header, Kind, Plane
-from mlx_receiver.wire.hooks import transport
+from mlx_receiver.wire.frames import ITEMSIZE, DataReply, Header, Kind, Plane
 from mlx_receiver.wire.messages import WireError
-from mlx_receiver.wire.transport import Sender, TransportError
+from mlx_receiver.wire.transport import TransportError
+from vllm_mac_decode.bulk import Bulk, Staged
 from vllm_mac_decode.launch import LaunchGate
 from vllm_mac_decode.metadata import BulkTarget, ExportSpan
 from vllm_mac_decode.paged_layout import PagedLayout
 from vllm_mac_decode.settings import Settings
-from vllm_mac_decode.staging import SLOT_BYTES, Slot, StagingRing
+from vllm_mac_decode.staging import SLOT_BYTES, DeviceClock, StagingRing
 
 logger = init_logger("vllm.mac_decode.exporter")
 
@@ -61,31 +59,10 @@ class _Job:
     computed_ns: int
 
 
-#: A staging slot and the frames whose payloads lie in it.
-_Staged = tuple[Slot, list[tuple[Header, list[memoryview]]]]
-
-#: For the sending thread, in order: frames, what to call once all before them are staged, the end.
-_Send = _Staged | Callable[[], None] | None
-
-
 @dataclass
 class _Session:
     accepted: bool = False
     backlog: deque[_Job] = field(default_factory=deque)
-
-
-class _DeviceClock:
-    """Turns the times of CUDA events into the host's monotonic clock."""
-
-    def __init__(self) -> None:
-        self._zero = torch.cuda.Event(enable_timing=True)
-        self._zero.record()
-        self._zero.synchronize()
-        self._zero_ns = time.monotonic_ns()
-
-    def ns(self, event: Any) -> int:
-        """When a finished event happened."""
-        return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
 
 
 class Exporter:
@@ -102,7 +79,8 @@ class Exporter:
         #: tensor blocks per scheduler block
         self._split = block_size // first.layout.block_size
         self._ring = StagingRing(settings.staging_mib << 20, self._device)
-        self._clock = _DeviceClock() if self._device.type == "cuda" else None
+        clock = DeviceClock() if self._device.type == "cuda" else None
+        self._bulk = Bulk(settings, self._ring, clock, self._is_dead, self._fail)
 
         self._lock = threading.Lock()
         self._unread: defaultdict[str, int] = defaultdict(int)  # request: jobs not read yet
@@ -114,17 +92,16 @@ class Exporter:
 
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._gate = LaunchGate[_Job](self._jobs.put)
-        self._sends: queue.SimpleQueue[_Send] = queue.SimpleQueue()
-        self._sender: Sender | None = None
-        self._connected_to: BulkTarget | None = None
-        self._sender_lock = threading.Lock()
         self._sessions: dict[int, _Session] = {}  # gather thread only, like the next two
         self._ids_of: tuple[int, int] | None = None
         self._ids = torch.empty(0, dtype=torch.int64)
         self._closing = False
+        loops = {"gather": self._gather_loop} | {
+            f"send-{i}": partial(self._bulk.run, i) for i in range(settings.streams)
+        }
         self._threads = [
             threading.Thread(target=self._run, args=(loop,), name=f"mac-decode-{name}", daemon=True)
-            for name, loop in (("gather", self._gather_loop), ("send", self._send_loop))
+            for name, loop in loops.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -178,12 +155,11 @@ class Exporter:
         """Stop the threads; what has not been sent is lost."""
         self._closing = True
         self._jobs.put(None)
-        self._sends.put(None)
-        self._drop_connection()
+        self._bulk.close()
         for thread in self._threads:
             thread.join(timeout=2.0)
 
-    # --- both threads -----------------------------------------------------------------------
+    # --- the threads -----------------------------------------------------------------------
 
     def _run(self, loop: Any) -> None:
         try:
@@ -203,12 +179,6 @@ class Exporter:
     def _is_dead(self, session: int) -> bool:
         with self._lock:
             return session in self._dead
-
-    def _drop_connection(self) -> None:
-        with self._sender_lock:
-            if self._sender is not None:
-                self._sender.close()
-                self._sender = None
 
     # --- gathering --------------------------------------------------------------------------
 
@@ -241,59 +211,30 @@ class Exporter:
 
     def _attach(self, session_id: int) -> _Session | None:
         """Ask the receiver whether the session may receive blocks; None when it cannot be asked."""
+        with self._lock:
+            target = self._target
         try:
-            sender = self._connect()
-            with self._sender_lock:
-                sender.send(Header(kind=Kind.ATTACH, session=session_id, payload_bytes=0))
+            self._bulk.attach(session_id, target)
         except (TransportError, ValueError) as error:
             self._fail(session_id, str(error))
             return None
         self._sessions[session_id] = _Session()
         return self._sessions[session_id]
 
-    def _connect(self) -> Sender:
-        with self._lock:
-            target = self._target
-        if target is None:
-            raise TransportError("no receiver is connected")
-        if self._sender is None or self._connected_to != target:
-            self._drop_connection()
-            sender = transport(target.endpoint.transport).connect(
-                target.endpoint,
-                DataHello(token=self._settings.token, client=target.client),
-                timeout=self._settings.stall_timeout,
-            )
-            with self._sender_lock:
-                self._sender, self._connected_to = sender, target
-            return sender
-        return self._sender
-
     def _take_replies(self) -> None:
         if not self._sessions:
             return
+        pending = any(not session.accepted for session in self._sessions.values())
         try:
-            replies = self._replies()
+            replies = self._bulk.replies(wait=pending)
         except (TransportError, WireError, msgspec.MsgspecError) as error:
             # Part of every session's blocks may be lost with the connection.
-            self._drop_connection()
+            self._bulk.drop()
             for session_id in list(self._sessions):
                 self._fail(session_id, str(error))
             return
         for reply in replies:
             self._take_reply(reply)
-
-    def _replies(self) -> list[DataReply]:
-        """What the receiver has answered, waiting for the sender only when an answer is due: the
-        sending thread notices a broken connection, too."""
-        pending = any(not session.accepted for session in self._sessions.values())
-        if not self._sender_lock.acquire(blocking=pending):
-            return []
-        try:
-            if self._sender is None:
-                raise TransportError("the bulk connection is gone")
-            return self._sender.replies()
-        finally:
-            self._sender_lock.release()
 
     def _take_reply(self, reply: DataReply) -> None:
         session = self._sessions.get(reply.session)
@@ -337,7 +278,9 @@ class Exporter:
         last = -(-(span.end - base) // size)
         for at in range((span.start - base) // size, last, per_piece):
             if self._is_dead(span.session) or self._closing:
-                break
+                self._ring.settle()
+                self._read(job, span)
+                return
             piece = ids[at : min(at + per_piece, last)]
             count = len(piece)
             slot = self._ring.acquire(2 * count * block)
@@ -354,15 +297,10 @@ class Exporter:
                 rows = slot.memory[plane * count * block : (plane + 1) * count * block]
                 payload = _tokens(rows, layout.heads, (low - first) * token, (high - first) * token)
                 frames.append((self._header(job, span, plane, low, high), payload))
-            self._sends.put((slot, frames))
-        self._read_when_staged(job, span)
-
-    def _read_when_staged(self, job: _Job, span: ExportSpan) -> None:
-        """On a GPU the copies are only queued: the sending thread, which waits for them in
-        order, reports when the last one is done."""
-        if self._device.type == "cuda":
-            self._sends.put(partial(self._read, job, span))
-        else:
+            # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
+            queued = self._ring.stream is not None and at + count == last
+            self._bulk.put(Staged(slot, frames, partial(self._read, job, span) if queued else None))
+        if self._ring.stream is None:
             self._read(job, span)
 
     def _tensor_blocks(self, span: ExportSpan) -> torch.Tensor:
@@ -395,43 +333,6 @@ class Exporter:
             tokens=high - low,
             computed_ns=job.computed_ns,
         )
-
-    # --- sending ----------------------------------------------------------------------------
-
-    def _send_loop(self) -> None:
-        while not self._closing:
-            item = self._sends.get()
-            if item is None:
-                return
-            if callable(item):
-                item()
-                continue
-            slot, frames = item
-            slot.wait()
-            gathered = time.monotonic_ns()
-            if self._clock is not None:
-                computed = self._clock.ns(slot.written)
-                frames = [(replace(h, computed_ns=computed), payload) for h, payload in frames]
-            for header, payload in frames:
-                if self._is_dead(header.session):
-                    continue
-                checksum = 0
-                if self._settings.checksum:
-                    for part in payload:
-                        checksum = crc32(part, checksum)
-                    checksum = checksum or 1
-                timed = replace(
-                    header, gathered_ns=gathered, sent_ns=time.monotonic_ns(), checksum=checksum
-                )
-                try:
-                    with self._sender_lock:  # ATTACH frames come from the gathering thread
-                        if self._sender is None:
-                            raise TransportError("the bulk connection is gone")
-                        self._sender.send(timed, payload)
-                except TransportError as error:
-                    self._fail(header.session, str(error))
-                    self._drop_connection()
-            self._ring.release(slot)
 
 
 def _tokens(rows: memoryview, heads: int, low: int, high: int) -> list[memoryview]:

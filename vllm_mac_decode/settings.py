@@ -28,6 +28,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     token: str = ""
     #: Bulk transport; the receiver must offer it.
     transport: str = "tcp"
+    #: Connections that a worker's blocks are spread over: more than one for a link that is faster
+    #: than one connection (over 40 Gbit/s).
+    streams: int = 1
     #: Off: everything decodes locally, as without the connector.
     enabled: bool = True
     #: Shorter prompts decode locally.
@@ -46,6 +49,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         self.address()  # raises
         if self.stall_timeout <= 0:
             raise ValueError("stall_timeout must be above 0 seconds")
+        if not 0 < self.streams <= 16:
+            raise ValueError("streams must be 1 to 16")
         if self.staging_mib < 16:
             raise ValueError("staging_mib must be at least 16")
         if self.min_output_tokens < 2:

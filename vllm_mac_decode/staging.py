@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import queue
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -79,6 +80,20 @@ class Slot:
             self._staged.synchronize()
 
 
+class DeviceClock:
+    """Turns the times of CUDA events into the host's monotonic clock."""
+
+    def __init__(self) -> None:
+        self._zero = torch.cuda.Event(enable_timing=True)
+        self._zero.record()
+        self._zero.synchronize()
+        self._zero_ns = time.monotonic_ns()
+
+    def ns(self, event: Any) -> int:
+        """When a finished event happened."""
+        return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
+
+
 class StagingRing:
     """``total_bytes`` of staging, in slots of SLOT_BYTES. Thread-safe."""
 
@@ -108,6 +123,11 @@ class StagingRing:
         """Give a slot back."""
         if slot.memory.nbytes == SLOT_BYTES:
             self._free.put(slot)
+
+    def settle(self) -> None:
+        """Block until every gather that was asked for has read its cache."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def _make(self, nbytes: int) -> Slot:
         if self.stream is None:

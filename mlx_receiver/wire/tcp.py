@@ -47,6 +47,10 @@ logger = logging.getLogger(__name__)
 #: packet, it would spend as much time on waking up as on copying.
 _WAKE_BYTES: Final = 256 << 10 if sys.platform == "linux" else 0
 
+#: A peer that takes less than this within the connection's timeout stands still: the two kernels'
+#: buffers alone take some, a little at a time.
+_STANDSTILL_BYTES: Final = 1 << 20
+
 _HELLO_SECONDS: Final = 5.0
 _REPLY_SECONDS: Final = 1.0
 
@@ -151,7 +155,11 @@ class TcpSender:
         todo = [memoryview(header.pack()), *payload]
         try:
             while todo:
-                _advance(todo, sock.sendmsg(todo))
+                count = sock.sendmsg(todo)
+                _advance(todo, count)
+                # The kernel returns before all is sent only when the timeout is over.
+                if todo and count < _STANDSTILL_BYTES:
+                    raise BlockingIOError
         except BlockingIOError:
             self.close()
             raise TransportError(f"{self.peer} has read nothing for too long") from None

@@ -175,7 +175,7 @@ class Worker:
         self.check_alive()
 
     def check_alive(self) -> None:
-        """Both threads still run."""
+        """All threads still run."""
         alive = {thread.name for thread in threading.enumerate()}
         assert all(thread.is_alive() for thread in self.exporter._threads), alive
 

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from mlx_receiver import store as store_module
+from mlx_receiver.store import SessionStore
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.messages import Endpoint
+from mlx_receiver.wire.transport import Landing
 from tests.vllm_mac_decode.ranks import LAYERS, Request, Store, Worker, hand_over, workers
 from tests.waiting import eventually
 from vllm_mac_decode.metadata import BulkTarget
@@ -50,9 +52,42 @@ def test_spans_that_start_and_end_inside_blocks(
     hand_over(store, [worker], steps)
 
 
-def test_several_requests_in_one_step(store: Store, worker: Worker) -> None:
+@pytest.mark.parametrize("streams", [1, 3])
+def test_several_requests_in_one_step(store: Store, streams: int) -> None:
     a, b, c = Request(33, [0, 5, 2]), Request(5, [7]), Request(64, [20, 21, 22, 39])
-    hand_over(store, [worker], [[(a, 0, 20), (b, 0, 5)], [(a, 20, 33), (c, 0, 50)], [(c, 50, 64)]])
+    steps = [[(a, 0, 20), (b, 0, 5)], [(a, 20, 33), (c, 0, 50)], [(c, 50, 64)]]
+    with workers({"streams": streams}) as ranks:
+        hand_over(store, ranks, steps)
+
+
+def test_blocks_are_spread_over_all_connections() -> None:
+    # One connection lands nothing: what it carries is missing, the other goes on.
+    store = Store(layers=8, dim=64)
+    request = Request(1024, list(range(64)), layers=8, dim=64)
+    options = {"layers": range(8), "blocks": 64, "dim": 64, "streams": 2, "stall_timeout": 5.0}
+    held = threading.Lock()
+    threads: set[threading.Thread] = set()
+
+    def landing(header: Header) -> Landing:
+        threads.add(threading.current_thread())
+        if held.acquire(blocking=False):
+            store.reading.wait(20)
+        return SessionStore.landing(store, header)
+
+    store.landing = landing  # type: ignore[method-assign]
+    store.reading.clear()
+    try:
+        with workers(options) as (worker,):
+            session = store.admit(request)
+            worker.step([(request, 0, 1024)], store.target)
+            blocks = session.timeline.blocks
+            assert eventually(lambda: len(blocks) >= 4, 10), "one connection holds up the other"
+            assert len(threads) == 2 and not session.complete
+            store.reading.set()
+            assert eventually(lambda: session.complete, 10)
+            request.check(session)
+    finally:
+        store.stop()
 
 
 @pytest.mark.parametrize("hooks", [0, 2])
@@ -173,11 +208,30 @@ def test_a_wrong_token_releases_the_blocks(store: Store) -> None:
         worker.wait_finished(request, seconds=2)
 
 
-def test_a_peer_that_dies_midway_never_holds_blocks_or_kills_a_thread() -> None:
-    """Either thread may be the one that notices; the next receiver is used again."""
+def test_a_connection_that_breaks_takes_the_others_with_it(store: Store) -> None:
+    # Its blocks are lost: the session cannot complete, and the next one connects anew.
+    lost, other = Request(64, [1, 2, 3, 4]), Request(40, [9, 3, 4])
+    with workers({"streams": 3, "stall_timeout": 1.0}) as (worker,):
+        session = store.admit(lost)
+        worker.step([(lost, 0, 32)], store.target)
+        assert eventually(lambda: session.timeline.blocks_received == 2 * LAYERS, 10)
+        connections = list(store.listener._connections)
+        assert len(connections) == 3
+        connections[1].shutdown(socket.SHUT_RDWR)
+        worker.step([(lost, 32, 64)], store.target)
+        worker.wait_finished(lost, seconds=4)
+        assert eventually(lambda: not store.listener._connections, 10)
+        assert len(store.failures) == 1 and "the connection closed" in store.failures[0]
+        store.failures.clear()
+        hand_over(store, [worker], [[(other, 0, 40)]])
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_a_peer_that_dies_midway_never_holds_blocks_or_kills_a_thread(streams: int) -> None:
+    """Any thread may be the one that notices; the next receiver is used again."""
     source = random.Random(3)
     options = {"blocks": 256, "dim": 64, "stall_timeout": 1.0, "staging_mib": 16}
-    with workers(options) as (worker,), often_switching_threads():
+    with workers(options | {"streams": streams}) as (worker,), often_switching_threads():
         for _ in range(12):
             dying = Store(dim=64)
             requests = [Request(1024, source.sample(range(256), 64), dim=64) for _ in range(3)]

@@ -23,6 +23,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         min_output_tokens=3,
         stall_timeout=0.5,
         staging_mib=64,
+        streams=2,
         checksum=True,
     )
     values = msgspec.structs.asdict(wanted)
