@@ -172,7 +172,9 @@ class ReceiverProcess:
 class Engine:
     """vLLM, stepped by hand so that the first token's time is seen."""
 
-    def __init__(self, model: Path, connector: bool, receiver: str, **options: Any) -> None:
+    def __init__(
+        self, model: Path, connector: bool, receiver: str, streams: int = 1, **options: Any
+    ) -> None:
         from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -184,7 +186,7 @@ class Engine:
             options["kv_transfer_config"] = KVTransferConfig(
                 kv_connector="mac_decode",
                 kv_role="kv_producer",
-                kv_connector_extra_config={"receiver": receiver},
+                kv_connector_extra_config={"receiver": receiver, "streams": streams},
             )
         arguments = EngineArgs(model=str(model), skip_tokenizer_init=True, **options)
         self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=True)
@@ -308,6 +310,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chunk", type=int, default=None, help="max tokens of one step")
+    parser.add_argument("--streams", type=int, default=1, help="connections to the receiver")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--no-connector", action="store_true", help="plain vLLM, for comparison")
     parser.add_argument("--memory", type=float, default=0.6)
@@ -355,6 +358,7 @@ def main() -> None:
             options.model,
             not options.no_connector,
             "" if receiver is None else receiver.address,
+            options.streams,
             max_model_len=longest + 16,
             max_num_batched_tokens=options.chunk or longest,
             gpu_memory_utilization=options.memory,
@@ -369,6 +373,8 @@ def main() -> None:
             result["warm_gap_s"] = round(warm["times"][1] - warm["times"][0], 2)
         for length in options.lengths:
             row = measure(engine, receiver, length, options.tokens, options.repeats)
+            if options.streams > 1:
+                row["streams"] = options.streams
             if options.chunk:
                 row["step_tokens"] = options.chunk
             result["rows"].append(row)

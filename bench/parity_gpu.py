@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,7 +86,7 @@ def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
     """One engine, all prompts, each three times: fresh, a full prefix hit, a longer one."""
     import torch
 
-    model = out.with_suffix(".model")
+    model = Path(tempfile.gettempdir()) / f"small-{backend}-{dtype}"
     write_model(model, dtype, **SHAPE)
     receiver = ReceiverProcess(model, dtype, out.with_suffix(f".{backend}.{dtype}.log"))
     try:

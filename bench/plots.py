@@ -136,8 +136,17 @@ def context(result: dict[str, Any]) -> Figure:
 
 def overlap(result: dict[str, Any]) -> Figure:
     """On a GPU: the first token with the export on and off, and the receiver's first behind it."""
-    whole = [row for row in result["rows"] if "step_tokens" not in row]
-    stepped = [row for row in result["rows"] if "step_tokens" in row]
+    rows = sorted(result["rows"], key=lambda row: row["prompt_tokens"])
+    kind = {
+        (streams, stepped): [
+            row
+            for row in rows
+            if row.get("streams", 1) == streams and ("step_tokens" in row) == stepped
+        ]
+        for streams in (1, 2)
+        for stepped in (False, True)
+    }
+    whole = kind[1, False]
     figure, (first, gap) = plt.subplots(1, 2, figsize=(10.4, 3.6), layout="constrained")
     kinds = (
         ("first_token_local_ms", "kept local", PALE),
@@ -155,14 +164,14 @@ def overlap(result: dict[str, Any]) -> Figure:
     first.set_yscale("log")
     first.legend(frameon=False, fontsize=8)
     lengths = [row["prompt_tokens"] for row in whole]
-    for rows, label, colour in (
-        (whole, "prefill in one step", PREFILL),
-        (stepped, "in steps of 2,048 tokens", DECODE),
-    ):
+    for (streams, stepped), part in kind.items():
+        label = "in steps of 2,048 tokens" if stepped else "prefill in one step"
         gap.plot(
-            [row["prompt_tokens"] for row in rows],
-            [row["handoff_gap_ms"]["median"] for row in rows],
-            color=colour, label=label, marker="o", markersize=4,
+            [row["prompt_tokens"] for row in part],
+            [row["handoff_gap_ms"]["median"] for row in part],
+            color=DECODE if stepped else PREFILL, linestyle="-" if streams == 2 else ":",
+            label=f"{label}, {'two connections' if streams == 2 else 'one'}",
+            marker="o", markersize=4,
         )  # fmt: skip
     gap.set_xscale("log", base=2)
     gap.set_ylim(bottom=0)

@@ -14,8 +14,9 @@ hook of vLLM comes earlier still (before the layer's attention), so this is the 
 Other lengths take the time that their arithmetic takes at the published rates (``prefill_seconds``
 and ``decode_seconds``).
 
-Variants: ``streamed`` (each layer as it is computed), ``chunked`` (the same in 2,048-token steps)
-and ``afterwards`` (everything once prefill is over). The first session of the two processes, whose
+Variants: ``streamed`` (each layer as it is computed), ``chunked`` (the same in 2,048-token steps),
+``afterwards`` (everything once prefill is over) and ``link-bound`` (streamed, from a machine that
+prefills in half of the time that the link needs). The first session of the two processes, whose
 memory the system still has to find, is recorded apart from the medians. The clock is the sender's:
 from the request to the arrival of the last token that the other side returned.
 """
@@ -56,6 +57,7 @@ from bench.transport import HEAD_DIM, HEADS, ITEM, Receiving, plane_data
 LAYERS = 32
 BLOCK = 16
 OUTPUT_TOKENS = 32
+VARIANTS = ("streamed", "chunked", "afterwards", "link-bound")
 
 #: Seconds of the published reference, alone and together.
 PUBLISHED = {
@@ -82,6 +84,11 @@ def prefill_seconds(start: int, end: int) -> float:
     """Seconds that the published prefill rate needs for a prompt's tokens ``start`` to ``end``."""
     whole = _operations(0, PUBLISHED_TOKENS)
     return PUBLISHED["spark_prefill"] * _operations(start, end) / whole
+
+
+def kv_bytes(tokens: int) -> int:
+    """What is to be transferred for a prompt."""
+    return 2 * LAYERS * HEADS * tokens * HEAD_DIM * ITEM
 
 
 def decode_seconds(tokens: int) -> float:
@@ -234,6 +241,9 @@ def spark(endpoint_json: str, control: int, tokens: int) -> None:
         request = f"replay-{session}"
         chunk = CHUNK if variant == "chunked" else tokens
         steps = [(at, min(at + chunk, tokens)) for at in range(0, tokens, chunk)]
+        pace = 1.0
+        if variant == "link-bound":
+            pace = kv_bytes(tokens) / LINK_10G / 2 / prefill_seconds(0, tokens)
         cpu = time.process_time()
         began = time.monotonic()
         lines.say(open=session, tokens=tokens)
@@ -242,7 +252,7 @@ def spark(endpoint_json: str, control: int, tokens: int) -> None:
             blocks = list(range(start // BLOCK, -(-end // BLOCK)))
             span = ExportSpan(session, request, start, end, blocks)
             exporter.begin_step([span], [], target)
-            seconds = prefill_seconds(start, end)
+            seconds = pace * prefill_seconds(start, end)
             for index, name in enumerate(layers):
                 sleep_until(moment + seconds * (index + 1) / LAYERS)
                 if variant != "afterwards":
@@ -258,7 +268,8 @@ def spark(endpoint_json: str, control: int, tokens: int) -> None:
         while request not in exporter.finished({request}):
             time.sleep(0.001)
         cpu = time.process_time() - cpu
-        tell(began=began, prefilled=prefilled, done=done, cpu_s=cpu)
+        first = pace * prefill_seconds(*steps[0]) / LAYERS
+        tell(began=began, first=began + first, prefilled=prefilled, done=done, cpu_s=cpu)
     exporter.close()
 
 
@@ -278,7 +289,7 @@ def measure(
     at_spark, at_mac = places
     me = ("-m", "bench.replay")
     rows = []
-    nbytes = 2 * LAYERS * HEADS * tokens * HEAD_DIM * ITEM
+    nbytes = kv_bytes(tokens)
     with contextlib.ExitStack() as stack:
         arguments = ("--role", "mac", options.transport, at_mac.address)
         receiver = stack.enter_context(Child(at_mac, *me, *arguments))
@@ -297,6 +308,7 @@ def measure(
                 "total_s": ours["done"] - ours["began"],
                 "prefill_s": ours["prefilled"] - ours["began"],
                 "exposed_s": theirs["built"] - ours["prefilled"],
+                "transfer_s": theirs["built"] - ours["first"],
                 "decode_s": ours["done"] - theirs["built"],
                 "build_s": theirs["built"] - theirs["complete"],
                 "allocated_s": theirs["allocated_s"],
@@ -324,6 +336,7 @@ def measure(
                 "total_s",
                 "prefill_s",
                 "exposed_s",
+                "transfer_s",
                 "decode_s",
                 "spark_cpu_s",
                 "mac_cpu_s",
@@ -376,13 +389,14 @@ def main() -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["streamed", "chunked", "afterwards"],
-        choices=["streamed", "chunked", "afterwards"],
+        default=list(VARIANTS),
+        choices=VARIANTS,
     )
     parser.add_argument("--transport", default="tcp")
     parser.add_argument("--link", default="10gbit", help="a rate, or loopback")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument("--add", action="store_true", help="add the rows to those in --out")
     parser.add_argument("--out", type=Path, default=RESULTS / "replay.json")
     options = parser.parse_args()
 
@@ -395,6 +409,10 @@ def main() -> None:
         "skipped": "",
         "rows": [],
     }
+    if options.add:
+        earlier = json.loads(options.out.read_text())
+        result["command"] = f"{earlier['command']}; {result['command']}"
+        result["rows"] = earlier["rows"]
     with contextlib.ExitStack() as stack:
         places = LOOPBACK
         if options.link != "loopback":

@@ -16,8 +16,15 @@ from bench.lab import RESULTS
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
-#: Of a curve over the prompt's length, what the table shows.
-SHOWN_LENGTHS = (1024, 8192, 32768)
+#: Prompt tokens, connections and tokens of a step of the GPU's rows; the picture has all.
+SHOWN = {
+    (1024, 1, None),
+    (8192, 1, None),
+    (8192, 1, 2048),
+    (8192, 2, None),
+    (8192, 2, 2048),
+    (32768, 2, None),
+}
 
 Row = tuple[str, str, str]
 
@@ -49,7 +56,16 @@ def replay_rows(result: dict[str, Any]) -> Iterator[Row]:
     }
     published = result["published"]
     for row in result["rows"]:
-        if row["tokens"] == published["tokens"]:
+        if row["tokens"] != published["tokens"]:
+            continue
+        if row["variant"] == "link-bound":
+            yield (
+                f"paced replay, {row['tokens']:,} tokens in, prefill in half of the "
+                f"{result['link']} link's time: from the first layer to finished MLX arrays",
+                f"**{row['transfer_s']:.3f} s**",
+                f"bytes / link rate {row['link_floor_s']:.3f} s",
+            )
+        else:
             yield (
                 f"paced replay, {row['tokens']:,} tokens in, {published['output_tokens']} out, "
                 f"{result['link']} link, KV {names[row['variant']]}",
@@ -122,10 +138,11 @@ def fault_rows(result: dict[str, Any]) -> Iterator[Row]:
 def overlap_rows(result: dict[str, Any]) -> Iterator[Row]:
     """What exporting costs the first token, and what of the transfer comes after it."""
     for row in result["rows"]:
-        if row["prompt_tokens"] not in SHOWN_LENGTHS:
-            continue  # the picture has all
+        if (row["prompt_tokens"], row.get("streams", 1), row.get("step_tokens")) not in SHOWN:
+            continue
         local, handed = row["first_token_local_ms"], row["first_token_handed_off_ms"]
         steps = f" in steps of {row['step_tokens']:,}" if "step_tokens" in row else ""
+        steps += ", two connections" if row.get("streams") == 2 else ""
         yield (
             f"{_gpu(result)}, {row['prompt_tokens']:,} tokens{steps}: first token with KV streamed "
             "out; hand-off gap beyond a decode step",
@@ -149,6 +166,21 @@ def two_gpus_rows(result: dict[str, Any]) -> Iterator[Row]:
             )
 
 
+def relay_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """Both engines on one GPU, where they take turns."""
+    for row in result["rows"]:
+        if row["prompt_tokens"] == 8192:
+            yield (
+                f"vLLM and MLX on the same {_gpu(result)}, 8,192 tokens: first token; vLLM's first "
+                "token to the receiver's; tokens/s",
+                f"**{row['first_token_handed_off_ms']['median']:.0f} ms**; "
+                f"**{row['handoff_gap_ms']['median']:.0f} ms**; "
+                f"**{1e3 / row['receiver_ms_per_token']['median']:.0f}**",
+                f"vLLM alone {row['first_token_local_ms']['median']:.0f} ms and "
+                f"{1e3 / row['local_ms_per_token']['median']:.0f} tokens/s",
+            )
+
+
 def _gpu(result: dict[str, Any]) -> str:
     return " ".join(result["machine"]["gpu"].split()[:2])
 
@@ -158,6 +190,7 @@ SOURCES = {
     "transport.json": transport_rows,
     "overlap_gpu.json": overlap_rows,
     "overlap_two_gpus.json": two_gpus_rows,
+    "relay_gpu.json": relay_rows,
     "handoff.json": handoff_rows,
     "serving.json": serving_rows,
     "faults.json": fault_rows,
