@@ -137,7 +137,7 @@ def context(result: dict[str, Any]) -> Figure:
 def overlap(result: dict[str, Any]) -> Figure:
     """On a GPU: the first token with the export on and off, and the receiver's first behind it."""
     rows = sorted(result["rows"], key=lambda row: row["prompt_tokens"])
-    kind = {
+    curves = {
         (streams, stepped): [
             row
             for row in rows
@@ -146,7 +146,7 @@ def overlap(result: dict[str, Any]) -> Figure:
         for streams in (1, 2)
         for stepped in (False, True)
     }
-    whole = kind[1, False]
+    whole = curves[1, False]
     figure, (first, gap) = plt.subplots(1, 2, figsize=(10.4, 3.6), layout="constrained")
     kinds = (
         ("first_token_local_ms", "kept local", PALE),
@@ -164,13 +164,13 @@ def overlap(result: dict[str, Any]) -> Figure:
     first.set_yscale("log")
     first.legend(frameon=False, fontsize=8)
     lengths = [row["prompt_tokens"] for row in whole]
-    for (streams, stepped), part in kind.items():
+    for (streams, stepped), part in curves.items():
         label = "in steps of 2,048 tokens" if stepped else "prefill in one step"
         gap.plot(
             [row["prompt_tokens"] for row in part],
             [row["handoff_gap_ms"]["median"] for row in part],
             color=DECODE if stepped else PREFILL, linestyle="-" if streams == 2 else ":",
-            label=f"{label}, {'two connections' if streams == 2 else 'one'}",
+            label=f"{label}, {'two connections' if streams == 2 else 'one connection'}",
             marker="o", markersize=4,
         )  # fmt: skip
     gap.set_xscale("log", base=2)
