@@ -9,7 +9,8 @@ sender's first frame to the last finished MLX array; every byte is compared afte
 
 Floors: ``memcpy`` (NumPy, one thread) and what the link lets through. ``sockets`` is what two plain
 programs get: ``sendall`` and ``recv_into`` with MSG_WAITALL, 8 MiB out of and into one reused
-buffer, without frames, sessions or a cache.
+buffer, without frames, sessions or a cache. A transport's name with ``+checksum`` is that transport
+with a CRC-32 of every block, made by the sender and compared by the receiver.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,14 @@ from bench.lab import (
 )
 from mlx_receiver.wire import hooks
 from mlx_receiver.wire.frames import DataHello, Header, Kind, Plane
+from mlx_receiver.wire.landing import checksum
 from mlx_receiver.wire.messages import Endpoint, Open, Sampling
 from mlx_receiver.wire.signature import ModelSignature
 from mlx_receiver.wire.tcp import tune
 
 HEADS, HEAD_DIM, ITEM = 8, 128, 2
 MESSAGE = 8 << 20
+CHECKED = "+checksum"
 
 
 def signature(layers: int) -> ModelSignature:
@@ -192,9 +196,11 @@ def send(layers: int, tokens: int, frame_bytes: int) -> None:
     planes: list[list[np.ndarray[Any, Any]]] = []
     sender: Any = None
     sock: socket.socket | None = None
+    checked = False
     for order in orders():
         if "connect" in order:
             endpoint = msgspec.convert(order["connect"], Endpoint)
+            checked = order["checked"]
             if endpoint.transport == "sockets":
                 sock = socket.create_connection((endpoint.host, endpoint.port))
                 tune(sock)
@@ -216,6 +222,8 @@ def send(layers: int, tokens: int, frame_bytes: int) -> None:
             frames = list(cut(session, planes, frame_bytes))
             start, cpu = time.monotonic(), time.process_time()
             for header, payload in frames:
+                if checked:
+                    header = replace(header, checksum=checksum(payload))
                 sender.send(header, payload)
             cpu_sent = time.process_time() - cpu
             flush(sender)
@@ -272,8 +280,9 @@ def memcpy_floor(nbytes: int, repeats: int) -> float:
     return nbytes / statistics.median(seconds) / 1e9
 
 
-def measure(places: tuple[Place, Place], transport: str, options: Any) -> dict[str, Any]:
+def measure(places: tuple[Place, Place], name: str, options: Any) -> dict[str, Any]:
     """One row: a transport over a link, ``options.repeats`` times."""
+    transport = name.removesuffix(CHECKED)
     spark, mac = places
     layers, tokens = options.layers, options.tokens
     nbytes = 2 * layers * HEADS * tokens * HEAD_DIM * ITEM
@@ -287,7 +296,7 @@ def measure(places: tuple[Place, Place], transport: str, options: Any) -> dict[s
         Child(mac, *me, "--role", "receive", transport, mac.address, str(layers)) as receiver,
         Child(spark, *me, "--role", "send", str(layers), str(tokens), frame) as sender,
     ):
-        sender.ask(connect=receiver.answer()["endpoint"])
+        sender.ask(connect=receiver.answer()["endpoint"], checked=name != transport)
         for number in range(1, options.repeats + 1):
             receiver.ask(open=number, tokens=tokens, messages=messages)
             sent = sender.ask(send=number, messages=messages)
@@ -303,7 +312,7 @@ def measure(places: tuple[Place, Place], transport: str, options: Any) -> dict[s
                     "cpu_s_per_gb_receiver": done["cpu"] / gb,
                 }
             )
-    row: dict[str, Any] = {"transport": transport, "bytes": nbytes, "runs": runs}
+    row: dict[str, Any] = {"transport": name, "bytes": nbytes, "runs": runs}
     for key in runs[0]:
         row[key] = statistics.median(run[key] for run in runs)
     row["verified"] = transport != "sockets" and not options.no_verify
@@ -340,8 +349,8 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def available() -> list[str]:
-    """The transports that are installed, ``tcp`` first."""
-    return sorted(hooks.transports(), key=lambda name: (name != "tcp", name))
+    """The transports that are installed, ``tcp`` first and with checksums, too."""
+    return ["tcp", "tcp" + CHECKED, *sorted(hooks.transports().keys() - {"tcp"})]
 
 
 def main() -> None:

@@ -148,7 +148,9 @@ class Vllm:
         """Its base URL."""
         return f"http://127.0.0.1:{self.port}"
 
-    def complete(self, prompt: list[int] | str, max_tokens: int, **fields: Any) -> dict[str, Any]:
+    def complete(
+        self, prompt: list[int] | list[list[int]] | str, max_tokens: int, **fields: Any
+    ) -> dict[str, Any]:
         """``POST /v1/completions``, greedy unless said otherwise, with token ids."""
         body = {
             "model": self.name,

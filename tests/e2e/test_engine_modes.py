@@ -22,14 +22,14 @@ from tests.waiting import eventually
 
 pytestmark = pytest.mark.server
 
-#: 40 blocks of 32 tokens, and prefills that take many steps: blocks run out in their middle.
+#: 40 blocks of 32 tokens, and prefills that take many steps, three at a time, and begin where there
+#: is no room for all of a prompt: blocks run out in their middle.
 SMALL_CACHE = (
     "--block-size", "32", "--num-gpu-blocks-override", "40", "--max-model-len", "1024",
-    "--max-num-batched-tokens", "48", "--max-num-seqs", "16",
+    "--max-num-batched-tokens", "48", "--max-num-seqs", "16", "--no-scheduler-reserve-full-isl",
+    "--long-prefill-token-threshold", "16",
 )  # fmt: skip
 
-#: Keeps a request local, see `vllm_mac_decode.policy`.
-LOCAL = {"vllm_xargs": {"keep": "local"}}
 
 OFFLINE = """
 import json, sys, time, urllib.request
@@ -157,33 +157,19 @@ def test_a_receiver_with_another_model_is_told_apart_by_field(
 def test_a_receiver_that_appears_later_is_used_under_preemption(
     lonely: Vllm, port: int, logs: Path, tiny_llama_path: Path
 ) -> None:
-    """Local responses that grow take the blocks of later prompts while these are prefilled."""
-
-    def preempted() -> float:
-        return lonely.metric("vllm:mac_decode_fallbacks_total", reason="preempted")
-
+    """Each prompt needs 19 or 20 of the 39 blocks that there are to use."""
     with receiver_at(port, tiny_llama_path, logs / "later.log") as receiver:
         lonely.wait_connected(receiver, 40)
         before = decoded(receiver)
         preemptions = lonely.metric("vllm:num_preemptions_total")
-        # Who is preempted is a matter of timing; whoever it is, the tokens must be right.
-        for attempt in range(6):
-            growing = [prompt_of(100 + 9 * i, 1000 * attempt + i) for i in range(4)]
-            handed_off = [prompt_of(590 + 3 * i, 1000 * attempt + 100 + i) for i in range(8)]
-            with ThreadPoolExecutor(12) as pool:
-                slow = [pool.submit(lonely.tokens, prompt, 200, **LOCAL) for prompt in growing]
-                time.sleep(0.1 * attempt)
-                fast = [pool.submit(lonely.tokens, prompt, 12) for prompt in handed_off]
-                got = [future.result() for future in slow + fast]
-            expected = greedy(tiny_llama_path, growing, 200) + greedy(
-                tiny_llama_path, handed_off, 12
-            )
-            assert got == expected
-            lonely.tokens([5, 6, 7], 3)
-            assert lonely.metric("vllm:kv_cache_usage_perc") == 0, "every block was given back"
-            if preempted():
-                break
-        assert preempted() > 0
+        prompts = [prompt_of(590 + 3 * i, i) for i in range(8)]
+        # In one HTTP request, so that they come to the scheduler together.
+        answer = lonely.complete(prompts, 12, ignore_eos=True)
+        got = [choice["token_ids"] for choice in answer["choices"]]
+        assert got == greedy(tiny_llama_path, prompts, 12)
+        lonely.tokens([5, 6, 7], 3)
+        assert lonely.metric("vllm:kv_cache_usage_perc") == 0, "every block was given back"
+        assert lonely.metric("vllm:mac_decode_fallbacks_total", reason="preempted") > 0
         assert lonely.metric("vllm:num_preemptions_total") > preemptions
         assert decoded(receiver) > before
         assert receiver.health()["sessions"] == receiver.health()["kv_reserved_bytes"] == 0
