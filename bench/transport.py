@@ -10,7 +10,7 @@ sender's first frame to the last finished MLX array; every byte is compared afte
 Floors: ``memcpy`` (NumPy, one thread) and what the link lets through. ``sockets`` is what two plain
 programs get: ``sendall`` and ``recv_into`` with MSG_WAITALL, 8 MiB out of and into one reused
 buffer, without frames, sessions or a cache. A transport's name with ``+checksum`` is that transport
-with a CRC-32 of every block, made by the sender and compared by the receiver.
+with a checksum of every block, made by the sender and compared by the receiver.
 """
 
 from __future__ import annotations

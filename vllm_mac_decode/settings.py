@@ -42,7 +42,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stall_timeout: float = 2.0
     #: Bounds the staging memory of each worker, in MiB.
     staging_mib: int = 128
-    #: CRC-32 of every block: the receiver refuses damaged ones. Costs one pass over the bytes.
+    #: A checksum of every block: the receiver refuses damaged ones. Costs one pass over the bytes.
     checksum: bool = False
 
     def __post_init__(self) -> None:

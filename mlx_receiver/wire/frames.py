@@ -57,7 +57,8 @@ class Header:
 
     Times are the sender's monotonic clock in nanoseconds: ``computed_ns`` when the layer's K
     and V existed, ``gathered_ns`` when they left the paged cache, ``sent_ns`` when the frame was
-    handed to the network. ``checksum`` is the payload's CRC-32, or 0 where none was made.
+    handed to the network. ``checksum`` is the payload's (``landing.checksum``), or 0 where none
+    was made.
     """
 
     kind: Kind

