@@ -72,8 +72,8 @@ def shaped_link(
 
     Packets of one connection arrive in the order in which they were sent, as on a cable: they are
     received on one CPU (RPS), as from one queue of a network card. Left to itself, a veth pair
-    receives on whichever CPU sends; one packet in 600 was overtaken, and each made TCP halve its
-    window for a loss that was none.
+    receives on whichever CPU sends: one packet in 600 was overtaken, and TCP halved its window for
+    losses that were none.
 
     Raises NoRights where that cannot be set up (no root, no ``ip``, no ``tc``).
     """

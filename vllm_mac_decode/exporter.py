@@ -177,8 +177,9 @@ class Exporter:
             self._unread[span.request_id] -= 1
 
     def _is_dead(self, session: int) -> bool:
+        # Once this is closing, vLLM may reuse blocks that a GPU has yet to gather: nothing is sent.
         with self._lock:
-            return session in self._dead
+            return self._closing or session in self._dead
 
     # --- gathering --------------------------------------------------------------------------
 

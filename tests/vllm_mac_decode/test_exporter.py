@@ -320,6 +320,29 @@ def test_a_peer_that_pauses_gets_everything() -> None:
         paused.stop()
 
 
+def test_after_a_fault_of_ours_all_blocks_are_free_and_nothing_more_is_sent() -> None:
+    """vLLM may reuse the blocks from then on, also those that a GPU has yet to gather."""
+    layers, tokens = 8, 4096
+    store = Store(layers=layers, dim=64)
+    good = Request(tokens, list(range(256)), layers=layers, dim=64)
+    bad = Request(32, [0, 9999], layers=layers, dim=64)  # no such block
+    with workers({"layers": range(layers), "blocks": 256, "dim": 64}) as (worker,):
+        sessions = [store.admit(request) for request in (good, bad)]
+        worker.step([(good, 0, 16), (bad, 0, 16)], store.target)
+        assert eventually(lambda: all(session.kv_bytes for session in sessions), 10)
+        store.reading.clear()
+        worker.step([(good, 16, tokens)], store.target)
+        worker.exporter.begin_step([bad.span(16, 32)], [], store.target)
+        worker.exporter.end_step()
+        wanted = {good.id, bad.id}
+        found = worker.exporter.finished(set(wanted))
+        assert eventually(lambda: found.update(worker.exporter.finished(set())) or found == wanted)
+        store.reading.set()
+        assert not eventually(lambda: bool(store.completed), 1.5)
+    assert eventually(lambda: len(store.failures) == 2, 10)
+    store.stop()
+
+
 def test_closing_in_the_middle_is_quick() -> None:
     stuck = Store()
     stuck.reading.clear()
