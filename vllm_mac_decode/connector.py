@@ -2,7 +2,7 @@
 
 Scheduler half (in the engine's process): ``Relay`` decides and follows the sessions, ``Link``
 talks to the receiver, ``ExportPlan`` says what each step writes. Worker half (one a worker):
-``Exporter``. They meet only in ``metadata.StepExports``.
+``Exporter``. They meet only in what ``metadata`` holds.
 
 No exception may leave a method that vLLM calls while it serves: a fault switches the connector
 off, with one log line, and everything decodes locally.
@@ -29,7 +29,7 @@ from vllm_mac_decode import engine_seam, policy, settings
 from vllm_mac_decode.export_plan import ExportPlan
 from vllm_mac_decode.exporter import Exporter
 from vllm_mac_decode.link import Link
-from vllm_mac_decode.metadata import StepExports, WorkerReport
+from vllm_mac_decode.metadata import StepExports, WorkerFault, WorkerReport
 from vllm_mac_decode.paged_layout import LayoutError
 from vllm_mac_decode.relay import ROUTER_KEY, Relay
 from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_from
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.mac_decode.connector")
@@ -79,8 +80,10 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self._attached = False
         self._announced: set[str] = set()  # requests with spans whose end was not reported yet
         self._waiting: set[str] = set()  # those of them that have finished
+        self._fault = ""  # where there was one: everything is local from then on
         self.relay: Relay | None = None
         self._plan: ExportPlan | None = None
+        self._kept: set[str] = set()  # finished requests that vLLM keeps until workers report them
         if role is KVConnectorRole.SCHEDULER:
             engine_seam.install()
             self.relay = Relay(self._settings)
@@ -92,16 +95,25 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     def fault(self, where: str) -> None:
-        """Log the exception being handled and switch off for good."""
+        """Log the exception being handled and switch off for good; once."""
+        if self._fault:
+            return
         logger.exception("a fault in %s; decoding locally from now on", where)
-        relay, self._plan, exporter = self.relay, None, self._exporter
+        self._switch_off(where)
+
+    def _switch_off(self, where: str) -> None:
+        self._fault = where
+        relay, exporter = self.relay, self._exporter
         self._exporter = None
-        if relay is not None and relay.link is not None:
-            relay.link.close()
-            relay.disconnected("a fault in the connector")
-            relay.link = None
         if exporter is not None:
-            exporter.close()
+            exporter.close(wait=False)  # vLLM is in the middle of a step
+        if relay is not None and relay.link is not None:
+            try:
+                relay.link.close()
+                relay.disconnected("a fault in the connector")
+            except Exception:  # the relay may be what is broken
+                logger.exception("responses that the receiver was decoding are lost")
+            relay.link = None
 
     # --- worker half ------------------------------------------------------------------------
 
@@ -177,7 +189,26 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self._announced -= done
         return done or None, None
 
+    def build_connector_worker_meta(self) -> WorkerFault | None:
+        """Tell the scheduler half of a fault: it would go on to open sessions that stall."""
+        if self._exporter is not None and self._exporter.stopped:
+            self._switch_off("the KV export")
+        return WorkerFault(self._fault) if self._fault else None
+
     # --- scheduler half ---------------------------------------------------------------------
+
+    @_guarded(lambda: None)
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """What the workers say after a step."""
+        # vLLM's engine dies of a word about a request that it does not wait for, and a fault may
+        # have kept ``request_finished`` from asking it to wait.
+        if sent := connector_output.finished_sending:
+            connector_output.finished_sending = sent & self._kept
+            self._kept -= sent
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, WorkerFault) and not self._fault:
+            logger.error("a worker had a fault in %s; decoding locally from now on", meta.where)
+            self._switch_off(meta.where)
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
         """The workers' reports: only if every worker can export will anything be handed off."""
@@ -241,7 +272,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepExports:
         """What the workers export in this step."""
         relay, plan = self.relay, self._plan
-        if relay is None or plan is None:
+        if relay is None or plan is None or self._fault:
             return StepExports()
         for new in scheduler_output.scheduled_new_reqs:
             session = relay.scheduled(new.req_id)
@@ -272,7 +303,10 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
                 "remote_engine_id": self._kv_transfer_config.engine_id,
                 ROUTER_KEY: relay.prefilled(request),
             }
-        return self._plan is not None and self._plan.forget(request.request_id), params
+        kept = self._plan is not None and self._plan.forget(request.request_id)
+        if kept:
+            self._kept.add(request.request_id)
+        return kept, params
 
     @_guarded(lambda: False)
     def has_pending_push_work(self) -> bool:
@@ -280,7 +314,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         session that ended, for the workers and the metrics, and while it waits for every response
         to end."""
         relay = self.relay
-        if relay is None or relay.seam is None or self._plan is None:
+        if relay is None or relay.seam is None or self._fault:
             return False
         return relay.has_news() or (relay.seam.draining and relay.busy())
 

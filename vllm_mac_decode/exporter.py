@@ -96,6 +96,8 @@ class Exporter:
         self._ids_of: tuple[int, int] | None = None
         self._ids = torch.empty(0, dtype=torch.int64)
         self._closing = False
+        #: A fault has ended the threads; the connector switches off then.
+        self.stopped = False
         loops = {"gather": self._gather_loop} | {
             f"send-{i}": partial(self._bulk.run, i) for i in range(settings.streams)
         }
@@ -151,9 +153,15 @@ class Exporter:
                 del self._unread[request_id]
         return done
 
-    def close(self) -> None:
-        """Stop the threads; what has not been sent is lost."""
+    def close(self, wait: bool = True) -> None:
+        """Stop the threads, now or (without ``wait``) soon; what has not been sent is lost."""
         self._closing = True
+        if wait:
+            self._end_threads()
+        else:
+            threading.Thread(target=self._end_threads, name="mac-decode-end", daemon=True).start()
+
+    def _end_threads(self) -> None:
         self._jobs.put(None)
         self._bulk.close()
         for thread in self._threads:
@@ -168,8 +176,10 @@ class Exporter:
             loop()
         except Exception:
             if not self._closing:
-                logger.exception("the KV export stopped; requests decode locally from now on")
+                logger.exception("a fault in the KV export")
+                self.stopped = True
             self._closing = True  # ``finished`` reports everything from now on
+            self._bulk.drop()  # the receiver gives up what it waits for
 
     def _read(self, job: _Job, span: ExportSpan) -> None:
         """One layer of a span has left the paged cache, or will never be wanted."""

@@ -1,4 +1,4 @@
-"""What the scheduler half tells the worker half in each step. Plain data, pickled by vLLM."""
+"""What the scheduler half and the worker half tell each other. Plain data, pickled by vLLM."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
 )
 
 from mlx_receiver.wire.messages import Endpoint
@@ -51,3 +52,14 @@ class WorkerReport(KVConnectorHandshakeMetadata):
 
     kv_dtype: str
     problem: str = ""
+
+
+@dataclass
+class WorkerFault(KVConnectorWorkerMetadata):
+    """A worker exports nothing any more, because of a fault in ``where``."""
+
+    where: str
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """One worker's fault is as good as another's."""
+        return self

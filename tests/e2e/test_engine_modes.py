@@ -51,6 +51,7 @@ if __name__ == "__main__":
     extra = {"receiver": receiver, "stall_timeout": 20}
     llm = LLM(
         model, dtype="float32", enforce_eager=True, max_model_len=1024,
+        max_num_seqs=2, max_num_batched_tokens=64, long_prefill_token_threshold=32,
         kv_transfer_config=KVTransferConfig(
             kv_connector="mac_decode", kv_role="kv_producer", kv_connector_extra_config=extra
         ),
@@ -60,6 +61,29 @@ if __name__ == "__main__":
         generate([[1, 2, 3]], 3)
     before = decoded()
     print("RESULT", json.dumps([generate(prompts, tokens), decoded() - before]), flush=True)
+"""
+
+BROKEN = """
+import importlib, itertools, os
+
+module, owner, method, calls = os.environ["BROKEN"].rsplit(".", 3)
+owner = getattr(importlib.import_module("vllm_mac_decode." + module), owner)
+real, made = getattr(owner, method), itertools.count()
+
+def broken(*args, **kwargs):
+    if os.path.exists(os.environ["ARMED"]) and next(made) >= int(calls):
+        raise RuntimeError("a fault for this test")
+    return real(*args, **kwargs)
+
+setattr(owner, method, broken)
+# OFFLINE
+    open(os.environ["ARMED"], "w").close()
+    meanwhile = generate(prompts, tokens)
+    time.sleep(1)
+    before, began = decoded(), time.monotonic()
+    afterwards = generate(prompts, tokens)
+    outcome = [meanwhile, afterwards, decoded() - before, time.monotonic() - began]
+    print("FAULTY", json.dumps(outcome), flush=True)
 """
 
 
@@ -226,6 +250,49 @@ def test_offline_inference(
     assert by_receiver == (0 if in_process else 3 * 15)
     reason = "decoding locally: the engine runs inside the caller's process"
     assert output.count(reason) == (1 if in_process else 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "calls"),
+    [
+        ("relay.Relay.scheduled", 2),
+        ("export_plan.ExportPlan.forget", 0),
+        ("exporter.Exporter.layer_written", 9),
+        ("paged_layout.PagedLayout.gather", 9),
+    ],
+)
+def test_a_fault_of_ours_leaves_the_engine_serving(
+    method: str, calls: int, other: Receiver, tiny_llama_path: Path, tmp_path: Path
+) -> None:
+    """Scheduler half, worker half and the export's thread: with responses in every state."""
+    # Two at a time in small steps: one has ended and one is being exported when the third comes.
+    prompts = [prompt_of(n, 700 + n) for n in (60, 300, 50, 200)]
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN.replace("# OFFLINE", OFFLINE))
+    arguments = [str(tiny_llama_path), other.address, f"{other.url}/metrics", prompts, 16, True]
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "BROKEN": f"{method}.{calls}",
+        "ARMED": str(tmp_path / "armed"),
+    }
+    program = Server(
+        [sys.executable, str(script), json.dumps(arguments)], tmp_path / "broken.log", env
+    )
+    try:
+        status = program.process.wait(240)
+    finally:
+        program.stop()
+    output = program.log.read_text(errors="replace")
+    assert status == 0, output[-4000:]
+    result = re.search(r"FAULTY (.*)", output)
+    assert result is not None, output[-4000:]
+    meanwhile, afterwards, by_receiver, seconds = json.loads(result[1])
+    expected = greedy(tiny_llama_path, prompts, 16)
+    assert meanwhile == expected
+    assert afterwards == expected
+    assert by_receiver == 0, "it is off for good"
+    assert seconds < 20, "nobody waited for stall_timeout"
+    assert 1 <= output.count("decoding locally from now on") <= 2, "one line in each half"
 
 
 def test_tensor_parallel_workers(other: Receiver, tiny_llama_path: Path, logs: Path) -> None:
