@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -222,30 +223,40 @@ def other(tiny_llama_path: Path, logs: Path) -> Iterator[Receiver]:
         yield receiver
 
 
-@pytest.mark.parametrize("in_process", [False, True])
-def test_offline_inference(
-    in_process: bool, other: Receiver, tiny_llama_path: Path, tmp_path: Path
-) -> None:
-    prompts = [prompt_of(n, 300 + n) for n in (1, 40, 300)]
-    script = tmp_path / "offline.py"
-    script.write_text(OFFLINE)
-    metrics = f"{other.url}/metrics"
-    arguments = [str(tiny_llama_path), other.address, metrics, prompts, 16, not in_process]
-    env = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-    }
+def run_offline(text: str, arguments: list[Any], folder: Path, **env: str) -> str:
+    """What the program prints that ``text`` is; it must succeed."""
+    script = folder / "offline.py"
+    script.write_text(text)
     command = [sys.executable, str(script), json.dumps(arguments)]
-    program = Server(command, tmp_path / "offline.log", env)
+    program = Server(command, folder / "offline.log", {"VLLM_CPU_KVCACHE_SPACE": "1"} | env)
     try:
         status = program.process.wait(240)
     finally:
         program.stop()
     output = program.log.read_text(errors="replace")
     assert status == 0, output[-4000:]
-    result = re.search(r"RESULT (.*)", output)
-    assert result is not None, output[-4000:]
-    tokens, by_receiver = json.loads(result[1])
+    return output
+
+
+def printed(output: str, what: str) -> Any:
+    """The JSON behind the word ``what``."""
+    found = re.search(rf"{what} (.*)", output)
+    assert found is not None, output[-4000:]
+    return json.loads(found[1])
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_offline_inference(
+    in_process: bool, other: Receiver, tiny_llama_path: Path, tmp_path: Path
+) -> None:
+    prompts = [prompt_of(n, 300 + n) for n in (1, 40, 300)]
+    metrics = f"{other.url}/metrics"
+    arguments = [str(tiny_llama_path), other.address, metrics, prompts, 16, not in_process]
+    multiprocessing = "0" if in_process else "1"
+    output = run_offline(
+        OFFLINE, arguments, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING=multiprocessing
+    )
+    tokens, by_receiver = printed(output, "RESULT")
     assert tokens == greedy(tiny_llama_path, prompts, 16)
     assert by_receiver == (0 if in_process else 3 * 15)
     reason = "decoding locally: the engine runs inside the caller's process"
@@ -267,26 +278,15 @@ def test_a_fault_of_ours_leaves_the_engine_serving(
     """Scheduler half, worker half and the export's thread: with responses in every state."""
     # Two at a time in small steps: one has ended and one is being exported when the third comes.
     prompts = [prompt_of(n, 700 + n) for n in (60, 300, 50, 200)]
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN.replace("# OFFLINE", OFFLINE))
     arguments = [str(tiny_llama_path), other.address, f"{other.url}/metrics", prompts, 16, True]
-    env = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "BROKEN": f"{method}.{calls}",
-        "ARMED": str(tmp_path / "armed"),
-    }
-    program = Server(
-        [sys.executable, str(script), json.dumps(arguments)], tmp_path / "broken.log", env
+    output = run_offline(
+        BROKEN.replace("# OFFLINE", OFFLINE),
+        arguments,
+        tmp_path,
+        BROKEN=f"{method}.{calls}",
+        ARMED=str(tmp_path / "armed"),
     )
-    try:
-        status = program.process.wait(240)
-    finally:
-        program.stop()
-    output = program.log.read_text(errors="replace")
-    assert status == 0, output[-4000:]
-    result = re.search(r"FAULTY (.*)", output)
-    assert result is not None, output[-4000:]
-    meanwhile, afterwards, by_receiver, seconds = json.loads(result[1])
+    meanwhile, afterwards, by_receiver, seconds = printed(output, "FAULTY")
     expected = greedy(tiny_llama_path, prompts, 16)
     assert meanwhile == expected
     assert afterwards == expected
