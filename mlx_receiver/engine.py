@@ -87,21 +87,23 @@ class DecodeEngine:
         max_batch: int = 32,
         metrics: Metrics | None = None,
         progress: Progress | None = None,
+        warm_up: bool = False,
     ) -> None:
         self.source = source
-        self.loaded: LoadedModel | None = None
         #: Bytes that the padded batch may take; set once the memory budget is known.
         self.batch_bytes: int | None = None
         self._dtype = dtype
         self._max_batch = max_batch
         self._metrics = metrics or Metrics()
         self._progress = progress
+        self._wants_warm_up = warm_up
         self._condition = threading.Condition()
         self._submitted: deque[Job] = deque()
         self._cancelled: deque[Job] = deque()
         self._stopping = False
         self._loaded_or_failed = threading.Event()
         self._error: Exception | None = None
+        self._loaded: LoadedModel | None = None
         self._queue: deque[Job] = deque()
         self._active: dict[int, Job] = {}
         self._holds_memory = True
@@ -117,7 +119,7 @@ class DecodeEngine:
             return None
         if self._error is not None:
             raise self._error
-        return self.loaded
+        return self._loaded
 
     def submit(self, job: Job) -> None:
         """Decode the job as soon as the batch has room."""
@@ -144,6 +146,11 @@ class DecodeEngine:
             self._thread.join(timeout)
 
     @property
+    def loaded(self) -> LoadedModel | None:
+        """The model; None until it is ready to decode."""
+        return self._loaded if self._loaded_or_failed.is_set() else None
+
+    @property
     def decoding(self) -> int:
         """Jobs in the batch."""
         return len(self._active)
@@ -157,10 +164,13 @@ class DecodeEngine:
 
     def _run(self) -> None:
         try:
-            self.loaded = load_model(self.source, self._dtype, self._progress)
+            self._loaded = load_model(self.source, self._dtype, self._progress)
             self._make_generator()
+            if self._wants_warm_up:
+                self._warm_up()
         except Exception as error:
             self._error = error
+            self._loaded = None
             return
         finally:
             self._loaded_or_failed.set()
@@ -172,14 +182,33 @@ class DecodeEngine:
             self._fail(job, E_SHUTDOWN, "the receiver is stopping")
         self._generator.close()
 
+    def _warm_up(self) -> None:
+        from mlx_receiver.warmup import warm_up_jobs
+
+        assert self._loaded is not None
+        metrics, self._metrics = self._metrics, Metrics()  # these are nobody's tokens
+        began = time.perf_counter()
+        try:
+            self._queue.extend(warm_up_jobs(self.source, self._loaded))
+            while (self._queue or self._active) and not self._stopping:
+                self._admit()
+                if self._active:
+                    self._step()
+        except Exception:
+            logger.exception("warming up failed: the first responses may be slow")
+        self._metrics = metrics
+        # The memory that sessions may reserve is what is free once the model is loaded.
+        _release_memory()
+        logger.info("warmed up in %.1f s", time.perf_counter() - began)
+
     def _make_generator(self) -> None:
         import mlx_lm
         from mlx_lm.generate import BatchGenerator
 
         from mlx_receiver.sampling import greedy
 
-        assert self.loaded is not None
-        self._model = Float32Logits(self.loaded.model)
+        assert self._loaded is not None
+        self._model = Float32Logits(self._loaded.model)
         self._generator = BatchGenerator(
             self._model,
             max_tokens=_NEVER,
@@ -239,14 +268,14 @@ class DecodeEngine:
     def _bytes_per_token(self) -> int:
         from mlx_receiver.wire.frames import ITEMSIZE
 
-        assert self.loaded is not None
-        return self.source.signature.kv_bytes_per_token(ITEMSIZE[self.loaded.dtype])
+        assert self._loaded is not None
+        return self.source.signature.kv_bytes_per_token(ITEMSIZE[self._loaded.dtype])
 
     def _insert(self, job: Job) -> None:
         from mlx_receiver.cache import mlx_dtype
         from mlx_receiver.sampling import RequestSampler
 
-        assert self.loaded is not None
+        assert self._loaded is not None
         signature = self.source.signature
         job._outputs = 0 if job.first_token is None else 1
         job._sampler = RequestSampler(
@@ -256,7 +285,7 @@ class DecodeEngine:
         self._holds_memory = True
         if job.build_cache is not None:
             assert sampled
-            caches = job.build_cache(mlx_dtype(self.loaded.dtype))
+            caches = job.build_cache(mlx_dtype(self._loaded.dtype))
             job.build_cache = None
             prompt, before = sampled, list(job.prompt_token_ids)
             if not self._active:

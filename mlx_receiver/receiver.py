@@ -47,6 +47,7 @@ class Receiver:
             max_batch=settings.max_batch,
             metrics=self.metrics,
             progress=progress,
+            warm_up=True,
         )
         self.handover = Handover(self.engine, self.metrics)
         self.store = SessionStore(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import queue
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 
-from mlx_receiver.cache import PlainKV
+from mlx_receiver.cache import PlainKV, PlainKVBuffers
 from mlx_receiver.engine import DecodeEngine, Float32Logits, Job, Output
 from mlx_receiver.local import LocalJob, generate_tokens
+from mlx_receiver.metrics import Metrics
 from mlx_receiver.model import find_model
 from mlx_receiver.wire.messages import Sampling, WireError
+from mlx_receiver.wire.signature import ModelSignature
 from tests.mlx_receiver.conftest import Prefill
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
@@ -178,6 +183,79 @@ def test_unusable_local_prompts_are_refused(engine: DecodeEngine) -> None:
     for prompt in ([], [10**6], [-1], [5] * 8192):
         with pytest.raises(WireError):
             LocalJob(engine, prompt, GREEDY)
+
+
+class Watched(PlainKV):
+    """Notes the caches that are asked for, and may fail to allocate or to build them."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.tokens: list[int] = []
+        self._failing = failing
+
+    def allocate(
+        self, signature: ModelSignature, kv_dtype: str, tokens: int, headroom: int
+    ) -> PlainKVBuffers:
+        self.tokens.append(tokens)
+        if self._failing == "allocate":
+            raise MemoryError("no room for a cache")
+        buffers = super().allocate(signature, kv_dtype, tokens, headroom)
+        if self._failing == "build":
+            del buffers._arrays
+        return buffers
+
+
+@contextmanager
+def warmed_up(model: Path, adapter: PlainKV, metrics: Metrics) -> Iterator[DecodeEngine]:
+    source = dataclasses.replace(find_model(str(model)), adapter=adapter)
+    engine = DecodeEngine(source, max_batch=3, metrics=metrics, warm_up=True)
+    engine.start()
+    try:
+        engine.wait_loaded()
+        yield engine
+    finally:
+        engine.stop()
+
+
+def test_warming_up_leaves_no_trace(
+    tiny_llama_path: Path, prefill: Prefill, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "mlx_receiver")
+    adapter, metrics = Watched(), Metrics()
+    steps: set[int] = set()
+    forward = Float32Logits.__call__
+
+    def watched(self: Float32Logits, inputs: mx.array, cache: Any = None) -> Any:
+        steps.add(inputs.shape[0])
+        return forward(self, inputs, cache)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Float32Logits, "__call__", watched)
+        with warmed_up(tiny_llama_path, adapter, metrics) as engine:
+            assert steps == {1, 2, 3}  # batches of one and of several; rows joined and left
+            assert adapter.tokens == [16, 64, 1280]
+            assert (engine.decoding, engine.waiting) == (0, 0)
+            assert b"mlx_receiver_decoded_tokens_total 0.0" in generate_latest(metrics.registry)
+            kv = prefill(255)
+            assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
+            assert b"mlx_receiver_decoded_tokens_total 8.0" in generate_latest(metrics.registry)
+    assert re.fullmatch(r"warmed up in [\d.]+ s", "\n".join(caplog.messages))
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"), [("allocate", "no room for a cache"), ("build", "_arrays")]
+)
+def test_a_warm_up_that_fails_does_not_keep_the_engine_from_serving(
+    failing: str,
+    said: str,
+    tiny_llama_path: Path,
+    prefill: Prefill,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with warmed_up(tiny_llama_path, Watched(failing), Metrics()) as engine:
+        assert "warming up failed" in caplog.text
+        assert said in caplog.text
+        kv = prefill(17)
+        assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
 
 
 def test_stopping_fails_what_is_left(tiny_llama_path: Path) -> None:
