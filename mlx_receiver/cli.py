@@ -212,15 +212,17 @@ def _serve(settings: Settings, stop: _Interruption) -> None:
 
     console = Console(stderr=True, highlight=False)
     columns = (
-        TextColumn("Loading {task.description}"),
+        TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:.0f}%"),
     )
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(settings.model, total=None)
-    receiver = _make_receiver(
-        settings, lambda done, total: bar.update(task, completed=done, total=total)
-    )
+    task = bar.add_task(f"Loading {settings.model}", total=None)
+
+    def show(what: str, done: int, total: int) -> None:
+        bar.update(task, description=f"{what} {settings.model}", completed=done, total=total)
+
+    receiver = _make_receiver(settings, show)
     try:
         receiver.start()
         with bar:

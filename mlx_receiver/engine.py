@@ -188,8 +188,9 @@ class DecodeEngine:
         assert self._loaded is not None
         metrics, self._metrics = self._metrics, Metrics()  # these are nobody's tokens
         began = time.perf_counter()
+        logger.info("warming up: where kernels are compiled, the first time takes longest")
         try:
-            self._queue.extend(warm_up_jobs(self.source, self._loaded))
+            self._queue.extend(warm_up_jobs(self.source, self._loaded, self._progress))
             while (self._queue or self._active) and not self._stopping:
                 self._admit()
                 if self._active:

@@ -20,7 +20,8 @@ DTYPE_CHOICES: Final = ("auto", "bfloat16", "float16", "float32")
 #: Assumed where config.json does not say how long a text may be.
 _DEFAULT_MAX_TOKENS: Final = 131_072
 
-Progress = Callable[[int, int], None]
+#: Called with what is being done, what of it is done, and how much there is to do.
+Progress = Callable[[str, int, int], None]
 
 
 class ModelError(Exception):
@@ -77,7 +78,7 @@ def find_model(name: str) -> ModelSource:
 def load_model(
     source: ModelSource, dtype: str = "auto", progress: Progress | None = None
 ) -> LoadedModel:
-    """Read the weights, on the thread that will decode. ``progress(done, total)`` counts layers.
+    """Read the weights, on the thread that will decode. ``progress`` counts layers.
 
     Raises ModelError when the weights do not fit the configuration or are not there.
     """
@@ -95,7 +96,7 @@ def load_model(
         for done, layer in enumerate(model.layers, 1):
             mx.eval(layer.parameters())
             if progress is not None:
-                progress(done, total)
+                progress("Loading", done, total)
         mx.eval(model.parameters())
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"loading {source.name} failed: {error}") from error

@@ -1,7 +1,8 @@
 """A fresh receiver's first decode steps, taken before anyone waits for them.
 
-A GPU loads or compiles a kernel when it first meets it. The first response would wait for that,
-and the first batch again, which on a slow day is longer than vLLM waits for a silent receiver.
+A GPU loads or compiles a kernel when it first meets it. MLX's CUDA build takes 3 to 17 s for those
+of one kind of sampling or of joining, and vLLM waits 2 s for a silent receiver; the compiled ones
+stay in the temporary folder, so that the next start is quick.
 """
 
 from __future__ import annotations
@@ -10,45 +11,61 @@ import logging
 from typing import Final
 
 from mlx_receiver.engine import Job, Output
-from mlx_receiver.model import LoadedModel, ModelSource
+from mlx_receiver.model import LoadedModel, ModelSource, Progress
 from mlx_receiver.wire.messages import E_SHUTDOWN, Sampling
 
 logger = logging.getLogger(__name__)
 
 #: Prompt tokens and sampling of the jobs. They differ in length, so that the batch is padded and
-#: needs a mask, and in sampling. The longest is one to which MLX's attention over long caches
-#: applies, which takes two passes; it stays alone at the end.
-_JOBS: Final = (
+#: needs a mask, and together they sample in every way there is. The longest is one to which MLX's
+#: attention over long caches applies, which takes two passes; it stays alone at the end.
+WARM_UP_JOBS: Final = (
     (16, Sampling(max_tokens=4, temperature=0.0)),
     (64, Sampling(max_tokens=5, top_p=0.9, top_k=20)),
+    (
+        128,
+        Sampling(
+            max_tokens=6, min_tokens=6, stop_token_ids=[1], top_k=20, min_p=0.01, seed=1,
+            repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1,
+            logit_bias={0: 1.0}, bad_words_token_ids=[[0], [0, 1]], logprobs=2,
+        ),
+    ),
     (1280, Sampling(max_tokens=8, temperature=0.0)),
-)
+)  # fmt: skip
 
 
-def warm_up_jobs(source: ModelSource, loaded: LoadedModel) -> list[Job]:
+def warm_up_jobs(source: ModelSource, loaded: LoadedModel, progress: Progress | None) -> list[Job]:
     """Hand-offs of a few tokens over caches of zeros, whose results nobody gets.
 
     Raises what allocating their memory raises.
     """
+    sink = _Discard(sum(sampling.max_tokens - 1 for _, sampling in WARM_UP_JOBS), progress)
     jobs = []
-    for tokens, sampling in _JOBS:
+    for tokens, sampling in WARM_UP_JOBS:
         tokens = max(1, min(tokens, source.max_tokens - sampling.max_tokens))
         buffers = source.adapter.allocate(
             source.signature, loaded.dtype, tokens, sampling.max_tokens
         )
         while buffers.grow():
             pass
-        jobs.append(Job([0] * tokens, sampling, _Nobody(), 0, buffers.build))
+        jobs.append(Job([0] * tokens, sampling, sink, 0, buffers.build))
     return jobs
 
 
-class _Nobody:
-    """See ``engine.Sink``."""
+class _Discard:
+    """A sink that counts tokens and keeps none."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total = 0, total
+        self._progress = progress
 
     def decoded(self, outputs: list[Output]) -> None:
-        """Nobody asked for them."""
+        """See ``engine.Sink.decoded``."""
+        self._done += len(outputs)
+        if self._progress is not None:
+            self._progress("Warming up", self._done, self._total)
 
     def failed(self, _job: Job, code: str, reason: str) -> None:
-        """Said, and otherwise left to the first response."""
+        """See ``engine.Sink.failed``. Said here, and otherwise left to the first response."""
         if code != E_SHUTDOWN:
             logger.warning("warming up failed, the first responses may be slow: %s", reason)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 import numpy as np
 import pytest
 from prometheus_client import generate_latest
@@ -20,7 +21,8 @@ from mlx_receiver.cache import PlainKV, PlainKVBuffers
 from mlx_receiver.engine import DecodeEngine, Float32Logits, Job, Output
 from mlx_receiver.local import LocalJob, generate_tokens
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.model import find_model
+from mlx_receiver.model import Progress, find_model
+from mlx_receiver.warmup import WARM_UP_JOBS
 from mlx_receiver.wire.messages import Sampling, WireError
 from mlx_receiver.wire.signature import ModelSignature
 from tests.mlx_receiver.conftest import Prefill
@@ -205,9 +207,11 @@ class Watched(PlainKV):
 
 
 @contextmanager
-def warmed_up(model: Path, adapter: PlainKV, metrics: Metrics) -> Iterator[DecodeEngine]:
+def warmed_up(
+    model: Path, adapter: PlainKV, metrics: Metrics, progress: Progress | None = None
+) -> Iterator[DecodeEngine]:
     source = dataclasses.replace(find_model(str(model)), adapter=adapter)
-    engine = DecodeEngine(source, max_batch=3, metrics=metrics, warm_up=True)
+    engine = DecodeEngine(source, max_batch=3, metrics=metrics, progress=progress, warm_up=True)
     engine.start()
     try:
         engine.wait_loaded()
@@ -221,6 +225,7 @@ def test_warming_up_leaves_no_trace(
 ) -> None:
     caplog.set_level("INFO", "mlx_receiver")
     adapter, metrics = Watched(), Metrics()
+    seen: list[tuple[str, int, int]] = []
     steps: set[int] = set()
     forward = Float32Logits.__call__
 
@@ -230,15 +235,35 @@ def test_warming_up_leaves_no_trace(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Float32Logits, "__call__", watched)
-        with warmed_up(tiny_llama_path, adapter, metrics) as engine:
+        with warmed_up(
+            tiny_llama_path, adapter, metrics, lambda *step: seen.append(step)
+        ) as engine:
             assert steps == {1, 2, 3}  # batches of one and of several; rows joined and left
-            assert adapter.tokens == [16, 64, 1280]
+            assert adapter.tokens == [tokens for tokens, _ in WARM_UP_JOBS]
             assert (engine.decoding, engine.waiting) == (0, 0)
             assert b"mlx_receiver_decoded_tokens_total 0.0" in generate_latest(metrics.registry)
             kv = prefill(255)
             assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
             assert b"mlx_receiver_decoded_tokens_total 8.0" in generate_latest(metrics.registry)
-    assert re.fullmatch(r"warmed up in [\d.]+ s", "\n".join(caplog.messages))
+    assert re.fullmatch(r"warming up: .*\nwarmed up in [\d.]+ s", "\n".join(caplog.messages))
+    assert [what for what, _, _ in seen] == sorted(what for what, _, _ in seen)
+    loading, warming = (
+        [step for step in seen if step[0] == what] for what in ("Loading", "Warming up")
+    )
+    assert loading[-1] == ("Loading", 4, 4)
+    assert warming == sorted(warming)
+    count = sum(sampling.max_tokens - 1 for _, sampling in WARM_UP_JOBS)
+    assert warming[-1] == ("Warming up", count, count)
+
+
+def test_the_warm_up_samples_in_every_way() -> None:
+    """A way of sampling that it leaves out stalls the first response that asks for it."""
+    plain = Sampling(max_tokens=1)
+    for field in msgspec.structs.fields(Sampling):
+        if field.name in ("eos_token_id", "allowed_token_ids"):  # masks, as bad words are
+            continue
+        values = [getattr(sampling, field.name) for _, sampling in WARM_UP_JOBS]
+        assert any(value != getattr(plain, field.name) for value in values), field.name
 
 
 @pytest.mark.parametrize(
