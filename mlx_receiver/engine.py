@@ -339,7 +339,7 @@ class DecodeEngine:
 
     def _deliver(self, tokens: list[tuple[Job, int]]) -> list[Job]:
         """Hand each job its next token; returns the jobs that are over with it."""
-        from mlx_receiver.sampling import check_stop
+        from mlx_receiver.wire.stopping import check_stop
 
         outputs: dict[int, tuple[Sink, list[Output]]] = {}
         finished = []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mlx_receiver.engine import DecodeEngine, Job, Output
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.sampling import check_sampling, check_stop
+from mlx_receiver.sampling import check_sampling
 from mlx_receiver.session import Session, State
 from mlx_receiver.store import SessionStore
 from mlx_receiver.wire.messages import (
@@ -28,6 +28,7 @@ from mlx_receiver.wire.messages import (
     Step,
     WireError,
 )
+from mlx_receiver.wire.stopping import check_stop
 
 Post = Callable[[ReceiverMessage], None]
 

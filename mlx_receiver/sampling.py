@@ -13,12 +13,18 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_receiver.wire.messages import E_UNSUPPORTED, Logprobs, Sampling, WireError
+from mlx_receiver.wire import trust
+from mlx_receiver.wire.messages import (
+    E_UNSUPPORTED,
+    MAX_BAD_WORDS_TOKENS,
+    Logprobs,
+    Sampling,
+    WireError,
+)
 
 #: Below this temperature vLLM samples greedily (``_SAMPLING_EPS``).
 GREEDY_BELOW = 1e-5
@@ -29,63 +35,15 @@ Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Why a text ends; ``reason`` is "" while it goes on."""
-
-    reason: str = ""
-    stop_reason: int | None = None
-
-
-def check_stop(
-    sampling: Sampling, token: int, output_tokens: int, all_tokens: int, max_tokens: int
-) -> Finish:
-    """Whether the text ends with ``token``, as ``vllm/v1/core/sched/utils.py`` decides it.
-
-    ``output_tokens`` and ``all_tokens`` (prompt included) count ``token``; ``max_tokens`` is the
-    longest prompt and output together.
-    """
-    if token == sampling.eos_token_id:
-        return Finish("stop")
-    if token in sampling.stop_token_ids:
-        return Finish("stop", token)
-    if all_tokens >= max_tokens or output_tokens >= sampling.max_tokens:
-        return Finish("length")
-    return Finish()
-
-
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raise WireError (``unsupported``) naming the first value that cannot be honoured."""
-
-    def refuse(name: str, value: object, want: str) -> None:
-        raise WireError(E_UNSUPPORTED, f"sampling: {name} is {value}, must be {want}")
-
-    s = sampling
-    if s.max_tokens < 1:
-        refuse("max_tokens", s.max_tokens, "at least 1")
-    if not 0 <= s.temperature < math.inf:
-        refuse("temperature", s.temperature, "finite and not negative")
-    if not 0 < s.top_p <= 1:
-        refuse("top_p", s.top_p, "in (0, 1]")
-    if not 0 <= s.min_p <= 1:
-        refuse("min_p", s.min_p, "in [0, 1]")
-    if not 0 < s.repetition_penalty < math.inf:
-        refuse("repetition_penalty", s.repetition_penalty, "positive")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if not math.isfinite(getattr(s, name)):
-            refuse(name, getattr(s, name), "finite")
-    if s.logprobs is not None and not 0 <= s.logprobs <= vocab_size:
-        refuse("logprobs", s.logprobs, f"in 0..{vocab_size}")
-    if s.allowed_token_ids is not None and not s.allowed_token_ids:
-        refuse("allowed_token_ids", "empty", "a list of token ids")
-    ids = [*(s.logit_bias or ()), *(s.allowed_token_ids or ()), *s.stop_token_ids]
-    for words in s.bad_words_token_ids or ():
-        if not words:
-            refuse("bad_words_token_ids", "an empty word", "lists of token ids")
-        ids += words
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            refuse("a token id", token, f"below the vocabulary's size of {vocab_size}")
+    trust.validated(sampling, vocab_size, E_UNSUPPORTED)
+    words = sum(map(len, sampling.bad_words_token_ids or ()))
+    if words > MAX_BAD_WORDS_TOKENS:
+        raise WireError(
+            E_UNSUPPORTED,
+            f"Sampling.bad_words_token_ids: {words} tokens, at most {MAX_BAD_WORDS_TOKENS}",
+        )
 
 
 def greedy(logprobs: mx.array) -> mx.array:

@@ -14,7 +14,6 @@ from mlx_receiver.api.decoding import Events, decode_locally
 from mlx_receiver.api.errors import bad_request
 from mlx_receiver.engine import DecodeEngine
 from mlx_receiver.handover import Client, Handover
-from mlx_receiver.sampling import check_stop
 from mlx_receiver.wire.messages import (
     E_SESSION,
     Cancel,
@@ -27,6 +26,7 @@ from mlx_receiver.wire.messages import (
     Step,
     WireError,
 )
+from mlx_receiver.wire.stopping import check_stop
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,20 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final, Literal
 
 import msgspec
+from msgspec import Meta
 
-from mlx_receiver.wire.messages import E_BLOCK, E_PROTOCOL, PROTOCOL_VERSION, WireError
+from mlx_receiver.wire.messages import (
+    E_BLOCK,
+    E_PROTOCOL,
+    PROTOCOL_VERSION,
+    Code,
+    SessionId,
+    Text,
+    WireError,
+)
 
 MAGIC: Final = b"MDKV"
 
@@ -33,11 +42,13 @@ ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 class Kind(enum.IntEnum):
     """What a frame carries."""
 
-    HELLO = 1  # client: DataHello
+    HELLO = 1  # client: DataHello, who it is
     ATTACH = 2  # client: tell me when the session may receive blocks
     BLOCK = 3  # client: a rectangle of KV
     REPLY = 4  # receiver: DataReply
     CREDIT = 5  # receiver: one more unit may be sent (transports without flow control)
+    CHALLENGE = 6  # receiver: DataChallenge, its own proof and what the client must prove
+    PROOF = 7  # client: DataProof; before it nothing is read that is larger
 
 
 class Plane(enum.IntEnum):
@@ -190,23 +201,41 @@ def unpack_client(head: bytes | bytearray | memoryview) -> Header:
     return header
 
 
-class DataHello(msgspec.Struct, frozen=True):
-    """Payload of HELLO: who opens this bulk connection."""
+_Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
-    token: str = ""
-    client: str = ""
+
+class DataHello(msgspec.Struct, frozen=True):
+    """Payload of HELLO: which client (``DataTicket.client``) opens this bulk connection."""
+
+    client: Annotated[str, Meta(min_length=1, max_length=64)]
+    nonce: _Nonce
+
+
+class DataChallenge(msgspec.Struct, frozen=True):
+    """Payload of CHALLENGE: ``keys.proof`` by "receiver" over both nonces."""
+
+    nonce: _Nonce
+    proof: _Nonce
+
+
+class DataProof(msgspec.Struct, frozen=True):
+    """Payload of PROOF: ``keys.proof`` by "client" over both nonces."""
+
+    proof: _Nonce
 
 
 class DataReply(msgspec.Struct, frozen=True):
     """Payload of REPLY: the session may receive blocks, or it may not and why."""
 
-    session: int
+    session: SessionId
     accepted: bool
-    code: str = ""
-    reason: str = ""
+    code: Code | Literal[""] = ""
+    reason: Text = ""
 
 
 hello_decoder: Final = msgspec.msgpack.Decoder(DataHello)
+challenge_decoder: Final = msgspec.msgpack.Decoder(DataChallenge)
+proof_decoder: Final = msgspec.msgpack.Decoder(DataProof)
 reply_decoder: Final = msgspec.msgpack.Decoder(DataReply)
 
 

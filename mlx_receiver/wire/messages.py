@@ -4,7 +4,7 @@ vLLM's scheduler process is the client (ZeroMQ DEALER), the receiver the server 
 A conversation::
 
     client                                   receiver
-    Hello(signature, token)         ->
+    Hello(signature)                ->
                                     <-       Welcome(endpoints, features) | Rejected(reason)
     Open(session, prompt, sampling) ->
                                     <-       Opened(session) | Refused(session, reason)
@@ -17,20 +17,26 @@ A conversation::
     Ping                            ->
                                     <-       Status(capacity, progress)
 
-Every message is one msgpack frame of one tagged struct. Nothing is pickled.
+Every message is one msgpack frame of one tagged struct. Nothing is pickled. The connection itself
+is authenticated and encrypted (``keys``), so no message carries the token. Ranges and lengths stand
+in the types: ``decode_client`` and ``decode_receiver`` refuse what is outside them, and
+``trust.check`` what depends on the model.
 """
 
 from __future__ import annotations
 
-from typing import Final, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from mlx_receiver.wire.signature import ModelSignature
 
 #: Version of everything under ``mlx_receiver.wire``. Both sides must have the same one.
 #: 1: first release.
-PROTOCOL_VERSION: Final = 1
+#: 2: connections are authenticated by keys instead of a token in Hello and HELLO; every value has a
+#: range; a session that waits for room in the batch says so.
+PROTOCOL_VERSION: Final = 2
 
 #: Largest control message accepted, in bytes: a prompt of a million tokens fits.
 MAX_MESSAGE_BYTES: Final = 16 << 20
@@ -59,6 +65,49 @@ E_PROTOCOL: Final = "protocol"  # not a message of this protocol
 E_INTERNAL: Final = "internal"  # a fault of the receiver
 E_SHUTDOWN: Final = "shutdown"  # the receiver is stopping
 
+#: The same as a type: a peer cannot make up others, which would become labels of metrics.
+Code = Literal[
+    "version", "credentials", "model", "capacity", "unsupported", "session", "block", "protocol",
+    "internal", "shutdown",
+]  # fmt: skip
+
+# --- ranges ---------------------------------------------------------------------------------
+# The vLLM that is named bounds the same thing as strictly (0.32, ``vllm/envs.py``).
+
+MAX_INT: Final = 2**31 - 1
+#: Members of one ``Step``, and sessions of one ``Status``.
+MAX_ROWS: Final = 4096
+#: Output tokens of one session in one ``Decoded``.
+MAX_STEP_TOKENS: Final = 64
+#: Alternatives for each token; vLLM's default for ``--max-logprobs``.
+MAX_LOGPROBS: Final = 20
+#: Words, and their tokens together: VLLM_MAX_NUM_BAD_WORDS, VLLM_MAX_BAD_WORDS_TOTAL_TOKENS.
+MAX_BAD_WORDS: Final = 128
+MAX_BAD_WORDS_TOKENS: Final = 1024
+#: Token ids that end a text; models have a handful.
+MAX_STOP_TOKENS: Final = 1024
+#: Longest text of a reason or name, in characters.
+MAX_TEXT: Final = 4096
+
+Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_INT)]
+Nanoseconds = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Bytes = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+#: A session's number: random, chosen by the client.
+SessionId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+#: An index into the model's vocabulary; ``trust.check`` compares it with the vocabulary's size.
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INT, extra={"index": "vocabulary"})]
+#: JSON's and msgpack's numbers; minus infinity is a token that cannot come.
+Logprob = Annotated[float, Meta(le=1e-3, extra={"infinite": True})]
+Name = Annotated[str, Meta(max_length=1024)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+
+
+def clipped(text: str, limit: int = MAX_TEXT) -> str:
+    """The text, shortened to what a message may carry."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the receiver samples; every field means what vLLM's ``SamplingParams`` says.
@@ -69,44 +118,54 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     alternatives per token (None: none wanted).
     """
 
-    max_tokens: int
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    repetition_penalty: float = 1.0
+    max_tokens: Positive
+    min_tokens: Count = 0
+    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Count = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words_token_ids: list[list[int]] | None = None
-    eos_token_id: int | None = None
-    stop_token_ids: list[int] = []
-    logprobs: int | None = None
+    logit_bias: dict[TokenId, float] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    bad_words_token_ids: (
+        Annotated[
+            list[Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_BAD_WORDS_TOKENS)]],
+            Meta(max_length=MAX_BAD_WORDS),
+        ]
+        | None
+    ) = None
+    eos_token_id: TokenId | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] = []
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where a bulk transport listens. An empty host means: the control channel's host."""
+    """Where a bulk transport listens. The client takes the control connection's host, whatever
+    ``host`` says: workers connect nowhere else.
 
-    transport: str
-    host: str
-    port: int
+    ``nonce`` names this listener, so that a proof made for it is worth nothing elsewhere.
+    """
+
+    transport: Name
+    host: Name
+    port: Port
+    nonce: Annotated[bytes, Meta(max_length=64)] = b""
 
 
 # --- client to receiver -------------------------------------------------------------------
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """First message of a connection, and again after every reconnection."""
+    """First message of a connection."""
 
     protocol: int
     signature: ModelSignature
-    kv_dtype: str
-    token: str = ""
-    client: str = ""
-    engine: str = ""  # for people, e.g. "vllm 0.32.0"
+    kv_dtype: Name
+    client: Name = ""  # for people
+    engine: Name = ""  # for people, e.g. "vllm 0.32.0"
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
@@ -117,75 +176,83 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     token and sampling of their own, and expires if nobody does.
     """
 
-    session: int
-    request_id: str
-    prompt_token_ids: list[int]
+    session: SessionId
+    request_id: Name
+    prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)]
     sampling: Sampling
-    codec: str = "raw"
+    codec: Name = "raw"
     parked: bool = False
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
     """The first output token, sampled by vLLM. Decoding starts once the cache is complete."""
 
-    session: int
-    first_token: int
+    session: SessionId
+    first_token: TokenId
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Forget the session and free what it holds. Unknown sessions are ignored."""
 
-    session: int
-    reason: str = ""
+    session: SessionId
+    reason: Text = ""
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
     """Sent while the client is alive; a silent client's sessions are dropped."""
 
-    sent_ns: int
+    sent_ns: Nanoseconds
 
 
 # --- receiver to client -------------------------------------------------------------------
 
 
+class DataTicket(msgspec.Struct, frozen=True):
+    """What the client's workers show on the data channel: it belongs to this connection alone."""
+
+    client: Annotated[str, Meta(min_length=1, max_length=64)]
+    key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """The client may open sessions. ``receiver`` changes when the receiver restarts."""
 
-    receiver: str
-    model: str
-    engine: str  # e.g. "mlx 0.32.4"
-    endpoints: list[Endpoint]
-    max_tokens: int  # longest prompt + output that one session may have
-    codecs: list[str]
+    receiver: Name
+    model: Name
+    engine: Name  # e.g. "mlx 0.32.4"
+    endpoints: Annotated[list[Endpoint], Meta(max_length=16)]
+    ticket: DataTicket
+    max_tokens: Positive  # longest prompt + output that one session may have
+    codecs: Annotated[list[Name], Meta(max_length=64)]
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     """Answer to a Hello that cannot be served; ``reason`` names what differs and what to do."""
 
-    code: str
-    reason: str
+    code: Code
+    reason: Text
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
     """The session's memory is reserved. ``prefix_tokens`` are held already: do not send them."""
 
-    session: int
-    prefix_tokens: int = 0
+    session: SessionId
+    prefix_tokens: Count = 0
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """The session is not accepted; the client decodes it itself."""
 
-    session: int
-    code: str
-    reason: str
+    session: SessionId
+    code: Code
+    reason: Text
 
 
 class Complete(msgspec.Struct, frozen=True, tag="complete"):
     """Every (layer, token, head) of the session's cache is resident."""
 
-    session: int
-    kv_bytes: int
+    session: SessionId
+    kv_bytes: Bytes
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -195,9 +262,9 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     order. ``rank`` is the sampled token's rank among the vocabulary, 1 for the likeliest.
     """
 
-    token_ids: list[int]
-    values: list[float]
-    rank: int
+    token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_LOGPROBS + 1)]
+    values: Annotated[list[Logprob], Meta(min_length=1, max_length=MAX_LOGPROBS + 1)]
+    rank: Positive
 
 
 class Decoded(msgspec.Struct, frozen=True, array_like=True):
@@ -207,35 +274,39 @@ class Decoded(msgspec.Struct, frozen=True, array_like=True):
     the receiver is 1. ``finish`` is "" while the text goes on, else "stop" or "length".
     """
 
-    session: int
-    position: int
-    token_ids: list[int]
-    finish: str = ""
-    stop_reason: int | None = None
-    logprobs: list[Logprobs] | None = None
+    session: SessionId
+    position: Count
+    token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STEP_TOKENS)]
+    finish: Literal["", "stop", "length"] = ""
+    stop_reason: TokenId | None = None
+    logprobs: Annotated[list[Logprobs], Meta(max_length=MAX_STEP_TOKENS)] | None = None
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
     """What one decode step produced for this client's sessions."""
 
-    decoded: list[Decoded]
+    decoded: Annotated[list[Decoded], Meta(max_length=MAX_ROWS)]
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The receiver gave the session up and has freed it."""
 
-    session: int
-    code: str
-    reason: str
+    session: SessionId
+    code: Code
+    reason: Text
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):
-    """One session as the receiver sees it. ``state`` is receiving, waiting, decoding."""
+    """One session as the receiver sees it.
 
-    session: int
-    state: str
-    kv_bytes: int
-    tokens: int
+    ``receiving``: its cache is incomplete; ``waiting``: for Start; ``queued``: for room in the
+    batch; ``decoding``: in it.
+    """
+
+    session: SessionId
+    state: Literal["receiving", "waiting", "queued", "decoding", "ended"]
+    kv_bytes: Bytes
+    tokens: Count
 
 
 class Status(msgspec.Struct, frozen=True, tag="status"):
@@ -245,11 +316,11 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     that the client can put both sides' times on one axis.
     """
 
-    ping_ns: int
-    clock_ns: int
+    ping_ns: Nanoseconds
+    clock_ns: Nanoseconds
     accepting: bool
-    free_bytes: int
-    sessions: list[Progress]
+    free_bytes: Bytes
+    sessions: Annotated[list[Progress], Meta(max_length=MAX_ROWS)]
 
 
 ClientMessage = Hello | Open | Start | Cancel | Ping

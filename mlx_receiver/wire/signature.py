@@ -7,12 +7,17 @@ transformers, which moves and renames keys), so the builder normalises spellings
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 #: Architectures whose layers all keep plain K and V of every token, K after RoPE.
 PLAIN_KV_ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
+
+
+_Text = Annotated[str, Meta(max_length=1024)]
+_Size = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class ModelSignature(msgspec.Struct, frozen=True):
@@ -21,14 +26,14 @@ class ModelSignature(msgspec.Struct, frozen=True):
     ``rope`` holds the rotary parameters as sorted ``(name, value)`` pairs in text form.
     """
 
-    model_type: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-    hidden_size: int
-    vocab_size: int
-    rope: list[tuple[str, str]]
-    sliding_window: int | None = None
+    model_type: _Text
+    layers: _Size
+    kv_heads: _Size
+    head_dim: _Size
+    hidden_size: _Size
+    vocab_size: _Size
+    rope: Annotated[list[tuple[_Text, _Text]], Meta(max_length=64)]
+    sliding_window: _Size | None = None
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of K and V that one token takes, all layers, at ``itemsize`` bytes a value."""

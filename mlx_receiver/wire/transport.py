@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mlx_receiver.wire.frames import DataHello, DataReply, Header
-from mlx_receiver.wire.messages import Endpoint
+from mlx_receiver.wire.frames import DataReply, Header
+from mlx_receiver.wire.messages import DataTicket, Endpoint
 
 
 class TransportError(ConnectionError):
@@ -35,23 +35,25 @@ class Landing:
 class BlockSink(Protocol):
     """The receiver's side of a transport: who may send, and where blocks go.
 
-    Called from the transport's own threads, several at once.
+    Called from the transport's own threads, several at once. ``client`` is whose ticket the
+    connection has shown (``DataTicket.client``): a client reaches its own sessions only.
     """
 
-    def authenticate(self, hello: DataHello) -> None:
-        """Raise WireError (``credentials``) to close the connection."""
+    def data_key(self, client: str) -> bytes:
+        """The key of a client's ticket. Raises WireError (``credentials``) for an unknown client,
+        which closes the connection."""
 
-    def attach(self, session: int, reply: Callable[[DataReply], None]) -> None:
+    def attach(self, client: str, session: int, reply: Callable[[DataReply], None]) -> None:
         """Call ``reply`` once it is known whether the session may receive blocks."""
 
-    def detached(self, session: int) -> None:
+    def detached(self, client: str, session: int) -> None:
         """The connection on which the session was attached is gone, where the transport can tell
         (``zmq`` cannot: there the sender's side notices, and the receiver's own clock)."""
 
-    def landing(self, header: Header) -> Landing:
+    def landing(self, client: str, header: Header) -> Landing:
         """Memory for a block. Raises WireError; the payload is then read and thrown away."""
 
-    def rejected(self, header: Header, code: str, reason: str) -> None:
+    def rejected(self, client: str, header: Header, code: str, reason: str) -> None:
         """A block of the session was refused after its header was read."""
 
 
@@ -94,8 +96,9 @@ class Transport(Protocol):
     def listen(self, host: str, port: int, sink: BlockSink) -> Listener:
         """Listen on ``host:port`` (0: any free port). Raises OSError when it cannot."""
 
-    def connect(self, endpoint: Endpoint, hello: DataHello, timeout: float) -> Sender:
+    def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
         """Connect within ``timeout`` seconds, which also bounds a stalled ``send``.
 
-        Raises TransportError naming the address.
+        Raises TransportError naming the address, also for a receiver that cannot prove that it
+        gave the ticket: it gets nothing.
         """
