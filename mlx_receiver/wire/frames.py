@@ -28,6 +28,9 @@ from mlx_receiver.wire.messages import (
 
 MAGIC: Final = b"MDKV"
 
+#: Largest number of a session (``messages.SessionId``).
+MAX_SESSION: Final = 2**63 - 1
+
 #: Largest payload of one frame, in bytes. Senders split; a larger one is refused unread.
 MAX_PAYLOAD: Final = 64 << 20
 
@@ -148,6 +151,8 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         raise WireError(
             E_PROTOCOL, f"a bulk frame of protocol {version}, this side speaks {PROTOCOL_VERSION}"
         )
+    if session > MAX_SESSION:
+        raise WireError(E_PROTOCOL, f"a bulk frame of session {session}, which no client can open")
     if payload > MAX_PAYLOAD:
         raise WireError(E_PROTOCOL, f"a bulk frame of {payload} bytes is over {MAX_PAYLOAD}")
     try:

@@ -1,0 +1,73 @@
+"""What is fuzzed: for each target how its inputs are drawn, and what must hold for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from mlx_receiver.wire import frames
+from mlx_receiver.wire import messages as m
+from tests.fuzz import decoders
+
+
+@dataclass(frozen=True)
+class Target:
+    """``check`` looks at one drawn input and returns how many cases it made of it.
+
+    ``share`` is the target's part of a long run's cases, ``examples`` what a short run draws.
+    """
+
+    drawn: st.SearchStrategy[Any]
+    check: Callable[[Any], int]
+    share: int
+    examples: int
+
+
+TARGETS = {
+    "client messages": Target(
+        decoders.tagged(get_args(m.ClientMessage)), decoders.client_messages, 4, 25
+    ),
+    "receiver messages": Target(
+        decoders.tagged(get_args(m.ReceiverMessage)), decoders.receiver_messages, 4, 25
+    ),
+    "data payloads": Target(
+        decoders.tagged(
+            (frames.DataHello, frames.DataChallenge, frames.DataProof, frames.DataReply)
+        ),
+        decoders.data_payloads,
+        1,
+        20,
+    ),
+    "headers": Target(decoders.header_fields, decoders.headers, 1, 60),
+}
+
+
+def fuzz(name: str, examples: int, seed: int | None = None) -> int:
+    """Draw inputs for a target and check them; how many cases that were.
+
+    Raises what the check raises for the smallest input that was found.
+    """
+    target, cases = TARGETS[name], 0
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(target.drawn)
+    def check(drawn: Any) -> None:
+        nonlocal cases
+        cases += target.check(drawn)
+
+    _seeded(check, seed)()
+    return cases
+
+
+def _seeded(check: Callable[[], None], number: int | None) -> Callable[[], None]:
+    return check if number is None else seed(number)(check)
