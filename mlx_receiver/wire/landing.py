@@ -25,16 +25,16 @@ class Lander:
         self._sink = sink
         self._scratch: memoryview | None = None
 
-    def land(self, header: Header, fill: Fill) -> None:
+    def land(self, client: str, header: Header, fill: Fill) -> None:
         """Have ``fill`` write the block where it belongs and commit it.
 
         A block that the sink refuses is read and thrown away, so that the next one can follow.
         What ``fill`` raises passes through, after the landing was aborted.
         """
         try:
-            landing = self._sink.landing(header)
+            landing = self._sink.landing(client, header)
         except WireError as error:
-            self._sink.rejected(header, error.code, error.reason)
+            self._sink.rejected(client, header, error.code, error.reason)
             landing = Landing(self._discard(header.payload_bytes))
         try:
             fill(header, landing.buffers)
@@ -47,7 +47,7 @@ class Lander:
                 raise WireError(E_BLOCK, f"{header.describe()}: the checksum does not match")
             landing.commit()
         except WireError as error:
-            self._sink.rejected(header, error.code, error.reason)
+            self._sink.rejected(client, header, error.code, error.reason)
 
     def _discard(self, count: int) -> list[memoryview]:
         if self._scratch is None:

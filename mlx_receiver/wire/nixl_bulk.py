@@ -25,9 +25,10 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from mlx_receiver.wire.frames import DataHello, DataReply, Header, Kind, decode_reply
-from mlx_receiver.wire.messages import E_PROTOCOL, Endpoint, WireError
-from mlx_receiver.wire.tcp import BackChannel, TcpListener, TcpSender, dial
+from mlx_receiver.wire.frames import DataReply, Header, Kind, decode_reply
+from mlx_receiver.wire.messages import E_PROTOCOL, DataTicket, Endpoint, WireError
+from mlx_receiver.wire.tcp import TcpSender, dial
+from mlx_receiver.wire.tcp_listener import BackChannel, TcpListener
 from mlx_receiver.wire.transport import BlockSink, Listener, Sender, TransportError
 
 SLOT_BYTES: Final = 2 << 20
@@ -304,6 +305,6 @@ class NixlTransport:
         """See ``transport.Transport.listen``."""
         return TcpListener(host, port, sink, name="nixl", carrier=NixlCarrier)
 
-    def connect(self, endpoint: Endpoint, hello: DataHello, timeout: float) -> Sender:
+    def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
         """See ``transport.Transport.connect``."""
-        return NixlSender(TcpSender(*dial(endpoint, hello, timeout)), timeout)
+        return NixlSender(TcpSender(*dial(endpoint, ticket, timeout)), timeout)

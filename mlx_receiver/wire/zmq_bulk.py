@@ -3,8 +3,12 @@
 ZeroMQ counts messages, not bytes, and queues without telling; so the receiver returns one CREDIT
 for each frame that has landed, and a sender has at most WINDOW_BYTES and WINDOW_FRAMES on the way.
 
-Credentials are ZeroMQ's own PLAIN handshake: whoever does not know the token never gets a message
-through. They travel in the clear, as on every transport here.
+Credentials are ZeroMQ's own PLAIN handshake: the client's name, and a proof that it knows its
+ticket's key, made for this listener (``Endpoint.nonce``). Whoever was never given a ticket gets no
+message through, and ZeroMQ marks each message with the client whose connection it came on. What it
+does not prove: that the receiver is the right one, which hears nothing but proofs for itself yet
+gets the blocks; and that nobody listened, for a proof that was overheard on this network is good
+until the listener ends. ``tcp`` proves both.
 
 Messages: a frame is ``[header, payload part, ...]`` one way, ``[header]`` (CREDIT) or
 ``[header, DataReply]`` (REPLY) the other. ``[text]`` from the receiver is its farewell: the
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hmac
 import logging
 import socket
 import threading
@@ -30,7 +35,6 @@ from zmq.utils.monitor import parse_monitor_message
 from mlx_receiver.wire.frames import (
     HEADER_BYTES,
     MAX_PAYLOAD,
-    DataHello,
     DataReply,
     Header,
     Kind,
@@ -38,8 +42,15 @@ from mlx_receiver.wire.frames import (
     unpack,
     unpack_client,
 )
+from mlx_receiver.wire.keys import new_nonce, proof
 from mlx_receiver.wire.landing import Lander, scatter
-from mlx_receiver.wire.messages import E_PROTOCOL, Endpoint, WireError
+from mlx_receiver.wire.messages import (
+    E_CREDENTIALS,
+    E_PROTOCOL,
+    DataTicket,
+    Endpoint,
+    WireError,
+)
 from mlx_receiver.wire.transport import BlockSink, Listener, Sender, TransportError
 
 logger = logging.getLogger(__name__)
@@ -50,9 +61,6 @@ WINDOW_FRAMES: Final = 64
 
 #: Send buffers are multiples of this many bytes.
 _ROUND: Final = 256 << 10
-
-#: ZeroMQ refuses an empty password, and a receiver without a token is one that has an empty one.
-_TOKEN_PREFIX: Final = b"token "
 
 _DOMAIN: Final = b"mac-decode"
 _HANDSHAKE_MS: Final = 5000
@@ -70,7 +78,7 @@ _LOST: Final = (
 class ZmqSender:
     """A vLLM worker's bulk connection. ``replies`` may be called while ``send`` waits."""
 
-    def __init__(self, endpoint: Endpoint, hello: DataHello, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> None:
         self._peer = f"{endpoint.host}:{endpoint.port}"
         self._timeout = timeout
         self._lock = threading.RLock()
@@ -86,7 +94,7 @@ class ZmqSender:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._events, zmq.POLLIN)
         try:
-            self._connect(endpoint, hello)
+            self._connect(endpoint, ticket)
         except (zmq.ZMQError, ValueError) as error:
             self.close()
             raise TransportError(f"cannot reach {self._peer}: {error}") from None
@@ -94,7 +102,7 @@ class ZmqSender:
             self.close()
             raise
 
-    def _connect(self, endpoint: Endpoint, hello: DataHello) -> None:
+    def _connect(self, endpoint: Endpoint, ticket: DataTicket) -> None:
         milliseconds = int(1000 * self._timeout)
         set_option = self._socket.setsockopt
         set_option(zmq.LINGER, 0)
@@ -104,8 +112,8 @@ class ZmqSender:
         set_option(zmq.MAXMSGSIZE, HEADER_BYTES + MAX_PAYLOAD)
         set_option(zmq.HEARTBEAT_IVL, max(100, milliseconds // 2))
         set_option(zmq.HEARTBEAT_TIMEOUT, max(200, milliseconds))
-        set_option(zmq.PLAIN_USERNAME, hello.client.encode()[:255] or b"-")
-        set_option(zmq.PLAIN_PASSWORD, _TOKEN_PREFIX + hello.token.encode())
+        set_option(zmq.PLAIN_USERNAME, ticket.client.encode())
+        set_option(zmq.PLAIN_PASSWORD, _password(ticket.key, endpoint.nonce))
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         self._socket.connect(f"tcp://{host}:{endpoint.port}")
         until = time.monotonic() + self._timeout
@@ -233,6 +241,7 @@ class ZmqListener:
     def __init__(self, host: str, port: int, sink: BlockSink) -> None:
         self._sink = sink
         self._host = host
+        self._nonce = new_nonce()
         self._lander = Lander(sink)
         self._refused: deque[bytes] = deque(maxlen=_MAX_REFUSED)
         self._outbox: deque[tuple[bytes, DataReply]] = deque()
@@ -271,7 +280,7 @@ class ZmqListener:
     def endpoint(self) -> Endpoint:
         """Where it listens; an unspecified host is announced as the control channel's."""
         host = "" if self._host in ("", "0.0.0.0", "::") else self._host
-        return Endpoint(transport="zmq", host=host, port=self._port)
+        return Endpoint(transport="zmq", host=host, port=self._port, nonce=self._nonce)
 
     def close(self) -> None:
         """See ``transport.Listener.close``."""
@@ -315,18 +324,22 @@ class ZmqListener:
             self._wake_read.close()
 
     def _admit(self, request: list[bytes]) -> None:
-        """Answer a handshake (ZeroMQ RFC 27): the password is the token."""
-        version, number, _, _, _, mechanism, *credentials = request
-        status, text = b"400", b"wrong or missing token"
-        if mechanism == b"PLAIN" and len(credentials) == 2:
-            client, token = (part.decode(errors="replace") for part in credentials)
-            hello = DataHello(token=token.removeprefix(_TOKEN_PREFIX.decode()), client=client)
-            try:
-                self._sink.authenticate(hello)
-                status, text = b"200", b"OK"
-            except WireError as error:
-                logger.warning("bulk connection from %s closed: %s", client, error)
-        self._doorman.send_multipart([version, number, status, text, b"", b""])
+        """Answer a handshake (ZeroMQ RFC 27)."""
+        version, number, _, peer, _, mechanism, *credentials = request
+        status, text, client = b"400", b"no ticket", b""
+        try:
+            if mechanism != b"PLAIN" or len(credentials) != 2:
+                raise WireError(E_CREDENTIALS, "it shows no ticket")
+            client, given = credentials
+            key = self._sink.data_key(client.decode())
+            if not hmac.compare_digest(given, _password(key, self._nonce)):
+                raise WireError(E_CREDENTIALS, "it does not know the ticket's key")
+            status, text = b"200", b"OK"
+        except (WireError, UnicodeDecodeError) as error:
+            logger.warning(
+                "bulk connection from %s closed: %s", peer.decode(errors="replace"), error
+            )
+        self._doorman.send_multipart([version, number, status, text, client, b""])
 
     def _receive(self) -> None:
         """Land one message, so that handshakes and replies get their turn in between."""
@@ -335,7 +348,9 @@ class ZmqListener:
         if identity in self._refused:
             return
         try:
-            self._take(identity, [frame.buffer for frame in frames])
+            # Of whoever proved itself on this connection; the identity is what a peer says it is.
+            client = str(frames[0].get("User-Id")) if frames else ""
+            self._take(identity, client, [frame.buffer for frame in frames])
         except (WireError, TransportError) as error:
             # The connection cannot be closed from here; it gets no credits any more.
             logger.warning("bulk connection closed: %s", error)
@@ -343,16 +358,16 @@ class ZmqListener:
             text = str(error).encode()
             self._post(identity, text if len(text) != HEADER_BYTES else text + b".")
 
-    def _take(self, peer: bytes, parts: list[memoryview]) -> None:
+    def _take(self, peer: bytes, client: str, parts: list[memoryview]) -> None:
         if not parts or parts[0].nbytes != HEADER_BYTES:
             raise WireError(E_PROTOCOL, "a message without a header")
         header, payload = unpack_client(parts[0]), parts[1:]
         if sum(part.nbytes for part in payload) != header.payload_bytes:
             raise WireError(E_PROTOCOL, f"{header.describe()}: the payload has another size")
         if header.kind is Kind.ATTACH:
-            self._sink.attach(header.session, lambda message: self._reply(peer, message))
+            self._sink.attach(client, header.session, lambda message: self._reply(peer, message))
         else:
-            self._lander.land(header, lambda _, buffers: scatter(payload, buffers))
+            self._lander.land(client, header, lambda _, buffers: scatter(payload, buffers))
         self._post(peer, Header(Kind.CREDIT, header.session, 0).pack())
 
     def _reply(self, peer: bytes, message: DataReply) -> None:
@@ -368,6 +383,11 @@ class ZmqListener:
                 raise
 
 
+def _password(key: bytes, nonce: bytes) -> bytes:
+    """What a client shows to the listener of that nonce; PLAIN's is a text of 255 bytes at most."""
+    return proof(key, "client", nonce).hex().encode()
+
+
 class ZmqTransport:
     """See ``transport.Transport``."""
 
@@ -377,6 +397,6 @@ class ZmqTransport:
         """See ``transport.Transport.listen``."""
         return ZmqListener(host, port, sink)
 
-    def connect(self, endpoint: Endpoint, hello: DataHello, timeout: float) -> Sender:
+    def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
         """See ``transport.Transport.connect``."""
-        return ZmqSender(endpoint, hello, timeout)
+        return ZmqSender(endpoint, ticket, timeout)

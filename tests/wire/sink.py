@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mlx_receiver.wire.frames import DataHello, DataReply, Header, Kind, Plane
-from mlx_receiver.wire.messages import E_CREDENTIALS, E_SESSION, WireError
+from mlx_receiver.wire.frames import DataReply, Header, Kind, Plane
+from mlx_receiver.wire.keys import new_ticket
+from mlx_receiver.wire.messages import E_CREDENTIALS, E_SESSION, DataTicket, WireError
 from mlx_receiver.wire.transport import Landing
 
-TOKEN = "the right one"
+#: Two clients that every ``MemorySink`` knows.
+TICKET, OTHER = new_ticket(), new_ticket()
 
 #: Sessions that ``MemorySink`` refuses, at once and only when asked again.
 REFUSED, LATER = 404, 202
@@ -22,10 +24,14 @@ REFUSED, LATER = 404, 202
 class MemorySink:
     """Keeps what lands. Closing ``gate`` makes it slow."""
 
+    clients: list[DataTicket] = field(default_factory=lambda: [TICKET, OTHER])
     landed: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    #: Which client's block it was.
+    owners: dict[tuple[int, int], str] = field(default_factory=dict)
     order: list[tuple[int, int]] = field(default_factory=list)
     refusals: list[tuple[int, str]] = field(default_factory=list)
-    detachments: list[int] = field(default_factory=list)
+    attachments: list[tuple[str, int]] = field(default_factory=list)
+    detachments: list[tuple[str, int]] = field(default_factory=list)
     aborted: int = 0
     pending: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
@@ -34,11 +40,15 @@ class MemorySink:
     def __post_init__(self) -> None:
         self.gate.set()
 
-    def authenticate(self, hello: DataHello) -> None:
-        if hello.token != TOKEN:
-            raise WireError(E_CREDENTIALS, "wrong token")
+    def data_key(self, client: str) -> bytes:
+        for ticket in self.clients:
+            if ticket.client == client:
+                return ticket.key
+        raise WireError(E_CREDENTIALS, "nobody knows this client")
 
-    def attach(self, session: int, reply: Callable[[DataReply], None]) -> None:
+    def attach(self, client: str, session: int, reply: Callable[[DataReply], None]) -> None:
+        with self.lock:
+            self.attachments.append((client, session))
         if session == REFUSED:
             reply(DataReply(session, False, E_SESSION, "not here"))
         elif session == LATER:
@@ -46,11 +56,11 @@ class MemorySink:
         else:
             reply(DataReply(session, True))
 
-    def detached(self, session: int) -> None:
+    def detached(self, client: str, session: int) -> None:
         with self.lock:
-            self.detachments.append(session)
+            self.detachments.append((client, session))
 
-    def landing(self, header: Header) -> Landing:
+    def landing(self, client: str, header: Header) -> Landing:
         self.gate.wait()
         if header.session == REFUSED:
             raise WireError(E_SESSION, "not here")
@@ -63,6 +73,7 @@ class MemorySink:
             with self.lock:
                 key = (header.session, header.layer)
                 self.landed[key] = b"".join(rows)
+                self.owners[key] = client
                 self.order.append(key)
                 self.pending -= 1
 
@@ -73,7 +84,7 @@ class MemorySink:
 
         return Landing([memoryview(row) for row in rows], commit, abort)
 
-    def rejected(self, header: Header, code: str, reason: str) -> None:
+    def rejected(self, client: str, header: Header, code: str, reason: str) -> None:
         with self.lock:
             self.refusals.append((header.session, code))
 

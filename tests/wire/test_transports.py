@@ -14,27 +14,30 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from xxhash import xxh3_64_intdigest
 
 from mlx_receiver.wire import hooks
-from mlx_receiver.wire.frames import MAX_PAYLOAD, DataHello, DataReply, Header, Kind
-from mlx_receiver.wire.messages import E_BLOCK, E_SESSION
+from mlx_receiver.wire.frames import MAX_PAYLOAD, DataReply, Header, Kind
+from mlx_receiver.wire.keys import new_nonce, new_ticket
+from mlx_receiver.wire.messages import E_BLOCK, E_SESSION, DataTicket
 from mlx_receiver.wire.transport import Listener, Sender, Transport, TransportError
-from tests.wire.sink import LATER, REFUSED, TOKEN, Forged, MemorySink, make_block
+from tests.wire.sink import LATER, OTHER, REFUSED, TICKET, Forged, MemorySink, make_block
 
 TIMEOUT = 3.0
 
 _SENDS_FOREVER = """
 import sys
 from mlx_receiver.wire import hooks
-from mlx_receiver.wire.frames import DataHello
-from mlx_receiver.wire.messages import Endpoint
-from tests.wire.sink import TOKEN, make_block
-name, port = sys.argv[1:]
-sender = hooks.transport(name).connect(
-    Endpoint(name, "127.0.0.1", int(port)), DataHello(TOKEN, "doomed"), 5.0
+import msgspec
+from mlx_receiver.wire.messages import DataTicket, Endpoint
+from tests.wire.sink import make_block
+endpoint, ticket = (
+    msgspec.json.decode(text, type=kind)
+    for text, kind in zip(sys.argv[1:], (Endpoint, DataTicket))
 )
+sender = hooks.transport(endpoint.transport).connect(endpoint, ticket, 5.0)
 header, rows = make_block(1, 0, heads=8, tokens=4096, head_dim=128)
 while True:
     sender.send(header, rows)
@@ -68,11 +71,11 @@ def listener(transport: Transport, sink: MemorySink) -> Iterator[Listener]:
 
 @pytest.fixture
 def connect(transport: Transport, listener: Listener) -> Iterator[Any]:
-    """``connect(token=..., timeout=...)``: a sender that is closed at the end."""
+    """``connect(ticket, timeout=...)``: a sender that is closed at the end."""
     senders: list[Sender] = []
 
-    def made(token: str = TOKEN, timeout: float = 30.0) -> Sender:
-        senders.append(transport.connect(listener.endpoint, DataHello(token, "test"), timeout))
+    def made(ticket: DataTicket = TICKET, timeout: float = 30.0) -> Sender:
+        senders.append(transport.connect(listener.endpoint, ticket, timeout))
         return senders[-1]
 
     yield made
@@ -148,7 +151,7 @@ def test_sessions_hear_of_their_connections_end(
     answers(leaves, 2)
     answers(stays, 1)
     leaves.close()
-    sink.wait(lambda: sorted(sink.detachments) == [1, 2])
+    sink.wait(lambda: sorted(sink.detachments) == [(TICKET.client, 1), (TICKET.client, 2)])
 
 
 def test_several_senders_at_once(connect: Any, sink: MemorySink) -> None:
@@ -242,15 +245,37 @@ def test_a_checksum_is_compared(connect: Any, sink: MemorySink) -> None:
     assert sink.aborted == 1 and sink.pending == 0
 
 
-def test_a_wrong_token_is_refused(connect: Any, sink: MemorySink) -> None:
-    with pytest.raises(TransportError):
-        sender = connect(token="another", timeout=TIMEOUT)
+@pytest.mark.parametrize("wrong", ["client", "key"])
+def test_a_wrong_ticket_is_refused(connect: Any, sink: MemorySink, wrong: str) -> None:
+    ticket = msgspec.structs.replace(TICKET, **{wrong: getattr(new_ticket(), wrong)})
+    with pytest.raises(TransportError, match=r"127\.0\.0\.1:"):
+        sender = connect(ticket, timeout=TIMEOUT)
         sender.send(*make_block(1, 0))
         raise until_refused(sender, TIMEOUT)
     sender = connect()
     sender.send(*make_block(1, 1))
     sink.wait(lambda: bool(sink.landed))
     assert list(sink.landed) == [(1, 1)]
+
+
+def test_a_proof_for_another_listener_is_worth_nothing(
+    transport: Transport, listener: Listener, sink: MemorySink
+) -> None:
+    if transport.name != "zmq":
+        pytest.skip("elsewhere a proof is for one connection")
+    endpoint = msgspec.structs.replace(listener.endpoint, nonce=new_nonce())
+    with pytest.raises(TransportError, match="refused the credentials"):
+        transport.connect(endpoint, TICKET, TIMEOUT)
+
+
+def test_the_sink_hears_whose_frames_they_are(connect: Any, sink: MemorySink) -> None:
+    for ticket, session in ((TICKET, 1), (OTHER, 2)):
+        sender = connect(ticket)
+        sender.send(Header(Kind.ATTACH, session, 0))
+        sender.send(*make_block(session, 0))
+    sink.wait(lambda: len(sink.landed) == 2)
+    assert sink.owners == {(1, 0): TICKET.client, (2, 0): OTHER.client}
+    assert sorted(sink.attachments) == sorted([(TICKET.client, 1), (OTHER.client, 2)])
 
 
 def _forgeries() -> dict[str, tuple[Any, list[memoryview]]]:
@@ -308,10 +333,10 @@ def test_a_receiver_that_takes_nothing(connect: Any, sink: MemorySink) -> None:
 
 
 def test_a_sender_that_dies_inside_a_frame(
-    connect: Any, sink: MemorySink, transport: Transport, listener: Listener
+    connect: Any, sink: MemorySink, listener: Listener
 ) -> None:
-    port = str(listener.endpoint.port)
-    command = [sys.executable, "-c", _SENDS_FOREVER, transport.name, port]
+    told = [msgspec.json.encode(what).decode() for what in (listener.endpoint, TICKET)]
+    command = [sys.executable, "-c", _SENDS_FOREVER, *told]
     with subprocess.Popen(command) as doomed:
         sink.wait(lambda: len(sink.order) >= 3, seconds=60)
         doomed.kill()
@@ -329,7 +354,7 @@ def test_nobody_is_there(transport: Transport) -> None:
         listener.close()
         began = time.monotonic()
         with pytest.raises(TransportError, match=f"127.0.0.1:{endpoint.port}"):
-            transport.connect(endpoint, DataHello(TOKEN), TIMEOUT)
+            transport.connect(endpoint, TICKET, TIMEOUT)
         assert time.monotonic() - began < TIMEOUT + 5
 
 
