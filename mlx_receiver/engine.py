@@ -15,7 +15,14 @@ from typing import Any, Final, Protocol
 
 from mlx_receiver.metrics import Metrics
 from mlx_receiver.model import LoadedModel, ModelSource, Progress, load_model
-from mlx_receiver.wire.messages import E_INTERNAL, E_SHUTDOWN, Logprobs, Sampling
+from mlx_receiver.wire.messages import (
+    E_INTERNAL,
+    E_SHUTDOWN,
+    Code,
+    FinishReason,
+    Logprobs,
+    Sampling,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +47,7 @@ class Output:
     job: Job
     position: int
     token_ids: list[int]
-    finish: str = ""
+    finish: FinishReason = ""
     stop_reason: int | None = None
     logprobs: list[Logprobs] | None = None
 
@@ -51,7 +58,7 @@ class Sink(Protocol):
     def decoded(self, outputs: list[Output]) -> None:
         """What one step gave this sink's jobs. A job whose output has a ``finish`` is over."""
 
-    def failed(self, job: Job, code: str, reason: str) -> None:
+    def failed(self, job: Job, code: Code, reason: str) -> None:
         """The job is over without a result."""
 
 
@@ -394,7 +401,7 @@ class DecodeEngine:
         if len(batch):
             mx.async_eval(batch._next_tokens)
 
-    def _fail(self, job: Job, code: str, reason: str) -> None:
+    def _fail(self, job: Job, code: Code, reason: str) -> None:
         if job._over:
             return
         job._over = True

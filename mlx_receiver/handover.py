@@ -7,14 +7,16 @@ from collections.abc import Callable
 
 from mlx_receiver.engine import DecodeEngine, Job, Output
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.sampling import check_sampling
+from mlx_receiver.sampling import check_bad_words
 from mlx_receiver.session import Session, State
 from mlx_receiver.store import SessionStore
+from mlx_receiver.wire import trust
 from mlx_receiver.wire.messages import (
     E_CAPACITY,
     E_SESSION,
     E_UNSUPPORTED,
     Cancel,
+    Code,
     Complete,
     Decoded,
     Failed,
@@ -27,6 +29,7 @@ from mlx_receiver.wire.messages import (
     Status,
     Step,
     WireError,
+    clipped,
 )
 from mlx_receiver.wire.stopping import check_stop
 
@@ -36,7 +39,9 @@ Post = Callable[[ReceiverMessage], None]
 class Client:
     """A welcomed vLLM, and the engine's sink for its jobs: one Step message a decode step."""
 
-    def __init__(self, name: str, kv_dtype: str, post: Post, handover: Handover) -> None:
+    def __init__(self, id: str, name: str, kv_dtype: str, post: Post, handover: Handover) -> None:
+        #: Its ticket's; "" for one that has no data channel.
+        self.id = id
         self.name = name
         self.kv_dtype = kv_dtype
         self.post = post
@@ -65,7 +70,7 @@ class Client:
         if decoded:
             self.post(Step(decoded))
 
-    def failed(self, job: Job, code: str, reason: str) -> None:
+    def failed(self, job: Job, code: Code, reason: str) -> None:
         """See ``engine.Sink.failed``."""
         session = self.jobs.pop(job, None)
         if session is not None:
@@ -88,21 +93,15 @@ class Handover:
         source = self._engine.source
         try:
             tokens = len(message.prompt_token_ids)
-            if not 0 <= message.session < 1 << 63:
-                raise WireError(E_SESSION, f"session {message.session} is not below 2**63")
             if message.codec != "raw":
                 raise WireError(E_UNSUPPORTED, f"codec {message.codec!r} (known: raw)")
-            if not tokens:
-                raise WireError(E_UNSUPPORTED, "the prompt is empty")
             if tokens >= source.max_tokens:
                 raise WireError(
                     E_CAPACITY,
                     f"a prompt of {tokens} tokens fills the model's {source.max_tokens}",
                 )
-            vocab = source.signature.vocab_size
-            if not 0 <= min(message.prompt_token_ids) <= max(message.prompt_token_ids) < vocab:
-                raise WireError(E_UNSUPPORTED, f"a prompt token is not below {vocab}")
-            check_sampling(message.sampling, vocab)
+            trust.check(message, source.signature.vocab_size, E_UNSUPPORTED)
+            check_bad_words(message.sampling)
             self.store.open(message, client, client.kv_dtype)
         except WireError:
             self._metrics.sessions.labels("refused").inc()
@@ -111,12 +110,7 @@ class Handover:
     def start(self, client: Client, message: Start) -> None:
         """Note the first token and decode once the cache is complete. Raises WireError."""
         session = self._own(client, message.session)
-        vocab = self._engine.source.signature.vocab_size
-        if not 0 <= message.first_token < vocab:
-            raise WireError(
-                E_UNSUPPORTED,
-                f"first token {message.first_token} is not below {vocab}",
-            )
+        trust.check(message, self._engine.source.signature.vocab_size, E_UNSUPPORTED)
         if session.begin(first_token=message.first_token):
             self._decode(session)
 
@@ -138,7 +132,7 @@ class Handover:
         """
         session = self.store.get(session_id)
         if session is not None and session.prompt_token_ids == prompt_token_ids:
-            client = Client("http", session.kv_dtype, post, self)
+            client = Client("", "http", session.kv_dtype, post, self)
             if self.store.adopt(session, client, sampling):
                 return client
         raise WireError(E_SESSION, "no such session is parked here: it is unknown or has expired")
@@ -151,6 +145,7 @@ class Handover:
         for session in self.store.sessions():
             if session.opener is client:
                 self._abandon(session)
+        self.store.dismiss(client.id)
         return len(sessions)
 
     def status(self, client: Client, ping_ns: int) -> Status:
@@ -179,11 +174,11 @@ class Handover:
         if session.begin(announced=True):
             self._decode(session)
 
-    def failed(self, session: Session, code: str, reason: str) -> None:
+    def failed(self, session: Session, code: Code, reason: str) -> None:
         """See ``SessionEvents.failed``."""
         self._cancel_job(_client(session), session)
         for client in _clients(session):
-            client.post(Failed(session.id, code, reason))
+            client.post(Failed(session.id, code, clipped(reason)))
 
     def progressed(self, session: Session, output: Output) -> None:
         """Account for a decoded token; called on the decoding thread."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mlx_receiver.engine import DecodeEngine, Job, Output
 from mlx_receiver.model import ModelSource
 from mlx_receiver.sampling import check_sampling
-from mlx_receiver.wire.messages import E_UNSUPPORTED, Sampling, WireError
+from mlx_receiver.wire.messages import E_UNSUPPORTED, Code, Sampling, WireError
 
 
 def check_job(source: ModelSource, prompt: Sequence[int], sampling: Sampling) -> None:
@@ -53,7 +53,7 @@ class LocalJob:
         for output in outputs:
             self._results.put(output)
 
-    def failed(self, _job: Job, code: str, reason: str) -> None:
+    def failed(self, _job: Job, code: Code, reason: str) -> None:
         """See ``engine.Sink.failed``."""
         self._results.put(WireError(code, reason))
 

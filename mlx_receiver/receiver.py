@@ -54,7 +54,6 @@ class Receiver:
             self.source.adapter,
             self.source.signature,
             max_sessions=settings.max_sessions,
-            token=settings.token,
             events=self.handover,
             metrics=self.metrics,
         )

@@ -38,11 +38,16 @@ Processor = Callable[[mx.array, mx.array], mx.array]
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raise WireError (``unsupported``) naming the first value that cannot be honoured."""
     trust.validated(sampling, vocab_size, E_UNSUPPORTED)
-    words = sum(map(len, sampling.bad_words_token_ids or ()))
-    if words > MAX_BAD_WORDS_TOKENS:
+    check_bad_words(sampling)
+
+
+def check_bad_words(sampling: Sampling) -> None:
+    """Raise WireError (``unsupported``) for too many tokens of bad words, all together."""
+    tokens = sum(map(len, sampling.bad_words_token_ids or ()))
+    if tokens > MAX_BAD_WORDS_TOKENS:
         raise WireError(
             E_UNSUPPORTED,
-            f"Sampling.bad_words_token_ids: {words} tokens, at most {MAX_BAD_WORDS_TOKENS}",
+            f"Sampling.bad_words_token_ids: {tokens} tokens, at most {MAX_BAD_WORDS_TOKENS}",
         )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
+import ctypes
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -13,13 +14,15 @@ import uuid
 from collections import deque
 from typing import Final
 
+import msgspec
 import zmq
 
+from mlx_receiver.guard import Guard
 from mlx_receiver.handover import Client, Handover
 from mlx_receiver.settings import SettingsError
+from mlx_receiver.wire import keys
 from mlx_receiver.wire.frames import DTYPES
 from mlx_receiver.wire.messages import (
-    E_CREDENTIALS,
     E_MODEL,
     E_PROTOCOL,
     E_SHUTDOWN,
@@ -39,6 +42,7 @@ from mlx_receiver.wire.messages import (
     Welcome,
     WireError,
     check_protocol,
+    clipped,
     decode_client,
     encode,
 )
@@ -62,11 +66,13 @@ class ControlServer:
     def __init__(self, handover: Handover, signature: ModelSignature, token: str) -> None:
         self._handover = handover
         self._signature = signature
-        self._token = token
         self._context = zmq.Context()
+        # A ROUTER numbers its connections from C's ``rand()``. A peer that knows the next number
+        # and takes it for its own name ends the process with a failed assertion in libzmq.
+        ctypes.CDLL(None).srand(secrets.randbits(32))
         self._socket = self._context.socket(zmq.ROUTER)
+        self._guard = Guard(self._socket, token)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._clients: dict[bytes, Client] = {}
@@ -100,6 +106,7 @@ class ControlServer:
             model=model,
             engine=engine,
             endpoints=endpoints,
+            ticket=keys.new_ticket(),  # each client gets another
             max_tokens=max_tokens,
             codecs=["raw"],
         )
@@ -152,6 +159,7 @@ class ControlServer:
 
     def _close(self) -> None:
         self._socket.close()
+        self._guard.close()
         self._context.term()
         self._wake_read.close()
         self._wake_write.close()
@@ -185,7 +193,7 @@ class ControlServer:
                 )
         except WireError as error:
             logger.warning("refused a control message: %s", error)
-            self._outbox.append((identity, Rejected(error.code, error.reason)))
+            self._outbox.append((identity, Rejected(error.code, clipped(error.reason))))
             return
         client.last_heard = time.monotonic()
         self._serve(client, message)
@@ -198,28 +206,21 @@ class ControlServer:
                 try:
                     self._handover.open(client, message)
                 except WireError as error:
-                    client.post(Refused(message.session, error.code, error.reason))
+                    client.post(Refused(message.session, error.code, clipped(error.reason)))
             case Start():
                 try:
                     self._handover.start(client, message)
                 except WireError as error:
-                    client.post(Failed(message.session, error.code, error.reason))
+                    client.post(Failed(message.session, error.code, clipped(error.reason)))
             case Cancel():
                 self._handover.cancel(client, message)
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
         """Welcome a client. Raises WireError saying why not."""
         assert self._welcome is not None
-        known = self._clients.pop(identity, None)
-        if known is not None:
-            # It has lost its connection, and with it perhaps messages.
-            self._handover.drop_client(known, "reconnected")
+        if identity in self._clients:
+            raise WireError(E_PROTOCOL, "this connection has said Hello already")
         check_protocol(hello.protocol)
-        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            raise WireError(
-                E_CREDENTIALS,
-                "wrong or missing token: set MAC_DECODE_TOKEN to the same value on both machines",
-            )
         differences = self._signature.differences(hello.signature)
         if differences:
             raise WireError(
@@ -233,17 +234,20 @@ class ControlServer:
             )
         if len(self._clients) >= _MAX_CLIENTS:
             raise WireError(E_UNSUPPORTED, f"{_MAX_CLIENTS} clients are connected already")
+        ticket = keys.new_ticket()
         client = Client(
+            ticket.client,
             hello.client,
             hello.kv_dtype,
             lambda message: self._post(identity, message),
             self._handover,
         )
         self._clients[identity] = client
+        self._handover.store.admit(ticket)
         logger.info(
             "client %s (%s) connected, KV in %s", hello.client, hello.engine, hello.kv_dtype
         )
-        client.post(self._welcome)
+        client.post(msgspec.structs.replace(self._welcome, ticket=ticket))
 
     def _sweep(self) -> None:
         now = time.monotonic()

@@ -6,7 +6,7 @@ import enum
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,12 @@ _DUPLICATE_WAIT: Final = 10.0
 _ALLOCATE_WAIT: Final = 10.0
 
 _ABSENT, _ARRIVING, _RESIDENT = 0, 1, 2
+
+
+class Owner(Protocol):
+    """Whose session it is: who opened it, or has claimed it since."""
+
+    id: str  # DataTicket.client of whoever opened it
 
 
 class State(enum.StrEnum):
@@ -83,7 +89,7 @@ class Session:
     def __init__(
         self,
         opened: Open,
-        client: object,
+        client: Owner,
         signature: ModelSignature,
         kv_dtype: str,
         reserved_bytes: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import threading
 import time
@@ -13,14 +12,15 @@ from typing import Final, Protocol
 
 from mlx_receiver.cache import CacheAdapter
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.session import Session, State
-from mlx_receiver.wire.frames import ITEMSIZE, DataHello, DataReply, Header
+from mlx_receiver.session import Owner, Session, State
+from mlx_receiver.wire.frames import ITEMSIZE, DataReply, Header
 from mlx_receiver.wire.messages import (
     E_BLOCK,
     E_CAPACITY,
     E_CREDENTIALS,
-    E_INTERNAL,
     E_SESSION,
+    Code,
+    DataTicket,
     Open,
     Sampling,
     WireError,
@@ -42,8 +42,8 @@ PARK_SECONDS: Final = 30.0
 #: Ended sessions whose timelines are kept.
 KEPT_TIMELINES: Final = 32
 
-#: ATTACHes that may wait at once; a client has one for each worker and session.
-_MAX_WAITING: Final = 4096
+#: ATTACHes of one client that may wait at once; it has one for each worker and session.
+_MAX_WAITING: Final = 1024
 
 #: Tokens of decoded text that a session's memory has room for from the start. Beyond them the
 #: cache grows as mlx-lm's does, by copying; reserving ``max_tokens`` would refuse most clients,
@@ -62,7 +62,7 @@ class SessionEvents(Protocol):
     def complete(self, session: Session) -> None:
         """Every cell of the session's cache is resident."""
 
-    def failed(self, session: Session, code: str, reason: str) -> None:
+    def failed(self, session: Session, code: Code, reason: str) -> None:
         """The session has been given up and freed."""
 
 
@@ -75,7 +75,6 @@ class SessionStore:
         signature: ModelSignature,
         *,
         max_sessions: int,
-        token: str,
         events: SessionEvents,
         metrics: Metrics,
     ) -> None:
@@ -84,12 +83,14 @@ class SessionStore:
         self._model_itemsize = 0
         self.budget_bytes = 0
         self.max_sessions = max_sessions
-        self._token = token
         self._events = events
         self._metrics = metrics
         self._lock = threading.Lock()
         self._sessions: dict[int, Session] = {}
-        self._waiting: dict[int, list[tuple[float, Reply]]] = {}
+        #: Keys of the clients that may send blocks, by ``DataTicket.client``.
+        self._keys: dict[str, bytes] = {}
+        #: By client and session.
+        self._waiting: dict[tuple[str, int], list[tuple[float, Reply]]] = {}
         self._reserved = 0
         self._recent: deque[Session] = deque(maxlen=KEPT_TIMELINES)
         # Zeroing gigabytes takes a while: neither the control nor the decoding thread may wait.
@@ -103,7 +104,17 @@ class SessionStore:
 
     # --- what the control channel asks ---------------------------------------------------------
 
-    def open(self, message: Open, client: object, kv_dtype: str) -> Session:
+    def admit(self, ticket: DataTicket) -> None:
+        """Let a client's workers connect, until it is dismissed."""
+        with self._lock:
+            self._keys[ticket.client] = ticket.key
+
+    def dismiss(self, client: str) -> None:
+        """The client has gone: its ticket opens no connection any more."""
+        with self._lock:
+            self._keys.pop(client, None)
+
+    def open(self, message: Open, client: Owner, kv_dtype: str) -> Session:
         """Reserve a session's memory; ``SessionEvents.opened`` follows when it is allocated.
 
         Raises WireError: ``capacity`` when it does not fit, ``session`` for an id in use.
@@ -143,7 +154,7 @@ class SessionStore:
         with self._lock:
             return self._sessions.get(session_id)
 
-    def adopt(self, session: Session, client: object, sampling: Sampling) -> bool:
+    def adopt(self, session: Session, client: Owner, sampling: Sampling) -> bool:
         """Give a parked session to the client that claims it; False when it is too late."""
         with self._lock:
             if session.id not in self._sessions or not session.parked:
@@ -165,12 +176,12 @@ class SessionStore:
             self._sessions.pop(session.id, None)
             self._reserved -= session.reserved_bytes
             self._recent.append(session)
-            waiting = self._waiting.pop(session.id, [])
+            waiting = self._waiting.pop((session.opener.id, session.id), [])
         self._metrics.sessions.labels(outcome).inc()
         _answer(waiting, DataReply(session.id, False, E_SESSION, f"the session ended: {outcome}"))
         return True
 
-    def fail(self, session: Session, code: str, reason: str) -> None:
+    def fail(self, session: Session, code: Code, reason: str) -> None:
         """Give the session up and tell the owner."""
         if self.end(session, f"failed:{code}"):
             logger.warning("session %s (%s) failed: %s", session.id, session.request_id, reason)
@@ -182,12 +193,12 @@ class SessionStore:
         now = time.monotonic()
         with self._lock:
             late = {
-                session: replies
-                for session, replies in self._waiting.items()
-                if session not in self._sessions and replies[0][0] < now
+                (client, session): replies
+                for (client, session), replies in self._waiting.items()
+                if self._of(client, session) is None and replies[0][0] < now
             }
-            for session_id in late:
-                del self._waiting[session_id]
+            for key in late:
+                del self._waiting[key]
             stalled = [
                 s
                 for s in self._sessions.values()
@@ -200,7 +211,7 @@ class SessionStore:
                 for s in self._sessions.values()
                 if s.parked and s.last_progress + PARK_SECONDS < now
             ]
-        for session_id, replies in late.items():
+        for (_, session_id), replies in late.items():
             _answer(replies, DataReply(session_id, False, E_SESSION, "no such session was opened"))
         for session in stalled:
             self.fail(
@@ -268,7 +279,7 @@ class SessionStore:
         if not session.give_memory(buffers):
             return
         with self._lock:
-            waiting = self._waiting.pop(session.id, [])
+            waiting = self._waiting.pop((session.opener.id, session.id), [])
         self._events.opened(session)
         _answer(waiting, DataReply(session.id, True))
         try:
@@ -280,29 +291,32 @@ class SessionStore:
 
     # --- BlockSink: called from the transports' threads ----------------------------------------
 
-    def authenticate(self, hello: DataHello) -> None:
-        """See ``transport.BlockSink.authenticate``."""
-        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            raise WireError(E_CREDENTIALS, "wrong or missing token on the bulk channel")
+    def data_key(self, client: str) -> bytes:
+        """See ``transport.BlockSink.data_key``."""
+        with self._lock:
+            key = self._keys.get(client)
+        if key is None:
+            raise WireError(E_CREDENTIALS, "a bulk connection with a ticket that is not valid")
+        return key
 
-    def attach(self, session: int, reply: Reply) -> None:
+    def attach(self, client: str, session: int, reply: Reply) -> None:
         """See ``transport.BlockSink.attach``."""
         with self._lock:
-            known = self._sessions.get(session)
+            known = self._of(client, session)
             if known is None or not known.timeline.allocated_ns:
-                waits = sum(map(len, self._waiting.values()))
+                waits = sum(len(w) for (whose, _), w in self._waiting.items() if whose == client)
                 if waits < _MAX_WAITING:
                     until = time.monotonic() + ATTACH_SECONDS
-                    self._waiting.setdefault(session, []).append((until, reply))
+                    self._waiting.setdefault((client, session), []).append((until, reply))
                     return
                 answer = DataReply(session, False, E_CAPACITY, "too many workers wait to attach")
             else:
                 answer = DataReply(session, True)
         reply(answer)
 
-    def detached(self, session: int) -> None:
+    def detached(self, client: str, session: int) -> None:
         """See ``transport.BlockSink.detached``: what had not come will not come."""
-        known = self.get(session)
+        known = self._own(client, session)
         if known is not None and not known.complete:
             self.fail(
                 known,
@@ -310,9 +324,9 @@ class SessionStore:
                 f"the connection closed before the cache was complete: {known.missing()}",
             )
 
-    def landing(self, header: Header) -> Landing:
+    def landing(self, client: str, header: Header) -> Landing:
         """See ``transport.BlockSink.landing``."""
-        session = self.get(header.session)
+        session = self._own(client, header.session)
         if session is None:
             raise WireError(E_SESSION, f"no session {header.session}")
         landing = session.landing(header)
@@ -327,12 +341,21 @@ class SessionStore:
         landing.commit = committed
         return landing
 
-    def rejected(self, header: Header, code: str, reason: str) -> None:
+    def rejected(self, client: str, header: Header, code: Code, reason: str) -> None:
         """See ``transport.BlockSink.rejected``: the block's session cannot be trusted any more."""
         self._metrics.refused_blocks.labels(code).inc()
-        session = self.get(header.session)
+        session = self._own(client, header.session)
         if session is not None and session.state in (State.RECEIVING, State.WAITING):
-            self.fail(session, code or E_INTERNAL, reason)
+            self.fail(session, code, reason)
+
+    def _own(self, client: str, session: int) -> Session | None:
+        with self._lock:
+            return self._of(client, session)
+
+    def _of(self, client: str, session: int) -> Session | None:
+        """The session, if that client opened it. The lock is held."""
+        known = self._sessions.get(session)
+        return known if known is not None and known.opener.id == client else None
 
 
 def _answer(waiting: Iterable[tuple[float, Reply]], answer: DataReply) -> None:

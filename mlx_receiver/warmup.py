@@ -12,7 +12,7 @@ from typing import Final
 
 from mlx_receiver.engine import Job, Output
 from mlx_receiver.model import LoadedModel, ModelSource, Progress
-from mlx_receiver.wire.messages import E_SHUTDOWN, Sampling
+from mlx_receiver.wire.messages import E_SHUTDOWN, Code, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class _Discard:
         if self._progress is not None:
             self._progress("Warming up", self._done, self._total)
 
-    def failed(self, _job: Job, code: str, reason: str) -> None:
+    def failed(self, _job: Job, code: Code, reason: str) -> None:
         """See ``engine.Sink.failed``. Said here, and otherwise left to the first response."""
         if code != E_SHUTDOWN:
             logger.warning("warming up failed, the first responses may be slow: %s", reason)

@@ -48,7 +48,7 @@ class WireError(Exception):
     ``code`` is one of the ``E_*`` names below, for metrics; the text is for people.
     """
 
-    def __init__(self, code: str, reason: str) -> None:
+    def __init__(self, code: Code, reason: str) -> None:
         super().__init__(reason)
         self.code = code
         self.reason = reason
@@ -70,6 +70,9 @@ Code = Literal[
     "version", "credentials", "model", "capacity", "unsupported", "session", "block", "protocol",
     "internal", "shutdown",
 ]  # fmt: skip
+
+#: Why a text ends; "" while it goes on.
+FinishReason = Literal["", "stop", "length"]
 
 # --- ranges ---------------------------------------------------------------------------------
 # The vLLM that is named bounds the same thing as strictly (0.32, ``vllm/envs.py``).
@@ -277,7 +280,7 @@ class Decoded(msgspec.Struct, frozen=True, array_like=True):
     session: SessionId
     position: Count
     token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STEP_TOKENS)]
-    finish: Literal["", "stop", "length"] = ""
+    finish: FinishReason = ""
     stop_reason: TokenId | None = None
     logprobs: Annotated[list[Logprobs], Meta(max_length=MAX_STEP_TOKENS)] | None = None
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_receiver.wire.messages import Sampling
+from mlx_receiver.wire.messages import FinishReason, Sampling
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
     """Why a text ends; ``reason`` is "" while it goes on."""
 
-    reason: str = ""
+    reason: FinishReason = ""
     stop_reason: int | None = None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mlx_receiver.wire.frames import DataReply, Header
-from mlx_receiver.wire.messages import DataTicket, Endpoint
+from mlx_receiver.wire.messages import Code, DataTicket, Endpoint
 
 
 class TransportError(ConnectionError):
@@ -53,7 +53,7 @@ class BlockSink(Protocol):
     def landing(self, client: str, header: Header) -> Landing:
         """Memory for a block. Raises WireError; the payload is then read and thrown away."""
 
-    def rejected(self, client: str, header: Header, code: str, reason: str) -> None:
+    def rejected(self, client: str, header: Header, code: Code, reason: str) -> None:
         """A block of the session was refused after its header was read."""
 
 

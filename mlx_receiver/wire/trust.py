@@ -16,13 +16,13 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from mlx_receiver.wire.messages import E_PROTOCOL, WireError
+from mlx_receiver.wire.messages import E_PROTOCOL, Code, WireError
 
 #: Looks at one value: its path for messages, the value, and the vocabulary's size.
 _Check = Callable[[str, Any, int], None]
 
 
-def check(message: msgspec.Struct, vocab_size: int, code: str = E_PROTOCOL) -> None:
+def check(message: msgspec.Struct, vocab_size: int, code: Code = E_PROTOCOL) -> None:
     """Raise WireError (``code``) naming the field that is outside the vocabulary or not finite."""
     try:
         checks = _of(type(message))
@@ -32,7 +32,7 @@ def check(message: msgspec.Struct, vocab_size: int, code: str = E_PROTOCOL) -> N
         raise WireError(code, f"{type(message).__name__}{error}") from None
 
 
-def validated(message: msgspec.Struct, vocab_size: int, code: str = E_PROTOCOL) -> None:
+def validated(message: msgspec.Struct, vocab_size: int, code: Code = E_PROTOCOL) -> None:
     """The same for a struct that was made here from a peer's values: types, ranges and lengths are
     checked, too."""
     try:
@@ -70,10 +70,10 @@ def _check(info: inspect.Type, extra: dict[str, Any]) -> _Check | None:
             key, value = _check(info.key_type, {}), _check(info.value_type, {})
             return _entries(key, value) if key is not None or value is not None else None
         case inspect.UnionType():
-            found = [c for c in (_check(member, extra) for member in info.types) if c is not None]
-            if len(found) > 1:
+            members = [c for c in (_check(member, extra) for member in info.types) if c is not None]
+            if len(members) > 1:
                 raise TypeError(f"a union that cannot be checked: {info}")
-            return _optional(found[0]) if found else None
+            return _optional(members[0]) if members else None
         case _:
             return None
 

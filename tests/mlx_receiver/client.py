@@ -16,11 +16,13 @@ import numpy as np
 import zmq
 
 from mlx_receiver.receiver import Receiver
-from mlx_receiver.wire.frames import DataHello, Header, Kind, Plane
+from mlx_receiver.wire import keys
+from mlx_receiver.wire.frames import Header, Kind, Plane
 from mlx_receiver.wire.messages import (
     PROTOCOL_VERSION,
     Cancel,
     Complete,
+    DataTicket,
     Decoded,
     Failed,
     Hello,
@@ -65,9 +67,11 @@ class FakeVllm:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        keys.guard_client(self.socket, token)
         self.socket.connect(f"tcp://{receiver.address}")
         self.kv_dtype = kv_dtype
-        self.token = token
+        #: What the receiver has given this connection.
+        self.ticket: DataTicket | None = None
         #: Messages not yet waited for; of a Step its entries.
         self.inbox: list[Any] = []
         self.largest_step = 0
@@ -76,25 +80,25 @@ class FakeVllm:
         self._closing = threading.Event()
         self._alive = threading.Thread(target=self._ping, daemon=True)
 
-    def hello(self, **changes: Any) -> Any:
+    def hello(self, seconds: float = 20.0, **changes: Any) -> Any:
         hello = Hello(
             protocol=PROTOCOL_VERSION,
             signature=self.receiver.source.signature,
             kv_dtype=self.kv_dtype,
-            token=self.token,
             client="test",
         )
         self.send(msgspec.structs.replace(hello, **changes))
-        answer = self.wait(lambda m: isinstance(m, Welcome | Rejected))
+        answer = self.wait(lambda m: isinstance(m, Welcome | Rejected), seconds)
         if isinstance(answer, Welcome):
+            self.ticket = answer.ticket
             self.bulk = self.connect_bulk()
             self._alive.start()
         return answer
 
     def connect_bulk(self) -> Sender:
-        endpoint = self.receiver.data_endpoint
-        endpoint = msgspec.structs.replace(endpoint, host=endpoint.host or "127.0.0.1")
-        return TcpTransport().connect(endpoint, DataHello(self.token, "test"), 5.0)
+        assert self.ticket is not None
+        endpoint = msgspec.structs.replace(self.receiver.data_endpoint, host="127.0.0.1")
+        return TcpTransport().connect(endpoint, self.ticket, 5.0)
 
     def send(self, message: Any) -> None:
         self.send_raw(encode(message))
