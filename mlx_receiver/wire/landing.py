@@ -25,22 +25,25 @@ class Lander:
         self._sink = sink
         self._scratch: memoryview | None = None
 
-    def land(self, client: str, header: Header, fill: Fill) -> None:
-        """Have ``fill`` write the block where it belongs and commit it.
+    def land(self, client: str, header: Header, fill: Fill) -> bool:
+        """Have ``fill`` write the block where it belongs and commit it; whether it was accepted.
 
         A block that the sink refuses is read and thrown away, so that the next one can follow.
         What ``fill`` raises passes through, after the landing was aborted.
         """
+        accepted = True
         try:
             landing = self._sink.landing(client, header)
         except WireError as error:
             self._sink.rejected(client, header, error.code, error.reason)
-            landing = Landing(self._discard(header.payload_bytes))
+            landing, accepted = Landing(self._discard(header.payload_bytes)), False
         try:
             fill(header, landing.buffers)
         except BaseException:
             landing.abort()
             raise
+        if not accepted:
+            return False
         try:
             if header.checksum and header.checksum != checksum(landing.buffers):
                 landing.abort()
@@ -48,6 +51,8 @@ class Lander:
             landing.commit()
         except WireError as error:
             self._sink.rejected(client, header, error.code, error.reason)
+            return False
+        return True
 
     def _discard(self, count: int) -> list[memoryview]:
         if self._scratch is None:

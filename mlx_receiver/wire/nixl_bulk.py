@@ -6,7 +6,7 @@ ring, writes it into the receiver's with its number as notification, and the rec
 into the cache and returns a CREDIT. So a peer can only ever write into its own ring, memory is
 bounded on both sides, and no memory of a session is registered with a device.
 
-UCX's own ports know no token: use this transport on a trusted network.
+UCX's own ports know no ticket: use this transport on a trusted network.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from mlx_receiver.wire.frames import DataReply, Header, Kind, decode_reply
 from mlx_receiver.wire.messages import E_PROTOCOL, DataTicket, Endpoint, WireError
@@ -46,9 +47,9 @@ class Ring(msgspec.Struct, frozen=True):
     """The receiver's first words: its ring, and what NIXL needs to write there."""
 
     metadata: bytes
-    address: int
-    slots: int
-    slot_bytes: int
+    address: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    slots: Annotated[int, Meta(ge=1, le=64)]
+    slot_bytes: Annotated[int, Meta(ge=1, le=16 << 20)]
 
 
 class _Memory:
@@ -282,6 +283,8 @@ class NixlCarrier:
                     self._arrived.update(map(int, numbers))
             except Exception as error:
                 raise TransportError(f"NIXL: {error}") from None
+            if len(self._arrived) > SLOTS:
+                raise TransportError("NIXL: more writes than the ring has slots")
             polls += 1
             if polls > _SPINS:
                 if until is None and self._hangup.poll(0):

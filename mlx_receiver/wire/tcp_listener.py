@@ -26,6 +26,7 @@ import msgspec
 
 from mlx_receiver.wire.addresses import announced, listening, spelled
 from mlx_receiver.wire.bulk_socket import recv_into, recv_payload, tune
+from mlx_receiver.wire.complaints import Complaints
 from mlx_receiver.wire.frames import (
     HEADER_BYTES,
     DataChallenge,
@@ -69,8 +70,8 @@ MAX_CONNECTIONS: Final = 512
 #: is nobody else's. 64 MiB take them at 18 Mbit/s.
 FRAME_SECONDS: Final = 30.0
 
-#: ATTACHes and refused blocks a second; a connection that sends more of them is read more slowly.
-MAX_IDLE_TALK: Final = 1000
+#: ATTACHes and refused blocks a second of one connection; then it waits for the next second.
+MAX_IDLE_TALK: Final = 500
 
 #: Sessions of a connection that hear of its end: more than can be open at once.
 _MAX_ATTACHED: Final = 1024
@@ -78,8 +79,9 @@ _MAX_ATTACHED: Final = 1024
 #: Bytes of replies that a client may leave unread. More than its kernel takes, and it is cut off.
 _BACK_BYTES: Final = 256 << 10
 
-#: How often, in seconds, the door looks at the clock.
+#: How often, in seconds, the door looks at the clock, and whether tickets are still good.
 _TICK: Final = 0.25
+_TICKETS: Final = 1.0
 
 
 class BackChannel:
@@ -156,6 +158,23 @@ class _Connection:
     peer: str
     #: When the frame that is being read must be here.
     until: float = math.inf
+    cut: bool = False
+
+
+class _Talk:
+    """What of a connection brings nothing forward but costs time."""
+
+    def __init__(self) -> None:
+        self._second = self._said = 0
+
+    def count(self) -> None:
+        """One more; waits until it may go on."""
+        now = time.monotonic()
+        if int(now) != self._second:
+            self._second, self._said = int(now), 0
+        self._said += 1
+        if self._said >= MAX_IDLE_TALK:
+            time.sleep(self._second + 1 - now)
 
 
 class TcpListener:
@@ -179,7 +198,8 @@ class TcpListener:
         self._selector = selectors.DefaultSelector()
         #: Oldest first; the door's alone.
         self._strangers: dict[_Stranger, None] = {}
-        self._complained = -math.inf
+        self._complaints = Complaints(logger)
+        self._next_look = 0.0
         self._lock = threading.Lock()
         self._connections: dict[_Connection, threading.Thread] = {}
         self._closing = False
@@ -234,7 +254,7 @@ class TcpListener:
         except OSError as error:
             # Too few descriptors or buffers, which stays so for a while, or a connection that was
             # reset already.
-            self._complain("somebody", f"accepting failed: {error}")
+            self._complaints.closed("somebody", f"accepting failed: {error}")
             time.sleep(0.05)
             return
         try:
@@ -252,7 +272,7 @@ class TcpListener:
             self._selector.register(sock, selectors.EVENT_READ, stranger)
             self._strangers[stranger] = None
         except Exception as error:
-            self._complain(str(address), error)
+            self._complaints.closed(str(address), error)
             sock.close()
 
     def _make_room(self, host: str) -> None:
@@ -323,7 +343,7 @@ class TcpListener:
                 thread.start()
                 self._connections[connection] = thread
         except Exception as error:
-            self._complain(connection.peer, error)
+            self._complaints.closed(connection.peer, error)
             connection.sock.close()
 
     def _expire(self, now: float) -> None:
@@ -333,27 +353,37 @@ class TcpListener:
                 break  # the others are younger
             self._dismiss(stranger, f"it did not say who it is within {HANDSHAKE_SECONDS:g} s")
         with self._lock:
-            late = [c for c in self._connections if c.until < now]
-            for connection in late:
-                connection.until = math.inf
-                _shut(connection.sock)
-        for connection in late:
-            self._complain(connection.peer, f"a frame took longer than {FRAME_SECONDS:g} s")
+            connections = list(self._connections)
+        for connection in connections:
+            if connection.until < now:
+                self._cut(connection, f"a frame took longer than {FRAME_SECONDS:g} s")
+        if now < self._next_look:
+            return
+        self._next_look = now + _TICKETS
+        for client in {connection.client for connection in connections}:
+            try:
+                self._sink.data_key(client)
+            except WireError:
+                for connection in connections:
+                    if connection.client == client:
+                        self._cut(connection, "its client has gone")
+
+    def _cut(self, connection: _Connection, reason: str) -> None:
+        """Have a connection's thread end."""
+        with self._lock:
+            if connection.cut or connection not in self._connections:
+                return
+            connection.cut = True
+            # Under the lock, or the descriptor might be another's by now.
+            _shut(connection.sock)
+        self._complaints.closed(connection.peer, reason)
 
     def _dismiss(self, stranger: _Stranger, reason: object = None) -> None:
         del self._strangers[stranger]
         self._selector.unregister(stranger.sock)
         stranger.sock.close()
         if reason is not None:
-            self._complain(stranger.peer, reason)
-
-    def _complain(self, peer: str, reason: object) -> None:
-        """Warn, at most once a second: strangers must not fill the log."""
-        now = time.monotonic()
-        level = logging.WARNING if now - self._complained >= 1.0 else logging.DEBUG
-        if level == logging.WARNING:
-            self._complained = now
-        logger.log(level, "bulk connection from %s closed: %s", peer, reason)
+            self._complaints.closed(stranger.peer, reason)
 
     # --- a connection's thread ------------------------------------------------------------------
 
@@ -366,12 +396,11 @@ class TcpListener:
             finally:
                 carrier.close()
         except (TransportError, WireError) as error:
-            if not self._closing:
-                logger.warning("bulk connection from %s closed: %s", connection.peer, error)
+            if not self._closing and not connection.cut:
+                self._complaints.closed(connection.peer, error)
         except Exception:
             logger.exception("bulk connection from %s failed", connection.peer)
         finally:
-            # Under the lock: whoever shuts it down must not hit a descriptor that is another's.
             with self._lock:
                 self._connections.pop(connection, None)
                 connection.sock.close()
@@ -381,6 +410,7 @@ class TcpListener:
         head = memoryview(bytearray(HEADER_BYTES))
         lander = Lander(self._sink)
         attached: deque[int] = deque(maxlen=_MAX_ATTACHED)
+        talk = _Talk()
 
         def fill(header: Header, buffers: Sequence[memoryview]) -> None:
             connection.until = time.monotonic() + FRAME_SECONDS
@@ -393,8 +423,9 @@ class TcpListener:
                 if header.kind is Kind.ATTACH:
                     attached.append(header.session)
                     self._sink.attach(client, header.session, back.reply)
-                else:
-                    lander.land(client, header, fill)
+                    talk.count()
+                elif not lander.land(client, header, fill):
+                    talk.count()
         finally:
             for session in attached:
                 self._sink.detached(client, session)

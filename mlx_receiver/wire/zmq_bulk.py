@@ -10,6 +10,10 @@ does not prove: that the receiver is the right one, which hears nothing but proo
 gets the blocks; and that nobody listened, for a proof that was overheard on this network is good
 until the listener ends. ``tcp`` proves both.
 
+ZeroMQ bounds neither the number of connections in their handshake (5 s each) nor the parts of one
+message, and one thread lands everybody's blocks: where strangers can connect, or clients that do
+not trust each other, use ``tcp``.
+
 Messages: a frame is ``[header, payload part, ...]`` one way, ``[header]`` (CREDIT) or
 ``[header, DataReply]`` (REPLY) the other. ``[text]`` from the receiver is its farewell: the
 connection is refused from now on, and why.
@@ -26,15 +30,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from mlx_receiver.wire.addresses import Address, announced, listening, spelled, try_each
+from mlx_receiver.wire.complaints import Complaints
 from mlx_receiver.wire.frames import (
     HEADER_BYTES,
-    MAX_PAYLOAD,
+    MAX_SMALL_PAYLOAD,
     DataReply,
     Header,
     Kind,
@@ -62,6 +68,16 @@ WINDOW_FRAMES: Final = 64
 #: Send buffers are multiples of this many bytes.
 _ROUND: Final = 256 << 10
 
+#: Largest part of a message: what a peer that has not proved itself yet may have the receiver
+#: allocate. Smaller parts would cost time.
+_PART_BYTES: Final = 4 << 20
+
+#: Replies read at most by one look for them: a peer that never stops holds nobody up.
+_MAX_TAKEN: Final = 4096
+
+#: How long, in seconds, the thread waits after a fault of its own.
+_PAUSE: Final = 0.1
+
 _DOMAIN: Final = b"mac-decode"
 _HANDSHAKE_MS: Final = 5000
 _MAX_REFUSED: Final = 4096
@@ -79,7 +95,7 @@ class ZmqSender:
     """A vLLM worker's bulk connection. ``replies`` may be called while ``send`` waits."""
 
     def __init__(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> None:
-        self._peer = f"{endpoint.host}:{endpoint.port}"
+        self._peer = spelled(endpoint.host, endpoint.port)
         self._timeout = timeout
         self._lock = threading.RLock()
         self._inbox: deque[DataReply] = deque()
@@ -87,42 +103,49 @@ class ZmqSender:
         self._on_the_way: deque[tuple[int, memoryview | None]] = deque()
         self._free: list[memoryview] = []
         self._failure = ""
+
+        def attempt(address: Address, until: float) -> None:
+            try:
+                self._connect(address, endpoint.nonce, ticket, until)
+            except BaseException:
+                self.close()
+                raise
+
+        try:
+            try_each(endpoint.host, endpoint.port, timeout, attempt)
+        except TransportError:
+            raise
+        except OSError as error:
+            raise TransportError(f"cannot reach {self._peer}: {error}") from None
+
+    def _connect(self, address: Address, nonce: bytes, ticket: DataTicket, until: float) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._events = self._socket.get_monitor_socket(int(_LOST | zmq.Event.HANDSHAKE_SUCCEEDED))
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._events, zmq.POLLIN)
-        try:
-            self._connect(endpoint, ticket)
-        except (zmq.ZMQError, ValueError) as error:
-            self.close()
-            raise TransportError(f"cannot reach {self._peer}: {error}") from None
-        except TransportError:
-            self.close()
-            raise
-
-    def _connect(self, endpoint: Endpoint, ticket: DataTicket) -> None:
         milliseconds = int(1000 * self._timeout)
         set_option = self._socket.setsockopt
         set_option(zmq.LINGER, 0)
         set_option(zmq.IPV6, 1)
         set_option(zmq.SNDHWM, 0)  # credits bound it
         set_option(zmq.RECONNECT_IVL, -1)  # a lost connection has lost frames
-        set_option(zmq.MAXMSGSIZE, HEADER_BYTES + MAX_PAYLOAD)
+        set_option(zmq.MAXMSGSIZE, MAX_SMALL_PAYLOAD)
         set_option(zmq.HEARTBEAT_IVL, max(100, milliseconds // 2))
         set_option(zmq.HEARTBEAT_TIMEOUT, max(200, milliseconds))
         set_option(zmq.PLAIN_USERNAME, ticket.client.encode())
-        set_option(zmq.PLAIN_PASSWORD, _password(ticket.key, endpoint.nonce))
-        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        self._socket.connect(f"tcp://{host}:{endpoint.port}")
-        until = time.monotonic() + self._timeout
+        set_option(zmq.PLAIN_PASSWORD, _password(ticket.key, nonce))
+        try:
+            self._socket.connect(f"tcp://{address.text}")
+        except zmq.ZMQError as error:
+            raise TransportError(f"cannot reach {address.text}: {error}") from None
         while (event := self._event(until)) != zmq.Event.HANDSHAKE_SUCCEEDED:
             if event is None:
-                raise TransportError(f"{self._peer} did not answer within {self._timeout:g} s")
+                raise TransportError(f"{address.text} did not answer in time")
             if event == zmq.Event.HANDSHAKE_FAILED_AUTH:
-                raise TransportError(f"{self._peer} refused the credentials")
-            raise TransportError(f"cannot reach {self._peer}")
+                raise TransportError(f"{address.text} refused the credentials")
+            raise TransportError(f"cannot reach {address.text}")
 
     def _event(self, until: float) -> int | None:
         """The next event of the connection, None when none came until then."""
@@ -145,7 +168,10 @@ class ZmqSender:
             self._on_the_way.append((count, buffer))
             self._socket.send(header.pack(), 0 if buffer is None else zmq.SNDMORE)
             if buffer is not None:
-                self._socket.send(buffer[:count], copy=False)
+                for start in range(0, count, _PART_BYTES):
+                    end = min(start + _PART_BYTES, count)
+                    more = zmq.SNDMORE if end < count else 0
+                    self._socket.send(buffer[start:end], more, copy=False)
             self._take(0)
 
     def _buffer(self, count: int) -> memoryview:
@@ -175,7 +201,7 @@ class ZmqSender:
         """Read what the receiver sent, after waiting at most ``seconds`` for it; counts credits."""
         credits = 0
         ready = dict(self._poller.poll(max(0, int(1000 * seconds))))
-        while self._socket in ready:
+        for _ in range(_MAX_TAKEN if self._socket in ready else 0):
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -243,44 +269,39 @@ class ZmqListener:
         self._host = host
         self._nonce = new_nonce()
         self._lander = Lander(sink)
-        self._refused: deque[bytes] = deque(maxlen=_MAX_REFUSED)
+        self._refused: dict[bytes, None] = {}  # the oldest first
+        self._complaints = Complaints(logger)
         self._outbox: deque[tuple[bytes, DataReply]] = deque()
         self._closing = False
+        servers = listening(host, port)
+        self._port: int = servers[0].getsockname()[1]
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_write.setblocking(False)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._doorman = self._context.socket(zmq.REP)
         self._doorman.bind("inproc://zeromq.zap.01")
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.IPV6, int(":" in host))
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.PLAIN_SERVER, 1)
-        self._socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
-        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD)
+        set_option = self._socket.setsockopt
+        set_option(zmq.LINGER, 0)
+        set_option(zmq.ROUTER_MANDATORY, 1)
+        set_option(zmq.PLAIN_SERVER, 1)
+        set_option(zmq.ZAP_DOMAIN, _DOMAIN)
+        set_option(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        set_option(zmq.MAXMSGSIZE, _PART_BYTES)
         # Twice what a sender that counts its credits can have on the way.
-        self._socket.setsockopt(zmq.RCVHWM, 2 * WINDOW_FRAMES)
-        try:
-            self._port = self._bind(host, port)
-        except zmq.ZMQError as error:
-            self._close()
-            raise OSError(error.errno, str(error)) from None
+        set_option(zmq.RCVHWM, 2 * WINDOW_FRAMES)
+        for server in servers:
+            # ZeroMQ listens on our sockets: it would take one address of a name.
+            server.setblocking(False)
+            set_option(zmq.USE_FD, server.detach())
+            self._socket.bind(f"tcp://127.0.0.1:{self._port}")
         self._thread = threading.Thread(target=self._run, name="bulk-zmq", daemon=True)
         self._thread.start()
-
-    def _bind(self, host: str, port: int) -> int:
-        address = "tcp://" + (f"[{host}]" if ":" in host else host or "*")
-        if port:
-            self._socket.bind(f"{address}:{port}")
-            return port
-        return self._socket.bind_to_random_port(address)
 
     @property
     def endpoint(self) -> Endpoint:
         """Where it listens; an unspecified host is announced as the control channel's."""
-        host = "" if self._host in ("", "0.0.0.0", "::") else self._host
-        return Endpoint(transport="zmq", host=host, port=self._port, nonce=self._nonce)
+        return Endpoint("zmq", announced(self._host), self._port, self._nonce)
 
     def close(self) -> None:
         """See ``transport.Listener.close``."""
@@ -303,25 +324,30 @@ class ZmqListener:
         poller = zmq.Poller()
         for source in (self._socket, self._doorman, self._wake_read):
             poller.register(source, zmq.POLLIN)
-        try:
-            while not self._closing:
-                ready = dict(poller.poll())
-                if self._wake_read.fileno() in ready:
-                    self._wake_read.recv(4096)
-                if self._doorman in ready:
-                    self._admit(self._doorman.recv_multipart())
-                while self._outbox:
-                    peer, message = self._outbox.popleft()
-                    body = msgspec.msgpack.encode(message)
-                    header = Header(Kind.REPLY, message.session, len(body))
-                    self._post(peer, header.pack(), body)
-                if self._socket in ready:
-                    self._receive()
-        except Exception:
-            logger.exception("the zmq bulk channel failed")
-        finally:
-            self._close()
-            self._wake_read.close()
+        while not self._closing:
+            try:
+                self._turn(dict(poller.poll()))
+            except Exception:
+                # Whatever it is: without this thread no block comes in any more.
+                logger.exception("the zmq bulk channel had to pause")
+                time.sleep(_PAUSE)
+        self._socket.close(linger=0)
+        self._doorman.close(linger=0)
+        self._context.term()
+        self._wake_read.close()
+
+    def _turn(self, ready: dict[Any, int]) -> None:
+        if self._wake_read.fileno() in ready:
+            self._wake_read.recv(4096)
+        if self._doorman in ready:
+            self._admit(self._doorman.recv_multipart())
+        while self._outbox:
+            peer, message = self._outbox.popleft()
+            body = msgspec.msgpack.encode(message)
+            header = Header(Kind.REPLY, message.session, len(body))
+            self._post(peer, header.pack(), body)
+        if self._socket in ready:
+            self._receive()
 
     def _admit(self, request: list[bytes]) -> None:
         """Answer a handshake (ZeroMQ RFC 27)."""
@@ -330,31 +356,34 @@ class ZmqListener:
         try:
             if mechanism != b"PLAIN" or len(credentials) != 2:
                 raise WireError(E_CREDENTIALS, "it shows no ticket")
-            client, given = credentials
-            key = self._sink.data_key(client.decode())
+            name, given = credentials
+            key = self._sink.data_key(name.decode())
             if not hmac.compare_digest(given, _password(key, self._nonce)):
                 raise WireError(E_CREDENTIALS, "it does not know the ticket's key")
-            status, text = b"200", b"OK"
-        except (WireError, UnicodeDecodeError) as error:
-            logger.warning(
-                "bulk connection from %s closed: %s", peer.decode(errors="replace"), error
-            )
+            status, text, client = b"200", b"OK", name
+        except Exception as error:
+            self._complaints.closed(peer.decode(errors="replace"), error)
+        # Always: without an answer the next handshake could not be asked about.
         self._doorman.send_multipart([version, number, status, text, client, b""])
 
     def _receive(self) -> None:
         """Land one message, so that handshakes and replies get their turn in between."""
         peer, *frames = self._socket.recv_multipart(copy=False)
-        identity = peer.bytes
+        identity, client = peer.bytes, "a client"
         if identity in self._refused:
             return
         try:
             # Of whoever proved itself on this connection; the identity is what a peer says it is.
-            client = str(frames[0].get("User-Id")) if frames else ""
+            client = str(frames[0].get("User-Id"))
             self._take(identity, client, [frame.buffer for frame in frames])
-        except (WireError, TransportError) as error:
+        except Exception as error:
+            if not isinstance(error, WireError | TransportError):
+                logger.exception("a zmq bulk message of client %s failed", client)
             # The connection cannot be closed from here; it gets no credits any more.
-            logger.warning("bulk connection closed: %s", error)
-            self._refused.append(identity)
+            self._complaints.closed(f"client {client}", error)
+            self._refused[identity] = None
+            if len(self._refused) > _MAX_REFUSED:
+                del self._refused[next(iter(self._refused))]
             text = str(error).encode()
             self._post(identity, text if len(text) != HEADER_BYTES else text + b".")
 
