@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install test demo lint clean
+.PHONY: help install test demo lint wheel clean
 
 VENV ?= .venv
 ARGS ?=
@@ -45,6 +45,10 @@ lint: install ## Check style and types
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
 	"$(VENV)/bin/mypy"
+	"$(VENV)/bin/mypy" --platform darwin
+
+wheel: install ## Build dist/ and try the wheel in a bare environment
+	"$(VENV)/bin/python" .ci/wheel.py
 
 clean: ## Remove the virtual environment, build output and tool caches
 	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,3 +1,5 @@
 """MLX receiver: rebuilds a KV cache that vLLM streams to it and continues decoding."""
 
-__version__ = "0.1.0"
+from importlib.metadata import version
+
+__version__ = version("vllm-mac-decode")

@@ -1,3 +1,5 @@
 """vLLM KV connector ``mac_decode``: prefill here, decode on a Mac."""
 
-__version__ = "0.1.0"
+from importlib.metadata import version
+
+__version__ = version("vllm-mac-decode")
