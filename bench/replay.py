@@ -52,7 +52,8 @@ from bench.lab import (
     shaped_link,
     tell,
 )
-from bench.transport import HEAD_DIM, HEADS, ITEM, Receiving, plane_data
+from bench.transport import HEAD_DIM, HEADS, ITEM, Receiving, plane_data, told
+from mlx_receiver.wire.messages import DataTicket, Endpoint
 
 LAYERS = 32
 BLOCK = 16
@@ -131,7 +132,7 @@ def mac(transport: str, host: str) -> None:
     mx.set_cache_limit(8 << 30)  # as the receiver does: buffers of earlier sessions are reused
     server = socket.create_server((host, 0))
     port = server.getsockname()[1]
-    tell(endpoint=msgspec.to_builtins(side.listener.endpoint), control=port)
+    tell(**told(side), control=port)
     lines = Lines(server.accept()[0])
     for order in orders():
         message = lines.hear()
@@ -221,7 +222,7 @@ def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
     return layers, rate
 
 
-def spark(endpoint_json: str, control: int, tokens: int) -> None:
+def spark(told_json: str, control: int, tokens: int) -> None:
     """ "Prefills" at the published pace through the real exporter and collects the tokens."""
     import torch
 
@@ -230,8 +231,10 @@ def spark(endpoint_json: str, control: int, tokens: int) -> None:
     from vllm_mac_decode.settings import Settings
 
     torch.set_num_threads(1)  # on the real machine the GPU gathers
-    endpoint = msgspec.json.decode(endpoint_json, type=_endpoint_type())
-    target = BulkTarget(endpoint, "receiver", "replay")
+    receiver = json.loads(told_json)
+    endpoint = msgspec.convert(receiver["endpoint"], Endpoint)
+    ticket = msgspec.convert(receiver["ticket"], DataTicket)
+    target = BulkTarget(endpoint, "receiver", ticket)
     layers, gather_rate = paged_cache(tokens)
     exporter = Exporter(layers, BLOCK, Settings(transport=endpoint.transport, stall_timeout=30.0))
     lines = Lines(socket.create_connection((endpoint.host, control)))
@@ -273,12 +276,6 @@ def spark(endpoint_json: str, control: int, tokens: int) -> None:
     exporter.close()
 
 
-def _endpoint_type() -> Any:
-    from mlx_receiver.wire.messages import Endpoint
-
-    return Endpoint
-
-
 # --- measuring ------------------------------------------------------------------------------
 
 
@@ -294,8 +291,7 @@ def measure(
         arguments = ("--role", "mac", options.transport, at_mac.address)
         receiver = stack.enter_context(Child(at_mac, *me, *arguments))
         ready = receiver.answer()
-        endpoint = json.dumps(ready["endpoint"])
-        arguments = ("--role", "spark", endpoint, str(ready["control"]), str(tokens))
+        arguments = ("--role", "spark", json.dumps(ready), str(ready["control"]), str(tokens))
         sender = stack.enter_context(Child(at_spark, *me, *arguments))
         gather = sender.answer()["gather_gb_per_s"]
         sessions = itertools.count(1)

@@ -47,11 +47,12 @@ from bench.lab import (
     tell,
 )
 from mlx_receiver.wire import hooks
-from mlx_receiver.wire.frames import DataHello, Header, Kind, Plane
+from mlx_receiver.wire.bulk_socket import tune
+from mlx_receiver.wire.frames import Header, Kind, Plane
+from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.landing import checksum
-from mlx_receiver.wire.messages import Endpoint, Open, Sampling
+from mlx_receiver.wire.messages import DataTicket, Endpoint, Open, Sampling
 from mlx_receiver.wire.signature import ModelSignature
-from mlx_receiver.wire.tcp import tune
 
 HEADS, HEAD_DIM, ITEM = 8, 128, 2
 MESSAGE = 8 << 20
@@ -83,7 +84,7 @@ def plane_data(layer: int, plane: int, tokens: int) -> np.ndarray[Any, Any]:
 
 
 class Receiving:
-    """The receiver's store with one listener; a ``SessionEvents``."""
+    """The receiver's store, one listener and one client: a ``SessionEvents`` and an ``Owner``."""
 
     def __init__(self, transport: str, host: str, layers: int) -> None:
         from mlx_receiver.cache import PlainKV
@@ -94,8 +95,11 @@ class Receiving:
         self._done = threading.Event()
         self._failure = ""
         self.store = SessionStore(
-            PlainKV(), signature(layers), max_sessions=1, token="", events=self, metrics=Metrics()
+            PlainKV(), signature(layers), max_sessions=1, events=self, metrics=Metrics()
         )
+        self.ticket = new_ticket()
+        self.id = self.ticket.client
+        self.store.admit(self.ticket)
         self.store.configure("bfloat16", 64 << 30)
         self.listener = hooks.transport(transport).listen(host, 0, self.store)
 
@@ -113,7 +117,7 @@ class Receiving:
         """Reserve a session's memory, and wait until all of it is allocated."""
         self._done.clear()
         message = Open(number, "bench", list(range(tokens)), Sampling(max_tokens=32))
-        self.session = self.store.open(message, None, "bfloat16")
+        self.session = self.store.open(message, self, "bfloat16")
         until = time.monotonic() + 60
         while wait and self.session.allocated_layers < self._layers:
             if time.monotonic() > until:
@@ -146,13 +150,19 @@ class Receiving:
         self.store.end(self.session, "done")
 
 
+def told(side: Receiving) -> dict[str, Any]:
+    """What the sending process must know."""
+    names = {"endpoint": side.listener.endpoint, "ticket": side.ticket}
+    return {name: msgspec.to_builtins(value) for name, value in names.items()}
+
+
 def receive(transport: str, host: str, layers: int) -> None:
     """The receiving process."""
     if transport == "sockets":
         receive_sockets(host)
         return
     side = Receiving(transport, host, layers)
-    tell(endpoint=msgspec.to_builtins(side.listener.endpoint))
+    tell(**told(side))
     for order in orders():
         if "open" in order:
             side.open(order["open"], order["tokens"])
@@ -172,7 +182,8 @@ def receive(transport: str, host: str, layers: int) -> None:
 def receive_sockets(host: str) -> None:
     """The floor: messages into one buffer."""
     server = socket.create_server((host, 0))
-    tell(endpoint={"transport": "sockets", "host": host, "port": server.getsockname()[1]})
+    endpoint = {"transport": "sockets", "host": host, "port": server.getsockname()[1]}
+    tell(endpoint=endpoint, ticket=None)
     sock, _ = server.accept()
     tune(sock)
     buffer = memoryview(bytearray(MESSAGE))
@@ -206,7 +217,8 @@ def send(layers: int, tokens: int, frame_bytes: int) -> None:
                 tune(sock)
             else:
                 planes = [[plane_data(i, p, tokens) for p in range(2)] for i in range(layers)]
-                sender = hooks.transport(endpoint.transport).connect(endpoint, DataHello(), 30.0)
+                ticket = msgspec.convert(order["ticket"], DataTicket)
+                sender = hooks.transport(endpoint.transport).connect(endpoint, ticket, 30.0)
             tell(connected=True)
         elif sock is not None:
             message = memoryview(bytearray(MESSAGE))
@@ -296,7 +308,8 @@ def measure(places: tuple[Place, Place], name: str, options: Any) -> dict[str, A
         Child(mac, *me, "--role", "receive", transport, mac.address, str(layers)) as receiver,
         Child(spark, *me, "--role", "send", str(layers), str(tokens), frame) as sender,
     ):
-        sender.ask(connect=receiver.answer()["endpoint"], checked=name != transport)
+        ready = receiver.answer()
+        sender.ask(connect=ready["endpoint"], ticket=ready["ticket"], checked=name != transport)
         for number in range(1, options.repeats + 1):
             receiver.ask(open=number, tokens=tokens, messages=messages)
             sent = sender.ask(send=number, messages=messages)

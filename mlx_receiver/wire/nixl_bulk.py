@@ -27,7 +27,7 @@ import numpy as np
 from msgspec import Meta
 
 from mlx_receiver.wire.frames import DataReply, Header, Kind, decode_reply
-from mlx_receiver.wire.messages import E_PROTOCOL, DataTicket, Endpoint, WireError
+from mlx_receiver.wire.messages import DataTicket, Endpoint, WireError
 from mlx_receiver.wire.tcp import TcpSender, dial
 from mlx_receiver.wire.tcp_listener import BackChannel, TcpListener
 from mlx_receiver.wire.transport import BlockSink, Listener, Sender, TransportError
@@ -184,8 +184,8 @@ class NixlSender:
         except TransportError:
             self.close()
             raise
-        except msgspec.MsgspecError as error:
-            raise WireError(E_PROTOCOL, f"not a description of a ring: {error}") from None
+        except (WireError, msgspec.MsgspecError) as error:
+            self._fail(f"{self._control.peer} sends what cannot be read: {error}")
         return bool(frames)
 
     def _fail(self, reason: str) -> None:

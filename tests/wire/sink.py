@@ -31,6 +31,7 @@ class MemorySink:
     order: list[tuple[int, int]] = field(default_factory=list)
     refusals: list[tuple[int, str]] = field(default_factory=list)
     attachments: list[tuple[str, int]] = field(default_factory=list)
+    replies: list[Callable[[DataReply], None]] = field(default_factory=list)
     detachments: list[tuple[str, int]] = field(default_factory=list)
     aborted: int = 0
     pending: int = 0
@@ -49,6 +50,7 @@ class MemorySink:
     def attach(self, client: str, session: int, reply: Callable[[DataReply], None]) -> None:
         with self.lock:
             self.attachments.append((client, session))
+            self.replies.append(reply)
         if session == REFUSED:
             reply(DataReply(session, False, E_SESSION, "not here"))
         elif session == LATER:
