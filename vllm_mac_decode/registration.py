@@ -11,6 +11,8 @@ import functools
 import json
 from typing import Any
 
+from vllm_mac_decode.settings import DEFAULT_PORT, SettingsError, load, parse_address
+
 CONNECTOR = "mac_decode"
 _DONE = "_mac_decode_registered"
 
@@ -49,10 +51,11 @@ def _add_flags(engine_args: Any) -> None:
         )
         group.add_argument(
             "--mac-decode-receiver",
-            metavar="HOST:PORT",
+            metavar="HOST[:PORT]",
+            type=_receiver,
             default=None,
             help="Where `mlx-receiver start` listens (also MAC_DECODE_RECEIVER; default "
-            "127.0.0.1:7790).",
+            f"127.0.0.1, port {DEFAULT_PORT}).",
         )
         return parser
 
@@ -64,6 +67,14 @@ def _add_flags(engine_args: Any) -> None:
 
     engine_args.add_cli_args = staticmethod(with_flags)
     engine_args.from_cli_args = merged
+
+
+def _receiver(text: str) -> str:
+    try:
+        parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -93,3 +104,13 @@ def _merge(args: argparse.Namespace) -> None:
         config.kv_connector_extra_config["receiver"] = receiver
     if config is not None:
         args.kv_transfer_config = config
+        if config.kv_connector == CONNECTOR:
+            _check_settings(config.kv_connector_extra_config)
+
+
+def _check_settings(extra: dict[str, Any]) -> None:
+    """Say in one line what the engine's processes would say in some hundred, much later."""
+    try:
+        load(extra)
+    except SettingsError as error:
+        raise SystemExit(f"vllm: {error}") from None

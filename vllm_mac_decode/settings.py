@@ -6,13 +6,18 @@ flag also writes to), ``MAC_DECODE_<NAME>`` in the environment, the default.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 ENV_PREFIX = "MAC_DECODE_"
+
+#: Where ``mlx-receiver start`` listens unless it is told otherwise.
+DEFAULT_PORT = 7790
 
 
 class SettingsError(ValueError):
@@ -22,7 +27,7 @@ class SettingsError(ValueError):
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of the connector, by their names in ``kv_connector_extra_config``."""
 
-    #: The receiver's control address, ``host:port``.
+    #: The receiver's control address, ``host`` or ``host:port``.
     receiver: str = "127.0.0.1:7790"
     #: The token that the receiver was started with, if any.
     token: str = ""
@@ -40,6 +45,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     min_output_tokens: int = 2
     #: Seconds without any progress after which a response goes on locally.
     stall_timeout: float = 2.0
+    #: Seconds that a response may wait for room in the receiver's batch before it goes on locally.
+    queue_timeout: float = 30.0
     #: Bounds the staging memory of each worker, in MiB.
     staging_mib: int = 128
     #: A checksum of every block: the receiver refuses damaged ones. Costs one pass over the bytes.
@@ -49,6 +56,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         self.address()  # raises
         if self.stall_timeout <= 0:
             raise ValueError("stall_timeout must be above 0 seconds")
+        if self.queue_timeout < 0:
+            raise ValueError("queue_timeout must be at least 0 seconds")
         if not 0 < self.streams <= 16:
             raise ValueError("streams must be 1 to 16")
         if self.staging_mib < 16:
@@ -57,11 +66,40 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError("min_output_tokens must be at least 2")
 
     def address(self) -> tuple[str, int]:
-        """The receiver's host and port. Raises ValueError unless it is ``host:port``."""
-        host, _, port = self.receiver.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError(f"receiver must be host:port, not {self.receiver!r}")
-        return host.strip("[]"), int(port)
+        """The receiver's host and port. Raises ValueError for what is no address."""
+        return parse_address(self.receiver)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of ``host``, ``host:port``, ``[IPv6]``, ``[IPv6]:port`` or a bare IPv6 address.
+
+    The port is DEFAULT_PORT where none is given. Raises ValueError quoting anything else.
+    """
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        colon, port = rest[:1], rest[1:]
+        good = bool(bracket) and colon in ("", ":") and _is_ipv6(host)
+    elif text.count(":") > 1:
+        host, colon, port, good = text, "", "", _is_ipv6(text)
+    else:
+        host, colon, port = text.partition(":")
+        good = re.fullmatch(r"[\w.-]+", host) is not None
+    if colon:
+        good = good and re.fullmatch(r"[0-9]{1,5}", port) is not None
+    number = int(port) if good and colon else DEFAULT_PORT
+    if not good or not 0 < number < 65536:
+        raise ValueError(
+            f"receiver must be host:port, not {text!r} (port {DEFAULT_PORT} unless the receiver "
+            "was started with --port; IPv6 addresses in brackets)"
+        )
+    return host, number
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(text))
+    except ValueError:
+        return False
 
 
 def load(

@@ -102,10 +102,33 @@ def test_a_receiver_without_the_connector_is_refused(rest: list[str]) -> None:
         parse("--mac-decode-receiver", "mac:7790", *rest)
 
 
+def test_a_bad_address_on_the_command_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--kv-connector", "mac_decode", "--mac-decode-receiver", "mac:port")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "argument --mac-decode-receiver: receiver must be host:port, not 'mac:port'" in last
+
+
+def test_settings_that_cannot_be_are_one_line_before_the_engine_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {"kv_connector": "mac_decode", "kv_role": "kv_producer"}
+    monkeypatch.setenv("MAC_DECODE_RECEIVER", "mac:port")
+    with pytest.raises(
+        SystemExit, match=r"^vllm: mac_decode settings: .*host:port, not 'mac:port'"
+    ):
+        parse("--kv-connector", "mac_decode")
+    parse("--kv-connector", "NixlConnector")  # no business of ours
+    monkeypatch.delenv("MAC_DECODE_RECEIVER")
+    config["kv_connector_extra_config"] = {"stall_timeout": 0}  # type: ignore[assignment]
+    with pytest.raises(SystemExit, match="stall_timeout must be above 0 seconds"):
+        parse("--kv-transfer-config", json.dumps(config))
+
+
 def test_the_help_shows_the_flags() -> None:
     text = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).format_help()
     assert "--kv-connector NAME" in text
-    assert "--mac-decode-receiver HOST:PORT" in text
+    assert "--mac-decode-receiver HOST[:PORT]" in text
 
 
 def test_a_second_registration_changes_nothing() -> None:

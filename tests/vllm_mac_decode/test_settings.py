@@ -66,10 +66,25 @@ def test_unknown_keys_are_named_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["mac", "mac:", ":7790", "mac:0", "mac:65536", "mac:port", "mac:-1", "mac:7790/x"]
+    "address",
+    [
+        *("mac:", ":7790", "mac:0", "mac:65536", "mac:port", "mac:-1", "mac:7790/x", "mac:७७९०"),
+        *(
+            "http://mac:7790",
+            "[mac]:7790",
+            "[fe80::1]:",
+            "[fe80::1",
+            "fe80::1]:7790",
+            "a:b:7790",
+            "",
+        ),
+    ],
 )
 def test_bad_addresses_are_quoted(address: str) -> None:
-    for extra, environ in (({"receiver": address}, {}), ({}, {"MAC_DECODE_RECEIVER": address})):
+    sources: list[tuple[dict[str, str], dict[str, str]]] = [({"receiver": address}, {})]
+    if address:  # an empty variable is as if unset
+        sources.append(({}, {"MAC_DECODE_RECEIVER": address}))
+    for extra, environ in sources:
         with pytest.raises(SettingsError, match="receiver must be host:port, not ") as caught:
             load(extra, environ)
         assert repr(address) in str(caught.value)
@@ -81,6 +96,12 @@ def test_bad_addresses_are_quoted(address: str) -> None:
         ("10.0.0.7:7790", ("10.0.0.7", 7790)),
         ("studio.local:1", ("studio.local", 1)),
         ("[fe80::1]:65535", ("fe80::1", 65535)),
+        ("[fe80::1%eth0]:1", ("fe80::1%eth0", 1)),
+        ("studio.local", ("studio.local", 7790)),
+        ("10.0.0.7", ("10.0.0.7", 7790)),
+        ("[fe80::1]", ("fe80::1", 7790)),
+        ("fe80::1", ("fe80::1", 7790)),
+        ("::1", ("::1", 7790)),
     ],
 )
 def test_good_addresses(address: str, expected: tuple[str, int]) -> None:
