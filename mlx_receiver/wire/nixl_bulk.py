@@ -12,6 +12,7 @@ UCX's own ports know no ticket: use this transport on a trusted network.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import select
 import socket
@@ -306,6 +307,8 @@ class NixlTransport:
 
     def listen(self, host: str, port: int, sink: BlockSink) -> Listener:
         """See ``transport.Transport.listen``."""
+        # Loading it takes seconds, which the first client would have to wait.
+        importlib.import_module("nixl")
         return TcpListener(host, port, sink, name="nixl", carrier=NixlCarrier)
 
     def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:

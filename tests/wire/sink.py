@@ -16,8 +16,8 @@ from mlx_receiver.wire.transport import Landing
 #: Two clients that every ``MemorySink`` knows.
 TICKET, OTHER = new_ticket(), new_ticket()
 
-#: Sessions that ``MemorySink`` refuses, at once and only when asked again.
-REFUSED, LATER = 404, 202
+#: Sessions that ``MemorySink`` refuses, accepts after a while, and has a fault with.
+REFUSED, LATER, FAULTY = 404, 202, 500
 
 
 @dataclass
@@ -51,6 +51,8 @@ class MemorySink:
         with self.lock:
             self.attachments.append((client, session))
             self.replies.append(reply)
+        if session == FAULTY:
+            raise RuntimeError("a fault of the receiver")
         if session == REFUSED:
             reply(DataReply(session, False, E_SESSION, "not here"))
         elif session == LATER:
@@ -66,6 +68,8 @@ class MemorySink:
         self.gate.wait()
         if header.session == REFUSED:
             raise WireError(E_SESSION, "not here")
+        if header.session == FAULTY:
+            raise RuntimeError("a fault of the receiver")
         # As scattered as a cache: one buffer a head.
         rows = [bytearray(header.payload_bytes // header.heads) for _ in range(header.heads)]
         with self.lock:

@@ -23,7 +23,7 @@ from mlx_receiver.wire.frames import MAX_PAYLOAD, DataReply, Header, Kind
 from mlx_receiver.wire.keys import new_nonce, new_ticket
 from mlx_receiver.wire.messages import E_BLOCK, E_SESSION, DataTicket
 from mlx_receiver.wire.transport import Listener, Sender, Transport, TransportError
-from tests.wire.sink import LATER, OTHER, REFUSED, TICKET, Forged, MemorySink, make_block
+from tests.wire.sink import FAULTY, LATER, OTHER, REFUSED, TICKET, Forged, MemorySink, make_block
 
 TIMEOUT = 3.0
 
@@ -304,6 +304,23 @@ def test_a_forged_frame_ends_the_connection(connect: Any, sink: MemorySink, what
     other.send(*make_block(2, 0))
     sink.wait(lambda: (2, 0) in sink.landed)
     assert list(sink.landed) == [(2, 0)]
+
+
+@pytest.mark.parametrize("kind", [Kind.ATTACH, Kind.BLOCK])
+def test_a_fault_of_the_receiver_ends_one_connection(
+    connect: Any, sink: MemorySink, kind: Kind
+) -> None:
+    sender, other = connect(timeout=TIMEOUT), connect(OTHER)
+    with pytest.raises(TransportError):
+        if kind is Kind.BLOCK:
+            sender.send(*make_block(FAULTY, 0))
+        else:
+            sender.send(Header(kind, FAULTY, 0))
+        raise until_refused(sender, TIMEOUT + 5)
+    other.send(*make_block(2, 0))
+    sink.wait(lambda: (2, 0) in sink.landed)
+    connect().send(*make_block(2, 1))
+    sink.wait(lambda: (2, 1) in sink.landed)
 
 
 def test_a_receiver_that_goes_away(connect: Any, listener: Listener) -> None:
