@@ -12,7 +12,6 @@ import pytest
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from mlx_receiver.wire import hooks
-from mlx_receiver.wire.frames import DataHello
 from mlx_receiver.wire.messages import Sampling, Welcome
 from mlx_receiver.wire.transport import Sender
 from tests.mlx_receiver.client import FakeVllm
@@ -29,7 +28,8 @@ class OverTransport(FakeVllm):
     def connect_bulk(self) -> Sender:
         (endpoint,) = (e for e in self.receiver.data_endpoints if e.transport == self.name)
         endpoint = msgspec.structs.replace(endpoint, host=endpoint.host or "127.0.0.1")
-        return hooks.transport(self.name).connect(endpoint, DataHello(self.token, "test"), 5.0)
+        assert self.ticket is not None
+        return hooks.transport(self.name).connect(endpoint, self.ticket, 5.0)
 
 
 @pytest.fixture(scope="module")
