@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_receiver.wire import frames
 from mlx_receiver.wire import messages as m
-from tests.fuzz import decoders
+from tests.fuzz import decoders, receiving
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,21 @@ class Target:
 
 TARGETS = {
     "client messages": Target(
-        decoders.tagged(get_args(m.ClientMessage)), decoders.client_messages, 4, 25
+        decoders.tagged(get_args(m.ClientMessage)), decoders.client_messages, 45, 25
     ),
     "receiver messages": Target(
-        decoders.tagged(get_args(m.ReceiverMessage)), decoders.receiver_messages, 4, 25
+        decoders.tagged(get_args(m.ReceiverMessage)), decoders.receiver_messages, 45, 25
     ),
     "data payloads": Target(
         decoders.tagged(
             (frames.DataHello, frames.DataChallenge, frames.DataProof, frames.DataReply)
         ),
         decoders.data_payloads,
-        1,
+        10,
         20,
     ),
-    "headers": Target(decoders.header_fields, decoders.headers, 1, 60),
+    "headers": Target(decoders.header_fields, decoders.headers, 10, 60),
+    "receiver's sessions": Target(receiving.events, receiving.sessions, 1, 60),
 }
 
 

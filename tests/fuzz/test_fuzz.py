@@ -10,4 +10,4 @@ from tests.fuzz.targets import TARGETS, fuzz
 @pytest.mark.parametrize("name", TARGETS)
 def test_whatever_a_peer_sends(name: str) -> None:
     cases = fuzz(name, TARGETS[name].examples)
-    assert cases >= 1000, f"only {cases} cases"
+    assert cases >= 500, f"only {cases} cases"
