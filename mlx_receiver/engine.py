@@ -9,78 +9,35 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
+from mlx_receiver.jobs import Job, Output, Sink
+from mlx_receiver.memory import Budget
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.model import LoadedModel, ModelSource, Progress, load_model
+from mlx_receiver.model import LoadedModel, ModelError, ModelSource, Progress, load_model
 from mlx_receiver.wire.messages import (
+    E_CAPACITY,
     E_INTERNAL,
     E_SHUTDOWN,
+    E_UNSUPPORTED,
     Code,
-    FinishReason,
-    Logprobs,
     Sampling,
+    WireError,
 )
+
+if TYPE_CHECKING:
+    from mlx_receiver.batch import Batch
+
+__all__ = ["DecodeEngine", "Job", "Output", "Sink"]
 
 logger = logging.getLogger(__name__)
 
-#: The batch stops a request by itself only here: stopping is decided by ``check_stop``.
-_NEVER: Final = 1 << 40
+#: Seconds between two attempts to decode again after one has failed.
+_PROBE_SECONDS: Final = 1.0
 
 #: Seconds without a job after which freed buffers go back to the system. Until then the next
 #: session can have them.
 _IDLE_SECONDS: Final = 1.0
-
-BuildCache = Callable[[Any], list[Any]]
-
-
-@dataclass(slots=True, eq=False)
-class Output:
-    """What one decode step gave one job.
-
-    ``position`` counts output tokens from 0; vLLM's own first token, where there is one, is 0.
-    ``finish`` is "", "stop" or "length".
-    """
-
-    job: Job
-    position: int
-    token_ids: list[int]
-    finish: FinishReason = ""
-    stop_reason: int | None = None
-    logprobs: list[Logprobs] | None = None
-
-
-class Sink(Protocol):
-    """Where a job's results go. Called on the decoding thread; must not block."""
-
-    def decoded(self, outputs: list[Output]) -> None:
-        """What one step gave this sink's jobs. A job whose output has a ``finish`` is over."""
-
-    def failed(self, job: Job, code: Code, reason: str) -> None:
-        """The job is over without a result."""
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A request to decode.
-
-    With ``first_token`` and ``build_cache`` it continues a prompt whose cache exists: that is
-    called once, on the decoding thread, with the model's dtype, and returns one cache a layer.
-    Without ``build_cache`` MLX prefills the prompt itself, and the first token behind it if that
-    was sampled elsewhere.
-    """
-
-    prompt_token_ids: list[int]
-    sampling: Sampling
-    sink: Sink
-    first_token: int | None = None
-    build_cache: BuildCache | None = None
-    _outputs: int = field(default=0, init=False)
-    _sampler: Any = field(default=None, init=False)
-    _uid: int | None = field(default=None, init=False)
-    _over: bool = field(default=False, init=False)
 
 
 class DecodeEngine:
@@ -99,6 +56,10 @@ class DecodeEngine:
         self.source = source
         #: Bytes that the padded batch may take; set once the memory budget is known.
         self.batch_bytes: int | None = None
+        #: Of which local jobs take their memory; None where nothing else takes any.
+        self.budget: Budget | None = None
+        #: Why nothing can be decoded at present; "" while it can.
+        self.fault = ""
         self._dtype = dtype
         self._max_batch = max_batch
         self._metrics = metrics or Metrics()
@@ -112,7 +73,8 @@ class DecodeEngine:
         self._error: Exception | None = None
         self._loaded: LoadedModel | None = None
         self._queue: deque[Job] = deque()
-        self._active: dict[int, Job] = {}
+        self._batch: Batch | None = None
+        self._probing = False
         self._holds_memory = True
         self._thread = threading.Thread(target=self._run, name="mlx-decode", daemon=True)
 
@@ -129,13 +91,29 @@ class DecodeEngine:
         return self._loaded
 
     def submit(self, job: Job) -> None:
-        """Decode the job as soon as the batch has room."""
-        with self._condition:
-            if not self._stopping:
-                self._submitted.append(job)
-                self._condition.notify()
-                return
-        job.sink.failed(job, E_SHUTDOWN, "the receiver is stopping")
+        """Decode the job as soon as the batch has room; one that cannot be fails."""
+        try:
+            self._check(job)
+            with self._condition:
+                if not self._stopping:
+                    self._submitted.append(job)
+                    self._condition.notify()
+                    return
+            raise WireError(E_SHUTDOWN, "the receiver is stopping")
+        except WireError as error:
+            self._fail(job, error.code, error.reason)
+
+    def _check(self, job: Job) -> None:
+        """Raise WireError for a job that must not reach MLX, or has no memory."""
+        vocab = self.source.signature.vocab_size
+        if job.first_token is not None and not 0 <= job.first_token < vocab:
+            raise WireError(E_UNSUPPORTED, f"first token {job.first_token} is not below {vocab}")
+        if self.fault:
+            raise WireError(E_INTERNAL, f"this receiver cannot decode: {self.fault}")
+        if job.reservation is None and self.budget is not None:
+            job.reservation = self.budget.reserve(
+                len(job.prompt_token_ids), job.sampling.max_tokens
+            )
 
     def cancel(self, job: Job) -> None:
         """Forget the job and free its memory; nothing is reported any more."""
@@ -160,7 +138,7 @@ class DecodeEngine:
     @property
     def decoding(self) -> int:
         """Jobs in the batch."""
-        return len(self._active)
+        return len(self._batch) if self._batch is not None else 0
 
     @property
     def waiting(self) -> int:
@@ -171,69 +149,69 @@ class DecodeEngine:
 
     def _run(self) -> None:
         try:
+            from mlx_receiver.batch import Batch
+
             self._loaded = load_model(self.source, self._dtype, self._progress)
-            self._make_generator()
+            self._batch = Batch(self.source, self._loaded, self._max_batch)
             if self._wants_warm_up:
-                self._warm_up()
+                self._warm_up(self._batch, self._loaded)
         except Exception as error:
             self._error = error
             self._loaded = None
             return
         finally:
             self._loaded_or_failed.set()
-        while self._take_commands():
-            self._admit()
-            if self._active:
-                self._step()
-        for job in [*self._active.values(), *self._queue, *self._submitted]:
+        batch = self._batch
+        while self._take_commands(batch):
+            if self.fault:
+                self._recover(batch)
+            self._admit(batch)
+            if len(batch):
+                self._step(batch)
+        for job in [*batch.jobs, *self._queue, *self._submitted]:
             self._fail(job, E_SHUTDOWN, "the receiver is stopping")
-        self._generator.close()
+        batch.close()
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, batch: Batch, loaded: LoadedModel) -> None:
+        """Raises ModelError when the model cannot be decoded with."""
         from mlx_receiver.warmup import warm_up_jobs
 
-        assert self._loaded is not None
         metrics, self._metrics = self._metrics, Metrics()  # these are nobody's tokens
         began = time.perf_counter()
         logger.info("warming up: where kernels are compiled, the first time takes longest")
+        failures: list[str] = []
         try:
-            self._queue.extend(warm_up_jobs(self.source, self._loaded, self._progress))
-            while (self._queue or self._active) and not self._stopping:
-                self._admit()
-                if self._active:
-                    self._step()
-        except Exception:
-            logger.exception("warming up failed: the first responses may be slow")
+            batch.check_logits()
+            jobs = warm_up_jobs(self.source, loaded, self._progress, failures.append)
+            self._queue.extend(jobs)
+            while (self._queue or len(batch)) and not self._stopping:
+                self._admit(batch)
+                if len(batch):
+                    self._step(batch)
+        except Exception as error:
+            logger.debug("warming up failed", exc_info=True)
+            failures.append(str(error) or type(error).__name__)
+        if failures:
+            batch.close()
+            raise ModelError(
+                f"{self.source.name} cannot be decoded with on this machine: {failures[0]}. Free "
+                "memory, try another --dtype, or download the model again"
+            )
         self._metrics = metrics
         # The memory that sessions may reserve is what is free once the model is loaded.
         _release_memory()
         logger.info("warmed up in %.1f s", time.perf_counter() - began)
 
-    def _make_generator(self) -> None:
-        import mlx_lm
-        from mlx_lm.generate import BatchGenerator
-
-        from mlx_receiver.sampling import greedy
-
-        assert self._loaded is not None
-        self._model = Float32Logits(self._loaded.model)
-        self._generator = BatchGenerator(
-            self._model,
-            max_tokens=_NEVER,
-            sampler=greedy,
-            completion_batch_size=self._max_batch,
-            prefill_batch_size=min(8, self._max_batch),
-        )
-        # Filtering in mlx-lm 0.31 leaves empty processor lists in place, and the next request to
-        # join would get another row's: there every request carries a processor.
-        version = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
-        self._least_processors: list[Any] = [_unchanged] if version < (0, 32) else []
-
-    def _take_commands(self) -> bool:
+    def _take_commands(self, batch: Batch) -> bool:
         """Take what was submitted and cancelled; waits while idle. False when stopping."""
         with self._condition:
             while not (
-                self._stopping or self._submitted or self._cancelled or self._active or self._queue
+                self._stopping
+                or self._submitted
+                or self._cancelled
+                or self._queue
+                or len(batch)
+                or self.fault
             ):
                 if not self._condition.wait(_IDLE_SECONDS if self._holds_memory else None):
                     break
@@ -243,106 +221,108 @@ class DecodeEngine:
             self._submitted.clear()
             cancelled = list(self._cancelled)
             self._cancelled.clear()
-        if not (self._queue or self._active or cancelled) and self._holds_memory:
+        if not (self._queue or len(batch) or cancelled) and self._holds_memory:
             _release_memory()
             self._holds_memory = False
         if cancelled:
             self._queue = deque(job for job in self._queue if not job._over)
-            self._remove([job for job in cancelled if job._uid is not None])
+            self._remove(batch, cancelled)
         return True
 
-    def _admit(self) -> None:
-        while self._queue and len(self._active) < self._max_batch and self._fits(self._queue[0]):
-            job = self._queue.popleft()
+    def _admit(self, batch: Batch) -> None:
+        while (job := self._next_job(batch)) is not None:
+            self._queue.remove(job)
             if job._over:
-                continue
+                continue  # it is among the cancelled ones that come next
             try:
-                self._insert(job)
+                self._join(batch, job)
             except Exception as error:
                 if not job._over:
                     logger.exception("a job could not join the batch")
                 self._fail(job, E_INTERNAL, f"joining the batch failed: {error}")
+                self._probe(batch)
 
-    def _fits(self, job: Job) -> bool:
-        """Whether the batch, in which every row is as long as the longest, stays in its budget."""
-        if not self._active or self.batch_bytes is None:
-            return True
-        longest = max(
-            len(other.prompt_token_ids) + other._outputs for other in [*self._active.values(), job]
-        )
-        return (len(self._active) + 1) * longest * self._bytes_per_token <= self.batch_bytes
+    def _next_job(self, batch: Batch) -> Job | None:
+        """The first job that the batch takes, if it fits: nobody overtakes one that does not."""
+        job = next((job for job in self._queue if batch.takes(job)), None)
+        return job if job is not None and batch.fits(job, self.batch_bytes) else None
 
-    @property
-    def _bytes_per_token(self) -> int:
-        from mlx_receiver.wire.frames import ITEMSIZE
-
-        assert self._loaded is not None
-        return self.source.signature.kv_bytes_per_token(ITEMSIZE[self._loaded.dtype])
-
-    def _insert(self, job: Job) -> None:
-        from mlx_receiver.cache import mlx_dtype
-        from mlx_receiver.sampling import RequestSampler
-
-        assert self._loaded is not None
-        signature = self.source.signature
-        job._outputs = 0 if job.first_token is None else 1
-        job._sampler = RequestSampler(
-            job.sampling, job.prompt_token_ids, job._outputs, signature.vocab_size
-        )
-        sampled = [] if job.first_token is None else [job.first_token]
+    def _join(self, batch: Batch, job: Job) -> None:
         self._holds_memory = True
-        if job.build_cache is not None:
-            assert sampled
-            caches = job.build_cache(mlx_dtype(self._loaded.dtype))
-            job.build_cache = None
-            prompt, before = sampled, list(job.prompt_token_ids)
-            if not self._active:
-                # The generator shows a token once it has issued the step behind it. Nobody else
-                # is kept waiting now, so the first one is shown as soon as it is there.
-                before += prompt
-                prompt = [self._decode_alone(job, before, caches)]
-                if self._deliver([(job, prompt[0])]):
-                    return
-        else:
-            caches = self.source.adapter.empty(signature)
-            prompt, before = [*job.prompt_token_ids, *sampled], []
-        (job._uid,) = self._generator.insert(
-            [prompt],
-            max_tokens=[_NEVER],
-            caches=[caches],
-            all_tokens=[before],
-            samplers=[job._sampler.sampler],
-            logits_processors=[job._sampler.processors or self._least_processors],
-        )
-        self._active[job._uid] = job
+        job.joined = True
+        row = batch.prepare(job)
+        if not job.prefills and not len(batch):
+            # The generator shows a token once it has issued the step behind it. Nobody else is
+            # kept waiting now, so the first one is shown as soon as it is there.
+            began = time.perf_counter()
+            token = batch.decode_alone(row)
+            self._metrics.decode_step_seconds.observe(time.perf_counter() - began)
+            if self._deliver([(job, token)]):
+                row.caches.clear()
+                _let_go(job)
+                return
+        batch.add(row)
 
-    def _decode_alone(self, job: Job, tokens: list[int], caches: list[Any]) -> int:
-        """The token after ``tokens``, of which all but the last are in the caches."""
-        import mlx.core as mx
-        from mlx_lm.generate import generation_stream
-
-        began = time.perf_counter()
-        with mx.stream(generation_stream):
-            logits = self._model(mx.array([tokens[-1:]]), cache=caches)[:, -1, :]
-            token = int(job._sampler.draw(tokens, logits).item())
-        self._metrics.decode_step_seconds.observe(time.perf_counter() - began)
-        return token
-
-    def _step(self) -> None:
+    def _step(self, batch: Batch) -> None:
         began = time.perf_counter()
         try:
-            self._compute_tokens()
-            _, responses = self._generator.next()
+            tokens = batch.step()
         except Exception as error:
-            logger.exception("a decode step failed")
-            for job in list(self._active.values()):
-                self._fail(job, E_INTERNAL, f"a decode step failed: {error}")
-            self._active.clear()
-            self._make_generator()
+            self._restart(batch, error)
             return
-        if responses:
+        if tokens:
             self._metrics.decode_step_seconds.observe(time.perf_counter() - began)
-        self._remove(self._deliver([(self._active[r.uid], r.token) for r in responses]))
+        over = self._deliver(tokens)
+        full = [job for job, _ in tokens if job not in over and not _has_room(job)]
+        self._remove(batch, [*over, *full])
+        for job in full:
+            self._fail(job, E_CAPACITY, "the KV memory is full (--kv-memory)")
+
+    def _remove(self, batch: Batch, jobs: list[Job]) -> None:
+        """Take the jobs out of the batch, and free what they hold."""
+        try:
+            batch.remove(jobs)
+        except Exception as error:
+            self._restart(batch, error)
+        for job in jobs:
+            _let_go(job)
+
+    def _restart(self, batch: Batch, error: Exception) -> None:
+        """Fail what is in the batch, begin another, and see whether that works."""
+        logger.error("a decode step failed", exc_info=error)
+        for job in batch.restart():
+            self._fail(job, E_INTERNAL, f"a decode step failed: {error}")
+        self._probe(batch)
+
+    def _probe(self, batch: Batch) -> None:
+        """After a failure: see whether a token can still be decoded. ``fault`` says why not."""
+        if self._probing:
+            return
+        self._probing = True
+        sink = _Failure()
+        probe = Job([0], Sampling(max_tokens=2, temperature=0.0), sink)
+        try:
+            self._join(batch, probe)
+            while probe in batch.jobs:
+                self._step(batch)
+        except Exception as error:
+            sink.reason = str(error) or type(error).__name__
+        self._probing = False
+        if sink.reason and not self.fault:
+            logger.error("decoding fails, no sessions are accepted until it works again")
+        elif self.fault and not sink.reason:
+            logger.warning("decoding works again")
+        self.fault = sink.reason
+
+    def _recover(self, batch: Batch) -> None:
+        """Fail what waits for a batch that cannot decode, and try again in a while."""
+        for job in self._queue:
+            self._fail(job, E_INTERNAL, f"this receiver cannot decode: {self.fault}")
+        self._queue.clear()
+        with self._condition:
+            if not (self._stopping or len(batch)):
+                self._condition.wait(_PROBE_SECONDS)
+        self._probe(batch)
 
     def _deliver(self, tokens: list[tuple[Job, int]]) -> list[Job]:
         """Hand each job its next token; returns the jobs that are over with it."""
@@ -351,17 +331,19 @@ class DecodeEngine:
         outputs: dict[int, tuple[Sink, list[Output]]] = {}
         finished = []
         for job, token in tokens:
-            output = Output(job, job._outputs, [token])
-            job._outputs += 1
+            assert job.sampler is not None
+            output = Output(job, job.outputs, [token])
+            job.outputs += 1
+            job.shown = True
             finish = check_stop(
                 job.sampling,
                 token,
-                job._outputs,
-                len(job.prompt_token_ids) + job._outputs,
+                job.outputs,
+                len(job.prompt_token_ids) + job.outputs,
                 self.source.max_tokens,
             )
             output.finish, output.stop_reason = finish.reason, finish.stop_reason
-            if (logprobs := job._sampler.pop_logprobs()) is not None:
+            if (logprobs := job.sampler.pop_logprobs()) is not None:
                 output.logprobs = [logprobs]
             if finish.reason:
                 finished.append(job)
@@ -376,32 +358,9 @@ class DecodeEngine:
                 finished += [output.job for output in results if not output.finish]
         return finished
 
-    def _remove(self, jobs: list[Job]) -> None:
-        leaving = [job._uid for job in jobs if job._uid in self._active]
-        if not leaving:
-            return
-        import mlx.core as mx
-        from mlx_lm.generate import generation_stream
-
-        with mx.stream(generation_stream):
-            self._generator.remove(leaving)
-        for uid in leaving:
-            if uid is not None:
-                del self._active[uid]
-
-    def _compute_tokens(self) -> None:
-        """Let the tokens of the step that is under way be ready when it ends.
-
-        Joins and leavings concatenate and select them lazily. Evaluated with the step that comes
-        next, they would make every running response wait for that step, too.
-        """
-        import mlx.core as mx
-
-        batch = self._generator._generation_batch
-        if len(batch):
-            mx.async_eval(batch._next_tokens)
-
     def _fail(self, job: Job, code: Code, reason: str) -> None:
+        """The job is over, and the batch holds nothing of it."""
+        _let_go(job)
         if job._over:
             return
         job._over = True
@@ -411,21 +370,32 @@ class DecodeEngine:
             logger.exception("a sink failed")
 
 
-class Float32Logits:
-    """The model with float32 logits, as vLLM samples from them.
+class _Failure:
+    """A sink that remembers why its job failed, "" if it did not."""
 
-    ``BatchGenerator`` normalises logits in their own dtype; in bfloat16 that rounds different
-    logits to equal ones.
-    """
+    def __init__(self) -> None:
+        self.reason = ""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.layers = model.layers
+    def decoded(self, outputs: list[Output]) -> None:
+        """See ``Sink.decoded``."""
 
-    def __call__(self, inputs: Any, cache: Any = None) -> Any:
-        import mlx.core as mx
+    def failed(self, _job: Job, _code: Code, reason: str) -> None:
+        """See ``Sink.failed``."""
+        self.reason = reason
 
-        return self._model(inputs, cache=cache).astype(mx.float32)
+
+def _has_room(job: Job) -> bool:
+    """Whether the job's cache may hold what it has become; a little is reserved from the start."""
+    tokens = len(job.prompt_token_ids) + job.outputs
+    return job.reservation is None or job.reservation.grow(tokens)
+
+
+def _let_go(job: Job) -> None:
+    """Nothing of the job is in the batch, nor will be: what it held is free."""
+    job.sampler = job.build_cache = None
+    reservation, job.reservation = job.reservation, None
+    if reservation is not None:
+        reservation.release()
 
 
 def _release_memory() -> None:
@@ -437,7 +407,3 @@ def _release_memory() -> None:
         # On a Mac, and on a GPU, MLX does not use malloc for its arrays.
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def _unchanged(_context: Any, logits: Any) -> Any:
-    return logits

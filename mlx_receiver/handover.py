@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from mlx_receiver.engine import DecodeEngine, Job, Output
 from mlx_receiver.metrics import Metrics
@@ -13,6 +14,7 @@ from mlx_receiver.store import SessionStore
 from mlx_receiver.wire import trust
 from mlx_receiver.wire.messages import (
     E_CAPACITY,
+    E_INTERNAL,
     E_SESSION,
     E_UNSUPPORTED,
     Cancel,
@@ -100,6 +102,8 @@ class Handover:
                     E_CAPACITY,
                     f"a prompt of {tokens} tokens fills the model's {source.max_tokens}",
                 )
+            if self._engine.fault:
+                raise WireError(E_INTERNAL, f"this receiver cannot decode: {self._engine.fault}")
             trust.check(message, source.signature.vocab_size, E_UNSUPPORTED)
             check_bad_words(message.sampling)
             self.store.open(message, client, client.kv_dtype)
@@ -153,10 +157,10 @@ class Handover:
         return Status(
             ping_ns=ping_ns,
             clock_ns=time.monotonic_ns(),
-            accepting=self.store.accepting,
-            free_bytes=max(0, self.store.free_bytes),
+            accepting=self.store.accepting and not self._engine.fault,
+            free_bytes=self.store.free_bytes,
             sessions=[
-                Progress(s.id, s.state.value, s.kv_bytes, s.decoded)
+                Progress(s.id, _state(s), s.kv_bytes, s.decoded)
                 for s in self.store.of_client(client)
             ],
         )
@@ -188,8 +192,6 @@ class Handover:
             began = max(timeline.complete_ns, timeline.started_ns)
             self._metrics.handoff_seconds.observe((timeline.first_decoded_ns - began) / 1e9)
         session.decoded = output.position
-        if session.decoded % 256 == 0:
-            self.store.grow(session, session.tokens + session.decoded)
         if output.finish:
             _client(session).jobs.pop(output.job, None)
             self.store.end(session, "finished")
@@ -211,7 +213,10 @@ class Handover:
             client,
             first,
             lambda dtype: session.take_memory().build(dtype),
+            session.reservation,
         )
+        if not session.reservation.hold():
+            return  # it was cancelled meanwhile
         client.jobs[job] = session
         session.job = job
         self._engine.submit(job)
@@ -241,6 +246,15 @@ class Handover:
         job = session.job
         if job is not None and client.jobs.pop(job, None) is not None:
             self._engine.cancel(job)
+
+
+def _state(
+    session: Session,
+) -> Literal["receiving", "waiting", "queued", "decoding", "ended"]:
+    """The session's ``Progress.state``: one whose job waits for room in the batch is queued."""
+    if session.state is State.DECODING and (session.job is None or not session.job.joined):
+        return "queued"
+    return session.state.value
 
 
 def _client(session: Session) -> Client:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_receiver.cache import CacheBuffers, Rows
+from mlx_receiver.memory import Reservation
 from mlx_receiver.wire.frames import ITEMSIZE, Header, Plane
 from mlx_receiver.wire.messages import E_BLOCK, E_CAPACITY, E_SESSION, Open, WireError
 from mlx_receiver.wire.signature import ModelSignature
@@ -80,6 +81,23 @@ class Timeline:
     duplicate_blocks: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What is remembered of a session that has ended."""
+
+    request_id: str
+    state: State
+    tokens: int
+    kv_bytes: int
+    decoded: int
+    timeline: Timeline
+
+
+def coverage_bytes(signature: ModelSignature, tokens: int) -> int:
+    """Bytes of the map of what has arrived: 1 / (2 head_dim) of a cache in 16 bits."""
+    return signature.layers * 2 * signature.kv_heads * tokens
+
+
 class Session:
     """Coverage and memory of one request's cache.
 
@@ -92,8 +110,10 @@ class Session:
         client: Owner,
         signature: ModelSignature,
         kv_dtype: str,
-        reserved_bytes: int,
+        reservation: Reservation,
     ) -> None:
+        """``reservation`` covers the cache and ``coverage_bytes``; the session lets go of it when
+        it ends."""
         self.id = opened.session
         self.request_id = opened.request_id
         self.prompt_token_ids = opened.prompt_token_ids
@@ -103,7 +123,7 @@ class Session:
         self.opener = client
         self.parked = opened.parked
         self.kv_dtype = kv_dtype
-        self.reserved_bytes = reserved_bytes
+        self.reservation = reservation
         self.state = State.RECEIVING
         self.first_token: int | None = None
         self.job: Job | None = None
@@ -115,8 +135,8 @@ class Session:
         self._tokens = len(opened.prompt_token_ids)
         self._buffers: CacheBuffers | None = None
         self._changed = threading.Condition()
-        shape = (signature.layers, 2, signature.kv_heads, self._tokens)
-        self._cells: NDArray[np.uint8] = np.zeros(shape, np.uint8)
+        self._shape = (signature.layers, 2, signature.kv_heads, self._tokens)
+        self._cells: NDArray[np.uint8] = np.zeros(self._shape, np.uint8)
         self._absent = self._cells.size
         self._claimed = False
         self._announced = False
@@ -193,22 +213,32 @@ class Session:
             self.timeline.outcome = outcome
             self.timeline.ended_ns = time.monotonic_ns()
             self._buffers = None
+            self._cells = _all_resident(self._shape)
             self._changed.notify_all()
-            return True
+        self.reservation.release()
+        return True
+
+    def summary(self) -> Ended:
+        """What is worth remembering."""
+        return Ended(
+            self.request_id, self.state, self._tokens, self.kv_bytes, self.decoded, self.timeline
+        )
 
     def missing(self) -> str:
         """The first hole in words; "" when the cache is complete."""
-        holes = np.argwhere(self._cells != _RESIDENT)
-        if not len(holes):
-            return ""
-        layer, plane, head, token = (int(index) for index in holes[0])
-        row = self._cells[layer, plane, head, token:]
-        after = np.flatnonzero(row == _RESIDENT)
-        last = token + (int(after[0]) if len(after) else len(row)) - 1
-        return (
-            f"layer {layer}, {Plane(plane).name.lower()}, head {head}, tokens {token}..{last} "
-            f"({len(holes)} of {self._cells.size} cells are missing)"
-        )
+        cells, absent = self._cells, self._absent
+        # Layer by layer: a list of all holes would be larger than the cache.
+        for layer, holes in enumerate(planes != _RESIDENT for planes in cells):
+            if not holes.any():
+                continue
+            plane, head, token = map(int, np.unravel_index(holes.argmax(), holes.shape))
+            row = holes[plane, head, token:]
+            last = token + (len(row) if row.all() else int(row.argmin())) - 1
+            return (
+                f"layer {layer}, {Plane(plane).name.lower()}, head {head}, tokens {token}..{last} "
+                f"({absent} of {cells.size} cells are missing)"
+            )
+        return ""
 
     def landing(self, header: Header) -> Landing:
         """Memory for a block: the cache itself, or scratch for what is there already.
@@ -221,11 +251,16 @@ class Session:
             buffers = self._allocated(header)
             cells = self._cells[header.layer, header.plane][_extent(header)]
             if cells.any():
-                # The connections' threads bound this: one duplicate each at a time.
-                scratch = np.empty_like(self._place(header))
+                place = self._place(header)
+                if not self.reservation.take(place.nbytes, beside=True):
+                    raise WireError(
+                        E_CAPACITY, f"{header.describe()}: no memory to compare it with the first"
+                    )
+                scratch = np.empty_like(place)
                 return Landing(
                     [scratch.data.cast("B")],
                     lambda: self._commit_duplicate(header, cells, scratch, arrived),
+                    lambda: self.reservation.give_back(scratch.nbytes),
                 )
             rows = buffers.rows(header.layer, header.plane, *_extent(header))
             cells[...] = _ARRIVING
@@ -273,6 +308,18 @@ class Session:
         scratch: NDArray[Any],
         arrived: int,
     ) -> None:
+        try:
+            self._compare(header, cells, scratch, arrived)
+        finally:
+            self.reservation.give_back(scratch.nbytes)
+
+    def _compare(
+        self,
+        header: Header,
+        cells: NDArray[np.uint8],
+        scratch: NDArray[Any],
+        arrived: int,
+    ) -> None:
         with self._changed:
             if not self._changed.wait_for(
                 lambda: self._buffers is None or not (cells == _ARRIVING).any(), _DUPLICATE_WAIT
@@ -297,7 +344,8 @@ class Session:
 
     def _note(self, header: Header, cells: NDArray[np.uint8], arrived: int) -> None:
         new = int(np.count_nonzero(cells != _RESIDENT))
-        cells[...] = _RESIDENT
+        if new:
+            cells[...] = _RESIDENT
         self._changed.notify_all()
         self._absent -= new
         self.kv_bytes += new * header.head_dim * ITEMSIZE[header.dtype]
@@ -323,6 +371,8 @@ class Session:
             )
         if self._absent == 0 and not timeline.complete_ns:
             timeline.complete_ns = now
+            self._cells = _all_resident(self._shape)
+            self.reservation.give_back(self._cells.size)
 
     def _check(self, header: Header) -> None:
         signature = self._signature
@@ -339,6 +389,11 @@ class Session:
             wrong = f"the prompt has {self._tokens} tokens"
         if wrong:
             raise WireError(E_BLOCK, f"{header.describe()}: {wrong}")
+
+
+def _all_resident(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A map of one byte, whatever its shape, that nobody writes."""
+    return np.broadcast_to(np.uint8(_RESIDENT), shape)
 
 
 def _extent(header: Header) -> tuple[slice, slice]:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
+from mlx_receiver import memory
 from mlx_receiver.cache import CacheAdapter
+from mlx_receiver.memory import Budget
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.session import Owner, Session, State
-from mlx_receiver.wire.frames import ITEMSIZE, DataReply, Header
+from mlx_receiver.session import Ended, Owner, Session, State, coverage_bytes
+from mlx_receiver.wire.frames import DataReply, Header
 from mlx_receiver.wire.messages import (
     E_BLOCK,
     E_CAPACITY,
@@ -36,6 +38,9 @@ ATTACH_SECONDS: Final = 5.0
 #: Seconds without a block after which a started session with a hole is given up.
 STALL_SECONDS: Final = 15.0
 
+#: The same for a session that nothing has started yet: vLLM may be computing a long step.
+IDLE_SECONDS: Final = 30.0
+
 #: Seconds after its last block in which a parked session must be claimed.
 PARK_SECONDS: Final = 30.0
 
@@ -44,11 +49,6 @@ KEPT_TIMELINES: Final = 32
 
 #: ATTACHes of one client that may wait at once; it has one for each worker and session.
 _MAX_WAITING: Final = 1024
-
-#: Tokens of decoded text that a session's memory has room for from the start. Beyond them the
-#: cache grows as mlx-lm's does, by copying; reserving ``max_tokens`` would refuse most clients,
-#: which ask for all that the context allows.
-_HEADROOM: Final = 512
 
 Reply = Callable[[DataReply], None]
 
@@ -80,8 +80,7 @@ class SessionStore:
     ) -> None:
         self._adapter = adapter
         self._signature = signature
-        self._model_itemsize = 0
-        self.budget_bytes = 0
+        self.budget = Budget(adapter, signature)
         self.max_sessions = max_sessions
         self._events = events
         self._metrics = metrics
@@ -91,16 +90,14 @@ class SessionStore:
         self._keys: dict[str, bytes] = {}
         #: By client and session.
         self._waiting: dict[tuple[str, int], list[tuple[float, Reply]]] = {}
-        self._reserved = 0
-        self._recent: deque[Session] = deque(maxlen=KEPT_TIMELINES)
+        self._recent: deque[Ended] = deque(maxlen=KEPT_TIMELINES)
         # Zeroing gigabytes takes a while: neither the control nor the decoding thread may wait.
         self._allocator = ThreadPoolExecutor(1, thread_name_prefix="kv-allocate")
         self._accepting = True
 
     def configure(self, model_dtype: str, budget_bytes: int) -> None:
         """What is known once the model is loaded; until then nothing is admitted."""
-        self._model_itemsize = ITEMSIZE[model_dtype]
-        self.budget_bytes = budget_bytes
+        self.budget.configure(model_dtype, budget_bytes)
 
     # --- what the control channel asks ---------------------------------------------------------
 
@@ -119,14 +116,12 @@ class SessionStore:
 
         Raises WireError: ``capacity`` when it does not fit, ``session`` for an id in use.
         """
-        itemsize = max(ITEMSIZE[kv_dtype], self._model_itemsize)
         tokens = len(message.prompt_token_ids)
         # Whoever claims a parked session says only then how much text it may become.
-        wanted = _HEADROOM if message.parked else max(message.sampling.max_tokens, 1)
-        headroom = min(wanted, _HEADROOM)
-        need = self._adapter.capacity(tokens, headroom) * self._signature.kv_bytes_per_token(
-            itemsize
-        )
+        headroom = memory.HEADROOM
+        if not message.parked:
+            headroom = min(message.sampling.max_tokens, headroom)
+        coverage = coverage_bytes(self._signature, tokens)
         with self._lock:
             if message.session in self._sessions:
                 raise WireError(E_SESSION, f"session {message.session} exists already")
@@ -136,16 +131,19 @@ class SessionStore:
                 raise WireError(
                     E_CAPACITY, f"{len(self._sessions)} sessions are open (--max-sessions)"
                 )
-            if self._reserved + need > self.budget_bytes:
+            owners = {s.opener.id for s in self._sessions.values()}
+            # Some of the last places are for clients that have none.
+            kept = min(len(self._keys.keys() - owners), self.max_sessions // 4)
+            if client.id in owners and len(self._sessions) >= self.max_sessions - kept:
                 raise WireError(
                     E_CAPACITY,
-                    f"{tokens} tokens need {need >> 20} MiB of KV memory; "
-                    f"{max(0, self.free_bytes) >> 20} of {self.budget_bytes >> 20} MiB are free "
-                    "(--kv-memory)",
+                    f"{len(self._sessions)} sessions are open, and {kept} of {self.max_sessions} "
+                    "are kept for other clients (--max-sessions)",
                 )
-            session = Session(message, client, self._signature, kv_dtype, need)
+            reservation = self.budget.reserve(tokens, headroom, kv_dtype, coverage)
+            session = Session(message, client, self._signature, kv_dtype, reservation)
             self._sessions[session.id] = session
-            self._reserved += need
+            reservation.hold()  # for the allocating thread
         self._allocator.submit(self._allocate, session, headroom)
         return session
 
@@ -174,8 +172,7 @@ class SessionStore:
             return False
         with self._lock:
             self._sessions.pop(session.id, None)
-            self._reserved -= session.reserved_bytes
-            self._recent.append(session)
+            self._recent.append(session.summary())
             waiting = self._waiting.pop((session.opener.id, session.id), [])
         self._metrics.sessions.labels(outcome).inc()
         _answer(waiting, DataReply(session.id, False, E_SESSION, f"the session ended: {outcome}"))
@@ -188,8 +185,8 @@ class SessionStore:
             self._events.failed(session, code, reason)
 
     def sweep(self) -> None:
-        """Answer attaches that waited too long; give up sessions whose last blocks never came,
-        and parked ones that nobody wants."""
+        """Answer attaches that waited too long; give up sessions that have come to nothing: whose
+        last blocks never came, for which nothing comes, and parked ones that nobody wants."""
         now = time.monotonic()
         with self._lock:
             late = {
@@ -206,6 +203,11 @@ class SessionStore:
                 and not s.complete
                 and s.last_progress + STALL_SECONDS < now
             ]
+            idle = [
+                s
+                for s in self._sessions.values()
+                if s.first_token is None and not s.parked and s.last_progress + IDLE_SECONDS < now
+            ]
             unclaimed = [
                 s
                 for s in self._sessions.values()
@@ -220,18 +222,10 @@ class SessionStore:
                 f"no block came for {STALL_SECONDS:.0f} s, but the cache is incomplete: "
                 f"{session.missing()}",
             )
+        for session in idle:
+            self.fail(session, E_SESSION, f"no block and no Start came for {IDLE_SECONDS:.0f} s")
         for session in unclaimed:
             self.fail(session, E_SESSION, f"nobody claimed it within {PARK_SECONDS:.0f} s")
-
-    def grow(self, session: Session, tokens: int) -> None:
-        """Account for a cache that has outgrown what was reserved for it."""
-        need = self._adapter.capacity(tokens, 0) * self._signature.kv_bytes_per_token(
-            self._model_itemsize
-        )
-        with self._lock:
-            if session.id in self._sessions and need > session.reserved_bytes:
-                self._reserved += need - session.reserved_bytes
-                session.reserved_bytes = need
 
     def close(self) -> None:
         """Accept nothing any more and end every session."""
@@ -244,13 +238,18 @@ class SessionStore:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the budget that nothing is reserved in; negative when caches outgrew it."""
-        return self.budget_bytes - self._reserved
+        """Bytes of the budget that nothing is reserved in."""
+        return self.budget.free
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes reserved by the sessions that exist."""
-        return self._reserved
+        """Bytes of the budget that are taken, also by sessions that end and by local jobs."""
+        return self.budget.reserved
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes that sessions and local jobs may take together."""
+        return self.budget.total
 
     @property
     def accepting(self) -> bool:
@@ -262,12 +261,18 @@ class SessionStore:
         with self._lock:
             return list(self._sessions.values())
 
-    def recent(self) -> list[Session]:
+    def recent(self) -> list[Ended]:
         """Ended sessions, the latest last."""
         with self._lock:
             return list(self._recent)
 
     def _allocate(self, session: Session, headroom: int) -> None:
+        try:
+            self._give_memory(session, headroom)
+        finally:
+            session.reservation.release()
+
+    def _give_memory(self, session: Session, headroom: int) -> None:
         try:
             buffers = self._adapter.allocate(
                 self._signature, session.kv_dtype, session.tokens, headroom
@@ -329,17 +334,31 @@ class SessionStore:
         session = self._own(client, header.session)
         if session is None:
             raise WireError(E_SESSION, f"no session {header.session}")
-        landing = session.landing(header)
-        commit = landing.commit
+        if not session.reservation.hold():
+            raise WireError(E_SESSION, f"session {session.id} has ended")
+        try:
+            landing = session.landing(header)
+        except BaseException:
+            session.reservation.release()
+            raise
+        commit, abort = landing.commit, landing.abort
 
         def committed() -> None:
-            commit()
+            try:
+                commit()
+            finally:
+                session.reservation.release()
             self._metrics.kv_bytes.inc(header.payload_bytes)
             if session.complete and session.claim_completion():
                 self._events.complete(session)
 
-        landing.commit = committed
-        return landing
+        def aborted() -> None:
+            try:
+                abort()
+            finally:
+                session.reservation.release()
+
+        return Landing(landing.buffers, committed, aborted)
 
     def rejected(self, client: str, header: Header, code: Code, reason: str) -> None:
         """See ``transport.BlockSink.rejected``: the block's session cannot be trusted any more."""

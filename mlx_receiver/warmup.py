@@ -7,14 +7,12 @@ stay in the temporary folder, so that the next start is quick.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import Final
 
 from mlx_receiver.engine import Job, Output
 from mlx_receiver.model import LoadedModel, ModelSource, Progress
 from mlx_receiver.wire.messages import E_SHUTDOWN, Code, Sampling
-
-logger = logging.getLogger(__name__)
 
 #: Prompt tokens and sampling of the jobs. They differ in length, so that the batch is padded and
 #: needs a mask, and together they sample in every way there is. The longest is one to which MLX's
@@ -34,12 +32,19 @@ WARM_UP_JOBS: Final = (
 )  # fmt: skip
 
 
-def warm_up_jobs(source: ModelSource, loaded: LoadedModel, progress: Progress | None) -> list[Job]:
-    """Hand-offs of a few tokens over caches of zeros, whose results nobody gets.
+def warm_up_jobs(
+    source: ModelSource,
+    loaded: LoadedModel,
+    progress: Progress | None,
+    failed: Callable[[str], None],
+) -> list[Job]:
+    """Hand-offs of a few tokens over caches of zeros, whose results nobody gets; ``failed`` is told
+    why one of them failed.
 
     Raises what allocating their memory raises.
     """
-    sink = _Discard(sum(sampling.max_tokens - 1 for _, sampling in WARM_UP_JOBS), progress)
+    total = sum(sampling.max_tokens - 1 for _, sampling in WARM_UP_JOBS)
+    sink = _Discard(total, progress, failed)
     jobs = []
     for tokens, sampling in WARM_UP_JOBS:
         tokens = max(1, min(tokens, source.max_tokens - sampling.max_tokens))
@@ -55,8 +60,11 @@ def warm_up_jobs(source: ModelSource, loaded: LoadedModel, progress: Progress | 
 class _Discard:
     """A sink that counts tokens and keeps none."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
+    def __init__(
+        self, total: int, progress: Progress | None, failed: Callable[[str], None]
+    ) -> None:
         self._done, self._total = 0, total
+        self._failed = failed
         self._progress = progress
 
     def decoded(self, outputs: list[Output]) -> None:
@@ -66,6 +74,6 @@ class _Discard:
             self._progress("Warming up", self._done, self._total)
 
     def failed(self, _job: Job, code: Code, reason: str) -> None:
-        """See ``engine.Sink.failed``. Said here, and otherwise left to the first response."""
+        """See ``engine.Sink.failed``."""
         if code != E_SHUTDOWN:
-            logger.warning("warming up failed, the first responses may be slow: %s", reason)
+            self._failed(reason)

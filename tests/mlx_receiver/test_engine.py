@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
+from mlx_receiver.batch import Float32Logits
 from mlx_receiver.cache import PlainKV, PlainKVBuffers
-from mlx_receiver.engine import DecodeEngine, Float32Logits, Job, Output
+from mlx_receiver.engine import DecodeEngine, Job, Output
 from mlx_receiver.local import LocalJob, generate_tokens
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.model import Progress, find_model
+from mlx_receiver.model import ModelError, Progress, find_model
 from mlx_receiver.warmup import WARM_UP_JOBS
 from mlx_receiver.wire.messages import Sampling, WireError
 from mlx_receiver.wire.signature import ModelSignature
@@ -137,7 +138,8 @@ def test_a_failing_step_ends_its_jobs_and_not_the_engine(
     def explode() -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine._generator, "next", explode)
+    assert engine._batch is not None
+    monkeypatch.setattr(engine._batch._generator, "next", explode)
     with pytest.raises(WireError, match="a decode step failed: out of memory"):
         generate_tokens(engine, kv.prompt, GREEDY)
     assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
@@ -168,7 +170,8 @@ def test_a_row_that_would_pad_the_batch_too_far_waits(
     engine: DecodeEngine, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Room for one row of 255 tokens, and for several of 17.
-    monkeypatch.setattr(engine, "batch_bytes", 300 * engine._bytes_per_token)
+    assert engine._batch is not None
+    monkeypatch.setattr(engine, "batch_bytes", 300 * engine._batch.bytes_per_token)
     small, large = prefill(17), prefill(255)
     jobs = [LocalJob(engine, kv.prompt, GREEDY) for kv in (small, small, large)]
     sizes = []
@@ -269,18 +272,32 @@ def test_the_warm_up_samples_in_every_way() -> None:
 @pytest.mark.parametrize(
     ("failing", "said"), [("allocate", "no room for a cache"), ("build", "_arrays")]
 )
-def test_a_warm_up_that_fails_does_not_keep_the_engine_from_serving(
-    failing: str,
-    said: str,
-    tiny_llama_path: Path,
-    prefill: Prefill,
-    caplog: pytest.LogCaptureFixture,
+def test_a_warm_up_that_fails_ends_the_start(
+    failing: str, said: str, tiny_llama_path: Path
 ) -> None:
-    with warmed_up(tiny_llama_path, Watched(failing), Metrics()) as engine:
-        assert "warming up failed" in caplog.text
-        assert said in caplog.text
-        kv = prefill(17)
-        assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
+    with (
+        pytest.raises(ModelError, match=f"cannot be decoded with.*{said}.*try another --dtype"),
+        warmed_up(tiny_llama_path, Watched(failing), Metrics()),
+    ):
+        pass
+
+
+def test_a_model_whose_logits_are_not_finite_is_not_served(
+    tiny_llama_path: Path, tmp_path: Path
+) -> None:
+    """One weight too large for float16: all of its texts would be token 0."""
+    for file in tiny_llama_path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (weights,) = tmp_path.glob("*.safetensors")
+    arrays = dict(mx.load(str(weights)))
+    name = next(name for name in arrays if name.endswith("norm.weight") and "layers" not in name)
+    arrays[name] = arrays[name].astype(mx.float32) + 1e30
+    mx.save_safetensors(str(weights), arrays, {"format": "pt"})
+    source = find_model(str(tmp_path))
+    with pytest.raises(ModelError, match=r"not finite numbers in float16.*--dtype"):
+        engine = DecodeEngine(source, dtype="float16", warm_up=True)
+        engine.start()
+        engine.wait_loaded()
 
 
 def test_stopping_fails_what_is_left(tiny_llama_path: Path) -> None:

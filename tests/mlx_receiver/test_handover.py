@@ -29,7 +29,7 @@ def test_decoded_tokens_equal_mlx_alone(client: FakeVllm, prefill: Prefill, toke
 def test_decoding_past_the_reserved_headroom(
     client: FakeVllm, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.store._HEADROOM", 1)
+    monkeypatch.setattr("mlx_receiver.memory.HEADROOM", 1)
     kv = prefill(250, decode=20)
     sampling = msgspec.structs.replace(GREEDY, max_tokens=20)
     session = client.open(kv.prompt, sampling)

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from mlx_receiver.sampling import (
-    Finish,
     RequestSampler,
     check_sampling,
-    check_stop,
     greedy,
     truncate,
 )
 from mlx_receiver.wire.messages import Sampling, WireError
+from mlx_receiver.wire.stopping import Finish, check_stop
 
 VOCAB = 40
 PROMPT = [3, 3, 7, 11]
