@@ -6,12 +6,16 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import select
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from concurrent.futures import Future
+from threading import Thread
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
@@ -20,7 +24,18 @@ from mlx_receiver.blas import use_fast_blas
 from mlx_receiver.settings import Settings, SettingsError, parse_bytes
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlx_receiver.model import Progress
     from mlx_receiver.receiver import Receiver
+
+logger = logging.getLogger(__name__)
+
+#: Open files that a receiver may have; macOS allows no process more than 10,240.
+_FILES: Final = 8192
+
+#: How often progress is logged where there is no terminal to draw it on.
+_PROGRESS_SECONDS: Final = 10.0
 
 app = typer.Typer(
     help="Continue on MLX the requests that vLLM has prefilled elsewhere.",
@@ -100,6 +115,15 @@ def start(
             show_default=False,
         ),
     ] = "",
+    allowed_hosts: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_ALLOWED_HOSTS",
+            help="Names of this machine that HTTP clients may use besides its addresses, localhost "
+            "and *.local, separated by commas.",
+            show_default=False,
+        ),
+    ] = "",
     served_model_name: Annotated[
         str,
         typer.Option(
@@ -156,6 +180,8 @@ def start(
     ] = "info",
 ) -> None:
     """Serve a model until interrupted."""
+    from mlx_receiver.interfaces import check_host
+
     _configure_logging(log_level)
     stop = _Interruption()
     try:
@@ -167,6 +193,7 @@ def start(
             http_port=None if http_port < 0 else http_port,
             token=token,
             api_key=api_key,
+            allowed_hosts=allowed_hosts,
             served_model_name=served_model_name,
             prefill=prefill,
             prefill_min_tokens=prefill_min_tokens,
@@ -179,6 +206,8 @@ def start(
             transport=transport,
         )
         settings.check()
+        check_host(host)
+        _raise_file_limit()
         _serve(settings, stop)
     except SettingsError as error:
         _give_up(error)
@@ -217,39 +246,71 @@ def _serve(settings: Settings, stop: _Interruption) -> None:
         TextColumn("{task.percentage:.0f}%"),
     )
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(f"Loading {settings.model}", total=None)
+    task = bar.add_task(f"Looking up {settings.model}", total=None)
+    said = time.monotonic()
 
     def show(what: str, done: int, total: int) -> None:
-        bar.update(task, description=f"{what} {settings.model}", completed=done, total=total)
+        nonlocal said
+        amount = f" ({done / 1e9:.1f} of {total / 1e9:.1f} GB)" if what == "Fetching" else ""
+        text = f"{what} {settings.model}{amount}"
+        bar.update(task, description=text, completed=done, total=total)
+        if not console.is_terminal and time.monotonic() > said + _PROGRESS_SECONDS:
+            said = time.monotonic()
+            logger.info("%s, %d %%", text, 100 * done // total)
 
-    receiver = _make_receiver(settings, show)
-    try:
-        receiver.start()
-        with bar:
-            while not stop.wait(0) and not _ready(receiver):
-                pass
-    except BaseException:
-        receiver.stop()
-        raise
-    if not stop.wait(0):
-        for line in _announcement(receiver):
-            console.print(line, soft_wrap=True)
+    with bar:
+        receiver = _make_receiver(settings, show, stop)
+        try:
+            receiver.start()
+            while not _ready(receiver):
+                if stop.wait(0):
+                    _leave(console)
+        except BaseException:
+            receiver.stop()
+            raise
+    from mlx_receiver.announcement import announcement
+
+    awake = _keep_awake()
+    for line in announcement(receiver):
+        console.print(line, soft_wrap=True, markup=False)
+    if awake:
+        console.print("This Mac stays awake meanwhile (caffeinate), unless its lid is closed.")
     stop.wait(None)
     receiver.stop()
+    _leave(console)
+
+
+def _leave(console: Console) -> NoReturn:
+    """End at once: taking the imported libraries down one by one lasts seconds, and a download or
+    MLX in the middle of loading do not listen at all."""
     console.print("Stopped.")
-    # Everything is closed. Taking the imported libraries down one by one lasts seconds.
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
 
 
-def _make_receiver(settings: Settings, progress: Any) -> Receiver:
+def _make_receiver(settings: Settings, progress: Progress, stop: _Interruption) -> Receiver:
     use_fast_blas()
-    from mlx_receiver.model import ModelError
+    from rich.console import Console
+
+    from mlx_receiver.model import ModelError, ModelSource, find_model
     from mlx_receiver.receiver import Receiver
 
+    # The hub may be slow to answer, and a signal is heard only where nobody waits for it.
+    found: Future[ModelSource] = Future()
+
+    def find() -> None:
+        try:
+            found.set_result(find_model(settings.model))
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=find, daemon=True).start()
+    while not found.done():
+        if stop.wait(0.05):
+            _leave(Console(stderr=True))
     try:
-        return Receiver(settings, progress)
+        return Receiver(settings, progress, found.result())
     except ModelError as error:
         _give_up(error)
 
@@ -264,32 +325,27 @@ def _ready(receiver: Receiver) -> bool:
         _give_up(error)
 
 
-def _announcement(receiver: Receiver) -> list[str]:
-    settings, source, loaded = receiver.settings, receiver.source, receiver.engine.loaded
-    assert loaded is not None
-    ports = ", ".join(f"{e.port} ({e.transport})" for e in receiver.data_endpoints)
-    lines = [
-        f"Serving {source.name}: {source.signature.model_type}, {loaded.dtype}, "
-        f"{loaded.nbytes / 2**30:.2f} GiB of weights",
-        f"KV memory {receiver.store.budget_bytes / 2**30:.2f} GiB, up to {settings.max_sessions} "
-        f"sessions, {settings.max_batch} of them decoding",
-        f"Listening on {receiver.address}; KV comes to port {ports}",
-    ]
-    if receiver.http is not None:
-        base = f"http://{settings.host}:{receiver.http.port}"
-        lines.append(f"OpenAI API on {base}/v1, health and metrics on {base}/health")
-        if settings.prefill:
-            lines.append(
-                f"Prompts of {settings.prefill_min_tokens} tokens and more are prefilled by "
-                f"{settings.prefill}"
-            )
-    token = "MAC_DECODE_TOKEN=... " if settings.token else ""
-    lines += [
-        "On the vLLM machine:",
-        f"  {token}MAC_DECODE_RECEIVER={receiver.address} \\",
-        f"    vllm serve {source.name} --kv-connector mac_decode",
-    ]
-    return lines
+def _raise_file_limit() -> None:
+    """Allow more than the 256 open files of macOS, which connections and a model soon take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _keep_awake() -> bool:
+    """Have a Mac not fall asleep for want of a user while this process lives."""
+    if sys.platform != "darwin":
+        return False
+    command = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
+    quiet = subprocess.DEVNULL
+    try:
+        # In a session of its own: Ctrl-C is for this process.
+        subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+    except OSError:
+        return False
+    return True
 
 
 @app.command()

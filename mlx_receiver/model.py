@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from mlx_receiver import hub, weights
 from mlx_receiver.wire import hooks
+from mlx_receiver.wire.frames import ITEMSIZE
 from mlx_receiver.wire.signature import ModelSignature, signature_from_config
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ DTYPE_CHOICES: Final = ("auto", "bfloat16", "float16", "float32")
 #: Assumed where config.json does not say how long a text may be.
 _DEFAULT_MAX_TOKENS: Final = 131_072
 
+#: Tokens of output beside which one prompt must at least find room.
+_LEAST_TOKENS: Final = 512
+
 #: Called with what is being done, what of it is done, and how much there is to do.
 Progress = Callable[[str, int, int], None]
 
@@ -30,7 +35,8 @@ class ModelError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model on disk whose configuration this receiver can serve."""
+    """A model whose configuration this receiver can serve. ``path`` is its folder; one of the hub
+    may still be without weights."""
 
     name: str
     path: Path
@@ -38,6 +44,22 @@ class ModelSource:
     signature: ModelSignature
     adapter: CacheAdapter
     max_tokens: int
+    of_hub: bool = False
+
+    @property
+    def vllm_name(self) -> str | None:
+        """What vLLM on another machine can load, None where that is not known.
+
+        Weights that MLX has quantised are not for vLLM; their README names what they came from.
+        """
+        if "quantization" in self.config:
+            return hub.base_model(self.path)
+        return self.name if self.of_hub else hub.name_of(self.path.resolve())
+
+    def session_bytes(self, dtype: str = "auto") -> int:
+        """Bytes of K and V of the smallest session worth having."""
+        tokens = self.adapter.capacity(1, _LEAST_TOKENS)
+        return tokens * self.signature.kv_bytes_per_token(ITEMSIZE.get(dtype, 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +72,11 @@ class LoadedModel:
 
 
 def find_model(name: str) -> ModelSource:
-    """The model of a folder or a Hugging Face id, checked before any weight is read.
+    """The model of a folder or a Hugging Face id, checked before any weight is fetched or read.
 
     Raises ModelError when it does not exist or cannot be served.
     """
-    path = _folder(name)
+    path, of_hub = _folder(name)
     file = path / "config.json"
     try:
         config = json.loads(file.read_text())
@@ -70,7 +92,8 @@ def find_model(name: str) -> ModelSource:
     for adapter in cache_adapters():
         refusal = adapter.refusal(config, signature)
         if refusal is None:
-            return ModelSource(name, path, config, signature, adapter, _max_tokens(config))
+            tokens = _max_tokens(config)
+            return ModelSource(name, path, config, signature, adapter, tokens, of_hub)
         refusals.append(refusal)
     raise ModelError(f"{name} cannot be served: {'; '.join(refusals)}")
 
@@ -78,9 +101,10 @@ def find_model(name: str) -> ModelSource:
 def load_model(
     source: ModelSource, dtype: str = "auto", progress: Progress | None = None
 ) -> LoadedModel:
-    """Read the weights, on the thread that will decode. ``progress`` counts layers.
+    """Fetch the weights where they are missing and read them, on the thread that will decode.
 
-    Raises ModelError when the weights do not fit the configuration or are not there.
+    ``progress`` counts bytes, then layers. Raises ModelError when the weights do not fit the
+    configuration or the memory, or are not there.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -88,6 +112,13 @@ def load_model(
 
     from mlx_receiver.cache import mlx_dtype
 
+    _check_memory(source, dtype)
+    if source.of_hub:
+        try:
+            hub.weights(source.path, progress)
+        except hub.HubError as error:
+            raise ModelError(str(error)) from None
+        _check_memory(source, dtype)
     try:
         model, _ = mlx_load(source.path, lazy=True)
         if dtype != "auto":
@@ -119,26 +150,27 @@ def cache_adapters() -> list[CacheAdapter]:
     return found
 
 
-def _folder(name: str) -> Path:
+def _check_memory(source: ModelSource, dtype: str) -> None:
+    """Raise ModelError for weights that this machine has no room for, if they are known."""
+    memory = weights.memory()
+    needed = weights.weights_nbytes(source.path, dtype)
+    if memory is not None and needed is not None:
+        refusal = weights.refusal(source.name, needed, source.session_bytes(dtype), memory)
+        if refusal is not None:
+            raise ModelError(refusal)
+
+
+def _folder(name: str) -> tuple[Path, bool]:
+    """Where the model's description is, and whether it comes from the hub."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return path, False
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no folder {name}")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]
-            )
-        )
-    except Exception as error:
-        first = str(error).strip().splitlines()
-        raise ModelError(
-            f"{name} is neither a folder nor a model that could be downloaded "
-            f"({type(error).__name__}: {first[0] if first else ''})"
-        ) from None
+        return hub.description(name), True
+    except hub.HubError as error:
+        raise ModelError(str(error)) from None
 
 
 def _max_tokens(config: dict[str, Any]) -> int:

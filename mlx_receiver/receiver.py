@@ -35,12 +35,18 @@ class Receiver:
     After ``start`` the ports are bound and the model loads; after ``wait_ready`` it serves.
     """
 
-    def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
-        """Raises SettingsError or ModelError; binds and loads nothing yet."""
+    def __init__(
+        self,
+        settings: Settings,
+        progress: Progress | None = None,
+        source: ModelSource | None = None,
+    ) -> None:
+        """Raises SettingsError or ModelError; binds and loads nothing yet. ``source`` is what
+        ``find_model`` says of ``settings.model``, where that was asked before."""
         settings.check()
         self.settings = settings
         self.metrics = Metrics()
-        self.source: ModelSource = find_model(settings.model)
+        self.source: ModelSource = source or find_model(settings.model)
         self.engine = DecodeEngine(
             self.source,
             dtype=settings.dtype,
@@ -58,6 +64,7 @@ class Receiver:
             metrics=self.metrics,
         )
         self.handover.store = self.store
+        self.engine.budget = self.store.budget
         self.metrics.sessions_active.set_function(lambda: len(self.store.sessions()))
         self.metrics.kv_reserved_bytes.set_function(lambda: self.store.reserved_bytes)
         self.control = ControlServer(self.handover, self.source.signature, settings.token)

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 _UNITS: Final = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_MAX_PORT: Final = 65_535
 
 
 class SettingsError(Exception):
@@ -21,6 +22,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``transport`` names one bulk transport or several, separated by commas; the first listens on
     ``data_port``, the others on the ports after it (any free ones when it is 0).
     ``prefill`` is the base URL of a vLLM that prefills for the HTTP API's clients; empty: none.
+    ``allowed_hosts`` are further names of this machine for the HTTP API, separated by commas.
     An empty ``served_model_name`` means ``model``.
     ``kv_memory`` is in bytes, None for a share of what the machine has.
     """
@@ -32,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     http_port: int | None = 7791
     token: str = ""
     api_key: str = ""
+    allowed_hosts: str = ""
     served_model_name: str = ""
     prefill: str = ""
     prefill_min_tokens: int = 512
@@ -48,13 +51,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The names in ``transport``, each once, in order."""
         return list(dict.fromkeys(name.strip() for name in self.transport.split(",")))
 
+    @property
+    def hosts(self) -> list[str]:
+        """The names in ``allowed_hosts``."""
+        return [name.strip() for name in self.allowed_hosts.split(",") if name.strip()]
+
     def check(self) -> None:
         """Raise SettingsError for a combination that must not run."""
+        last_data_port = self.data_port + len(self.transports) - 1 if self.data_port else 0
+        for option, port in (
+            ("--port", self.port),
+            ("--data-port", self.data_port),
+            ("--data-port plus the number of transports", last_data_port),
+            ("--http-port", self.http_port or 0),
+        ):
+            if not 0 <= port <= _MAX_PORT:
+                raise SettingsError(f"{option} {port} is no port: 1 to {_MAX_PORT}, 0 for any")
         if not self.token and not is_loopback(self.host):
             raise SettingsError(
                 f"--host {self.host} is reachable from other machines, and without a token anyone "
                 "there could use this receiver: set --token (or MAC_DECODE_TOKEN), and the same "
-                "one on the vLLM side"
+                'one on the vLLM side, e.g. --token "$(openssl rand -hex 16)"'
             )
         if self.http_port is not None and not self.api_key and not is_loopback(self.host):
             raise SettingsError(
