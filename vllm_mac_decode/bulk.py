@@ -7,14 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
-from mlx_receiver.wire.frames import DataHello, DataReply, Header, Kind
+from vllm.logger import init_logger
+
+from mlx_receiver.wire.frames import DataReply, Header, Kind
 from mlx_receiver.wire.hooks import transport
 from mlx_receiver.wire.landing import checksum
 from mlx_receiver.wire.transport import Sender, TransportError
 from vllm_mac_decode.metadata import BulkTarget
+from vllm_mac_decode.seldom import printable
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.staging import DeviceClock, Slot, StagingRing
+
+logger = init_logger("vllm.mac_decode.bulk")
+
+#: How long a data port that could not be reached is left alone: at first, and at most.
+_PAUSE_SECONDS: Final = (1.0, 15.0)
 
 #: A header without times, and its payload.
 Frame = tuple[Header, Sequence[memoryview]]
@@ -60,7 +69,9 @@ class Bulk:
     """``settings.streams`` connections to one receiver; each has a thread that sends on it.
 
     A thread sends what comes next in the queue: blocks may arrive in any order. All connections
-    stand and fall together, because a session's blocks are spread over all of them.
+    stand and fall together, because a session's blocks are spread over all of them. They are made
+    by a thread of their own, one set at a time; a receiver that could not be reached is left alone
+    for a while.
     """
 
     def __init__(
@@ -78,22 +89,45 @@ class Bulk:
         self._is_dead = is_dead
         self._fail = fail
         self._queue: queue.SimpleQueue[Staged | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of the next two
+        self._lock = threading.Lock()  # of what follows
         self._connections: list[_Connection] = []
-        self._target: BulkTarget | None = None
+        self._target: BulkTarget | None = None  # of the connections
+        self._generation = 0  # of the connections; counts those that were made
+        self._dialling = False
+        self._closed = False
+        self._unreachable: BulkTarget | None = None
+        self._problem = ""
+        self._pause = _PAUSE_SECONDS[0]
+        self._again_at = 0.0
 
     # --- the gathering thread ---------------------------------------------------------------
 
-    def attach(self, session: int, target: BulkTarget | None) -> None:
+    def attach(self, session: int, target: BulkTarget | None) -> int:
         """Ask the receiver, on every connection, whether the session may receive blocks.
 
-        Connects first where that is needed. Raises TransportError, and ValueError for a transport
-        that is not installed.
+        Returns the connections' number (``generation``), or 0 while they are being made: then ask
+        again. Raises TransportError when there are none, and will be none for a while.
         """
         if target is None:
             raise TransportError("no receiver is connected")
-        for connection in self._connected(target):
+        with self._lock:
+            current = self._target == target
+        if not current:
+            self.drop()
+        with self._lock:
+            connections, generation = self._connections, self._generation
+            if not connections:
+                self._dial(target)
+                return 0
+        for connection in connections:
             connection.send(Header(kind=Kind.ATTACH, session=session, payload_bytes=0))
+        return generation
+
+    @property
+    def generation(self) -> int:
+        """The number of the connections that stand now, 0 if there are none."""
+        with self._lock:
+            return self._generation if self._connections else 0
 
     def put(self, staged: Staged) -> None:
         """Send it, after what was put before."""
@@ -103,49 +137,76 @@ class Bulk:
         """What the receiver has answered; ``wait``: also on connections that are sending now,
         whose threads would notice by themselves that they broke.
 
-        Raises TransportError when there is no connection any more, WireError and MsgspecError
-        when the answers cannot be read.
+        Raises TransportError when a connection is gone, WireError when the answers cannot be read.
         """
         with self._lock:
             connections = self._connections
-        if not connections:
-            raise TransportError("the bulk connection is gone")
         return [reply for connection in connections for reply in connection.replies(wait)]
 
-    def _connected(self, target: BulkTarget) -> list[_Connection]:
-        with self._lock:
-            if self._connections and self._target == target:
-                return self._connections
-            stale, self._connections = self._connections, []
-        _close(stale)
+    # --- connecting -------------------------------------------------------------------------
+
+    def _dial(self, target: BulkTarget) -> None:
+        """With the lock. Raises TransportError while the target is left alone."""
+        if self._closed:
+            raise TransportError("the export has ended")
+        if self._dialling:
+            return
+        if target == self._unreachable and time.monotonic() < self._again_at:
+            raise TransportError(self._problem)
+        self._dialling = True
+        threading.Thread(
+            target=self._connect, args=(target,), name="mac-decode-dial", daemon=True
+        ).start()
+
+    def _connect(self, target: BulkTarget) -> None:
+        """The dialling thread: one attempt."""
         made: list[_Connection] = []
+        problem = ""
+        until = time.monotonic() + self._settings.stall_timeout
         try:
             for _ in range(self._settings.streams):
-                made.append(_Connection(self._dial(target)))
-        except BaseException:
-            _close(made)
-            raise
+                left = max(until - time.monotonic(), 0.01)
+                made.append(_Connection(self._dialled(target, left)))
+        except (TransportError, ValueError) as error:
+            problem = str(error)
+        except Exception as error:
+            logger.exception("connecting to the receiver's data port failed")
+            problem = str(error)
         with self._lock:
-            self._connections, self._target = made, target
-        return made
+            self._dialling = False
+            if problem:
+                # One line for a receiver: every session would say the same.
+                new = target != self._unreachable
+                self._pause = _PAUSE_SECONDS[0] if new else min(2 * self._pause, _PAUSE_SECONDS[1])
+                self._unreachable, self._problem = target, problem
+                self._again_at = time.monotonic() + self._pause
+                if new and not self._closed:
+                    logger.warning("no KV can be sent: %s", printable(problem))
+            elif not self._closed:
+                self._connections, self._target, made = made, target, []
+                self._generation += 1
+                self._unreachable = None
+        _close(made)
 
-    def _dial(self, target: BulkTarget) -> Sender:
+    def _dialled(self, target: BulkTarget, timeout: float) -> Sender:
         return transport(target.endpoint.transport).connect(
-            target.endpoint,
-            DataHello(token=self._settings.token, client=target.client),
-            timeout=self._settings.stall_timeout,
+            target.endpoint, target.ticket, timeout=timeout
         )
 
     # --- any thread -------------------------------------------------------------------------
 
-    def drop(self) -> None:
-        """Close all connections."""
+    def drop(self, generation: int = 0) -> None:
+        """Close all connections; with ``generation``, only if they are still those."""
         with self._lock:
+            if generation and generation != self._generation:
+                return
             connections, self._connections = self._connections, []
-        _close(connections)
+        _close_elsewhere(connections)
 
     def close(self) -> None:
         """End the sending threads and the connections."""
+        with self._lock:
+            self._closed = True
         for _ in range(self._settings.streams):
             self._queue.put(None)
         self.drop()
@@ -169,7 +230,7 @@ class Bulk:
     def _send(self, index: int, frame: Frame, computed: int, gathered: int) -> None:
         header, payload = frame
         with self._lock:
-            connections = self._connections
+            connections, generation = self._connections, self._generation
         try:
             if not connections:
                 raise TransportError("the bulk connection is gone")
@@ -183,12 +244,17 @@ class Bulk:
             connections[index].send(timed, payload)
         except TransportError as error:
             self._fail(header.session, str(error))
-            with self._lock:
-                if self._connections is connections:  # else they have been replaced
-                    self._connections = []
-            _close(connections)
+            self.drop(generation)
 
 
 def _close(connections: Sequence[_Connection]) -> None:
     for connection in connections:
         connection.close()
+
+
+def _close_elsewhere(connections: Sequence[_Connection]) -> None:
+    """Without waiting for a send that is stuck: it ends by its own timeout."""
+    if connections:
+        threading.Thread(
+            target=_close, args=(connections,), name="mac-decode-hang-up", daemon=True
+        ).start()

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import socket
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +19,7 @@ import zmq
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.frames import DTYPES
 from mlx_receiver.wire.signature import ModelSignature, signature_from_config
+from vllm_mac_decode.control import ControlSocket, NoAnswer
 from vllm_mac_decode.settings import Settings, SettingsError, load
 
 #: The releases that this version works with: from the first, to before the second.
@@ -137,24 +140,18 @@ def check_handshake(settings: Settings, signature: ModelSignature, dtype: str) -
         protocol=m.PROTOCOL_VERSION,
         signature=signature,
         kv_dtype=dtype,
-        token=settings.token,
         client=f"check-{uuid.uuid4().hex[:8]}",
         engine="mac-decode check",
     )
     try:
         answer = _ask(settings, hello)
-    except (m.WireError, zmq.ZMQError) as error:
+    except NoAnswer as error:
+        return Finding(False, _first_upper(str(error)), _NO_ANSWER[error.kind])
+    except m.WireError as error:
         return Finding(
             False,
             f"What listens at {settings.receiver} is no receiver of this protocol: {error}",
             "Give the receiver's control port (7790 unless it was started with --port)",
-        )
-    if answer is None:
-        return Finding(
-            False,
-            f"{settings.receiver} accepts connections, but answers nothing",
-            "Is it the receiver's control port (not HTTP)? A receiver that is still loading its "
-            "model answers when it has: see its output",
         )
     if isinstance(answer, m.Rejected):
         return Finding(False, f"The receiver refuses: {answer.reason}", _REMEDIES[answer.code])
@@ -193,6 +190,16 @@ _REMEDIES = _Remedies(
 )
 
 
+_NO_ANSWER = {
+    "address": "Check the address in --receiver or MAC_DECODE_RECEIVER",
+    "nobody": "See the receiver's output, and the firewall between the machines",
+    "silent": "A receiver that is still loading its model answers when it has: see its output",
+    "keys": "export MAC_DECODE_TOKEN=… with the receiver's --token, and install the same "
+    "vllm-mac-decode on both machines",
+    "hung_up": "Give the receiver's control port (7790 unless it was started with --port)",
+}
+
+
 def read_model(name: str) -> tuple[ModelSignature, str]:
     """The signature and the KV dtype of a model folder or Hugging Face id.
 
@@ -211,19 +218,22 @@ def read_model(name: str) -> tuple[ModelSignature, str]:
     return signature_from_config(config), dtype if dtype in DTYPES else "bfloat16"
 
 
-def _ask(settings: Settings, hello: m.Hello) -> m.ReceiverMessage | None:
-    """The answer to a Hello, or None when none comes in time."""
-    host, port = settings.address()
-    bracketed = f"[{host}]" if ":" in host else host
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.setsockopt(zmq.LINGER, 0)
-        dealer.setsockopt(zmq.IPV6, 1)
-        dealer.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
-        dealer.connect(f"tcp://{bracketed}:{port}")
-        dealer.send(m.encode(hello))
-        if not dealer.poll(int(_ANSWER_SECONDS * 1000)):
-            return None
-        return m.decode_receiver(dealer.recv())
+def _ask(settings: Settings, hello: m.Hello) -> m.ReceiverMessage:
+    """The answer to a Hello. Raises NoAnswer and WireError."""
+    with zmq.Context() as context, closing(ControlSocket(context, settings)) as control:
+        control.send(hello)
+        until = time.monotonic() + _ANSWER_SECONDS
+        while True:
+            control.wait(0.1)
+            if (answer := control.read(hello.signature.vocab_size)) is not None:
+                return answer
+            not_yet = control.check_answering()
+            if time.monotonic() > until:
+                raise not_yet
+
+
+def _first_upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -24,12 +24,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
+from mlx_receiver.wire.frames import ITEMSIZE
 from mlx_receiver.wire.signature import PLAIN_KV_ARCHITECTURES, signature_from_config
 from vllm_mac_decode import engine_seam, policy, settings
 from vllm_mac_decode.export_plan import ExportPlan
 from vllm_mac_decode.exporter import Exporter
 from vllm_mac_decode.link import Link
-from vllm_mac_decode.metadata import StepExports, WorkerFault, WorkerReport
+from vllm_mac_decode.metadata import StepExports, WorkerNews, WorkerReport
 from vllm_mac_decode.paged_layout import LayoutError
 from vllm_mac_decode.relay import ROUTER_KEY, Relay
 from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_from
@@ -189,11 +190,14 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self._announced -= done
         return done or None, None
 
-    def build_connector_worker_meta(self) -> WorkerFault | None:
-        """Tell the scheduler half of a fault: it would go on to open sessions that stall."""
+    def build_connector_worker_meta(self) -> WorkerNews | None:
+        """Tell the scheduler half of a fault, and of sessions that cannot be reached: it would wait
+        until they stall."""
         if self._exporter is not None and self._exporter.stopped:
             self._switch_off("the KV export")
-        return WorkerFault(self._fault) if self._fault else None
+        unreachable = self._exporter.take_unreachable() if self._exporter is not None else []
+        news = WorkerNews(self._fault, unreachable)
+        return news if news.fault or news.unreachable else None
 
     # --- scheduler half ---------------------------------------------------------------------
 
@@ -206,9 +210,13 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             connector_output.finished_sending = sent & self._kept
             self._kept -= sent
         meta = connector_output.kv_connector_worker_meta
-        if isinstance(meta, WorkerFault) and not self._fault:
-            logger.error("a worker had a fault in %s; decoding locally from now on", meta.where)
-            self._switch_off(meta.where)
+        if not isinstance(meta, WorkerNews) or self._fault:
+            return
+        if meta.fault:
+            logger.error("a worker had a fault in %s; decoding locally from now on", meta.fault)
+            self._switch_off(meta.fault)
+        elif self.relay is not None:
+            self.relay.unreachable(meta.unreachable)
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
         """The workers' reports: only if every worker can export will anything be handed off."""
@@ -243,11 +251,11 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             raise ValueError("no worker reported its KV cache")
         if not self._settings.enabled:
             raise ValueError("mac_decode is switched off (enabled=false)")
-        seam = engine_seam.EngineSeam(core)
-        self.relay.seam = seam
-        self.relay.link = Link(
-            self._settings, signature, reports[0].kv_dtype, f"vllm {vllm_version}", self.relay
-        )
+        dtype = reports[0].kv_dtype
+        self.relay.seam = engine_seam.EngineSeam(core)
+        self.relay.vocab_size = signature.vocab_size
+        self.relay.kv_bytes_per_token = signature.kv_bytes_per_token(ITEMSIZE[dtype])
+        self.relay.link = Link(self._settings, signature, dtype, f"vllm {vllm_version}", self.relay)
 
     @_guarded(lambda: None)
     def on_new_request(self, request: Request) -> None:

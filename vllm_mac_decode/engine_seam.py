@@ -5,7 +5,8 @@ once per process and only acting where the connector is ours:
 
 - ``EngineCoreProc.run_busy_loop``: gives the connector's scheduler half its engine (the
   constructor is already running when the connector is made);
-- ``Scheduler.update_from_output``: the relay sees each step's outputs before the clients do;
+- ``Scheduler.update_from_output``: the relay sees each step's outputs before the clients do, and
+  adds the responses that it knows of to the number that runs;
 - ``EngineCore.abort_requests``: the relay hears of clients that went away;
 - ``Scheduler.finish_requests`` and ``set_pause_state``: vLLM ends or holds every request, when it
   stops, sleeps or is paused, and the receiver's are among them;
@@ -209,13 +210,21 @@ class EngineSeam:
         for client, outputs in clients.items():
             self.emit(client, outputs)
 
-    def resume(self, request: Request, as_id: str, tokens: list[int], max_tokens: int) -> None:
+    def resume(self, request: Request, as_id: str, tokens: list[int], max_tokens: int) -> bool:
         """Queue a local continuation of a request that has produced ``tokens``.
+
+        False when those have used up its limit or the context: its client is told that it has
+        ended, and the engine, which would die of such a request, does not hear of it.
 
         Its prompt is the request's prompt and those tokens, so presence and frequency penalties
         no longer see them as output; everything else means the same.
         """
         assert request.sampling_params is not None and request.prompt_token_ids is not None
+        room = self.max_model_len - len(request.prompt_token_ids)
+        if len(tokens) >= min(max_tokens, room):
+            output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.LENGTH)
+            self.emit(request.client_index, [output])
+            return False
         params = request.sampling_params.clone()
         params.max_tokens = max_tokens - len(tokens)
         params.min_tokens = max(0, params.min_tokens - len(tokens))
@@ -233,6 +242,7 @@ class EngineSeam:
             block_hasher=self._core.request_block_hasher,
         )
         self._input.put_nowait((EngineCoreRequestType.ADD, (continuation, 0)))
+        return True
 
     def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:
         """Turn a continuation's output into one of the first request's."""

@@ -37,6 +37,9 @@ logger = init_logger("vllm.mac_decode.exporter")
 _POLL_SECONDS = 0.0005
 _IDLE_SECONDS = 0.2
 
+#: Dead sessions whose numbers are kept: far more than there can be jobs of under way.
+_REMEMBERED = 16384
+
 
 @dataclass(frozen=True)
 class ExportedLayer:
@@ -61,6 +64,7 @@ class _Job:
 
 @dataclass
 class _Session:
+    generation: int = 0  # of the connections on which the receiver was asked; 0: not yet
     accepted: bool = False
     backlog: deque[_Job] = field(default_factory=deque)
 
@@ -85,7 +89,10 @@ class Exporter:
         self._lock = threading.Lock()
         self._unread: defaultdict[str, int] = defaultdict(int)  # request: jobs not read yet
         self._waiting: set[str] = set()  # finished requests whose blocks vLLM still holds
-        self._dead: set[int] = set()  # sessions that no longer matter
+        #: Sessions that no longer matter, in the order in which they died. An old one may be
+        #: forgotten, a young one must not be taken for new.
+        self._dead: dict[int, None] = {}
+        self._unreachable: list[int] = []  # those of them that the scheduler half should hear of
         self._target: BulkTarget | None = None
         self._spans: list[ExportSpan] = []
         self._unwritten: set[str] = set()
@@ -115,7 +122,7 @@ class Exporter:
     ) -> None:
         """What this step will write. Also called for steps that write nothing."""
         with self._lock:
-            self._dead.update(ended)
+            self._bury(ended)
             if target is not None:
                 self._target = target
             for span in spans:
@@ -152,6 +159,12 @@ class Exporter:
             for request_id in done:
                 del self._unread[request_id]
         return done
+
+    def take_unreachable(self) -> list[int]:
+        """Sessions given up since the last call because no connection could be made."""
+        with self._lock:
+            found, self._unreachable = self._unreachable, []
+        return found
 
     def close(self, wait: bool = True) -> None:
         """Stop the threads, now or (without ``wait``) soon; what has not been sent is lost."""
@@ -210,42 +223,48 @@ class Exporter:
 
     def _dispatch(self, job: _Job) -> None:
         span = job.spans[0]
-        session = self._sessions.get(span.session)
-        if session is None and not self._is_dead(span.session):
-            session = self._attach(span.session)
-        if session is None or self._is_dead(span.session):
+        if self._is_dead(span.session):
             self._read(job, span)
-        elif session.accepted:
+            return
+        session = self._sessions.get(span.session)
+        if session is None:
+            session = self._sessions[span.session] = _Session()
+            self._attach(span.session, session)
+        if session.accepted:
             self._gather(job, span)
         else:
             session.backlog.append(job)
 
-    def _attach(self, session_id: int) -> _Session | None:
-        """Ask the receiver whether the session may receive blocks; None when it cannot be asked."""
+    def _attach(self, session_id: int, session: _Session) -> None:
+        """Ask the receiver whether the session may receive blocks, once there are connections."""
         with self._lock:
             target = self._target
         try:
-            self._bulk.attach(session_id, target)
-        except (TransportError, ValueError) as error:
+            session.generation = self._bulk.attach(session_id, target)
+        except TransportError as error:
             self._fail(session_id, str(error))
-            return None
-        self._sessions[session_id] = _Session()
-        return self._sessions[session_id]
+            with self._lock:
+                self._unreachable.append(session_id)
 
     def _take_replies(self) -> None:
-        if not self._sessions:
+        waiting = [(i, s) for i, s in self._sessions.items() if not s.accepted]
+        for session_id, session in waiting:
+            if not session.generation and not self._is_dead(session_id):
+                self._attach(session_id, session)
+        asked = {i: s.generation for i, s in self._sessions.items() if s.generation}
+        if not asked:
             return
-        pending = any(not session.accepted for session in self._sessions.values())
+        generation, problem = self._bulk.generation, "the bulk connection is gone"
         try:
-            replies = self._bulk.replies(wait=pending)
+            for reply in self._bulk.replies(wait=bool(waiting)):
+                self._take_reply(reply)
         except (TransportError, WireError, msgspec.MsgspecError) as error:
-            # Part of every session's blocks may be lost with the connection.
-            self._bulk.drop()
-            for session_id in list(self._sessions):
-                self._fail(session_id, str(error))
-            return
-        for reply in replies:
-            self._take_reply(reply)
+            self._bulk.drop(generation)
+            generation, problem = 0, str(error)
+        # Part of a session's blocks may be lost with the connections on which it was asked.
+        for session_id, asked_on in asked.items():
+            if asked_on != generation:
+                self._fail(session_id, problem)
 
     def _take_reply(self, reply: DataReply) -> None:
         session = self._sessions.get(reply.session)
@@ -266,16 +285,19 @@ class Exporter:
         """Give a session up. The receiver or the relay's clock tells vLLM's other half."""
         logger.debug("session %d: export given up: %s", session_id, reason)
         with self._lock:
-            self._dead.add(session_id)
+            self._bury([session_id])
+
+    def _bury(self, sessions: list[int]) -> None:
+        """With the lock."""
+        self._dead.update(dict.fromkeys(sessions))
+        while len(self._dead) > _REMEMBERED:
+            del self._dead[next(iter(self._dead))]
 
     def _sweep(self) -> None:
         """Forget dead sessions and the jobs that waited for them."""
         for session_id in [s for s in self._sessions if self._is_dead(s)]:
             for job in self._sessions.pop(session_id).backlog:
                 self._read(job, job.spans[0])
-        with self._lock:
-            if len(self._dead) > 4096:
-                self._dead = {s for s in self._dead if s in self._sessions}
 
     def _gather(self, job: _Job, span: ExportSpan) -> None:
         """Copy one layer of a span into staging, piece by piece, and queue it for sending."""

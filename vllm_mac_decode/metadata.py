@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from mlx_receiver.wire.messages import Endpoint
+from mlx_receiver.wire.messages import DataTicket, Endpoint
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,14 @@ class ExportSpan:
 
 @dataclass(frozen=True)
 class BulkTarget:
-    """Where blocks go. Another ``receiver`` means a restart: connect again."""
+    """Where blocks go, and what opens the door; another ``receiver`` means a restart.
+
+    The ticket is a secret, and vLLM logs a step's metadata when its engine dies.
+    """
 
     endpoint: Endpoint
     receiver: str
-    client: str
+    ticket: DataTicket = field(repr=False)
 
 
 @dataclass
@@ -55,11 +58,14 @@ class WorkerReport(KVConnectorHandshakeMetadata):
 
 
 @dataclass
-class WorkerFault(KVConnectorWorkerMetadata):
-    """A worker exports nothing any more, because of a fault in ``where``."""
+class WorkerNews(KVConnectorWorkerMetadata):
+    """What went wrong in a worker: a ``fault`` in the place it names, after which it exports
+    nothing any more, and sessions for which it has no connection."""
 
-    where: str
+    fault: str = ""
+    unreachable: list[int] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """One worker's fault is as good as another's."""
-        return self
+        """Both workers' news; one fault is as good as another."""
+        assert isinstance(other, WorkerNews)
+        return WorkerNews(self.fault or other.fault, [*self.unreachable, *other.unreachable])

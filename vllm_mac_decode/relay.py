@@ -7,25 +7,24 @@ same response goes on locally: before the first token by giving the request its 
 after it by a continuation request, whose prompt is everything produced so far (so that vLLM's
 prefix cache answers for most of it) and whose outputs carry the first request's id.
 
-Called from the engine's thread and from the link's; one lock guards the sessions.
+This module is what vLLM's engine asks, ``answers`` what the receiver says, ``sessions`` what both
+work on, ``promise`` what is expected of the receiver. One lock guards the sessions.
 """
 
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire import trust
 from vllm_mac_decode import policy
-from vllm_mac_decode.breaker import CircuitBreaker
-from vllm_mac_decode.engine_seam import EngineSeam
-from vllm_mac_decode.link import Link
+from vllm_mac_decode.answers import Answers
+from vllm_mac_decode.promise import Promise
 from vllm_mac_decode.session import Counts, Session
-from vllm_mac_decode.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -39,40 +38,48 @@ ROUTER_KEY = "mac_decode"
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 
-class Relay:
-    """Sessions of one engine. See the module's text."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._lock = threading.RLock()
-        self._sessions: dict[int, Session] = {}
-        self._by_request: dict[str, Session] = {}
-        self._ended: list[int] = []
-        self._counts = Counts()
-        self._breaker = CircuitBreaker()
-        self.link: Link | None = None
-        self.seam: EngineSeam | None = None
+class Relay(Answers):
+    """Sessions of one engine, as vLLM's engine thread sees them. See the module's text."""
 
     # --- the engine's thread ----------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
         """Decide whether the request will be handed off, and if so end it after one token."""
-        if (session := self._by_request.get(request.request_id)) is not None:
-            session.queued = False  # it is our continuation
-            return
-        reason = self._unavailable()
-        if reason is None and self.seam is not None:
-            reason = policy.local_reason(request, self._settings, self.seam.rules)
         with self._lock:
-            if reason is not None:
-                self._counts.local[reason] += 1
-                logger.debug("request %s decodes locally: %s", request.request_id, reason)
+            if (session := self._by_request.get(request.request_id)) is not None:
+                session.queued = False  # it is our continuation
                 return
-            session = Session(secrets.randbits(62), request, request.max_tokens)
+            sampling = self._decide(request)
+            if isinstance(sampling, str):
+                self._counts.local[sampling] += 1
+                logger.debug("request %s decodes locally: %s", request.request_id, sampling)
+                return
+            session = Session(secrets.randbits(62), request, request.max_tokens, sampling)
             session.parked = policy.is_routed(request)
             self._sessions[session.session] = session
             self._by_request[request.request_id] = session
             request.max_tokens = 1
+
+    def _decide(self, request: Request) -> m.Sampling | str:
+        """How the receiver is to sample, or why the request decodes locally."""
+        reason = self._available.local_reason(self.seam, request.num_prompt_tokens)
+        if reason is not None:
+            return reason
+        assert self.seam is not None
+        reason = policy.local_reason(request, self._settings, self.seam.rules)
+        if reason is not None:
+            return reason
+        if policy.is_routed(request):
+            return m.Sampling(max_tokens=1)  # whoever decodes tells the rest
+        room = self.seam.max_model_len - request.num_prompt_tokens
+        sampling = policy.sampling(request, min(request.max_tokens, room))
+        try:
+            # The receiver hangs up on a client whose messages are out of range.
+            trust.validated(sampling, self.vocab_size)
+        except m.WireError as error:
+            logger.debug("request %s: %s", request.request_id, error)
+            return "out_of_range"
+        return sampling
 
     def scheduled(self, request_id: str) -> Session | None:
         """The request is about to be prefilled for the first time: open its session."""
@@ -80,24 +87,27 @@ class Relay:
             session = self._by_request.get(request_id)
             if session is None or session.asked or session.ended or session.continued_as:
                 return None
-            session.asked = True
-            assert self.link is not None
-            request = session.request
+            request, welcome = session.request, self._available.welcome
             assert request.prompt_token_ids is not None
-            assert self.seam is not None
-            room = self.seam.max_model_len - len(request.prompt_token_ids)
+            assert welcome is not None  # or ``disconnected`` had ended the session
+            session.asked = True
+            session.promise = Promise(
+                session.sampling,
+                request.num_prompt_tokens,
+                request.num_prompt_tokens * self.kv_bytes_per_token,
+                welcome.max_tokens,
+            )
             self._send(
+                session,
                 m.Open(
                     session=session.session,
-                    request_id=request.request_id,
+                    request_id=m.clipped(request.request_id, 1024),
                     prompt_token_ids=request.prompt_token_ids,
-                    sampling=m.Sampling(max_tokens=1)
-                    if session.parked
-                    else policy.sampling(request, min(session.max_tokens, room)),
+                    sampling=session.sampling,
                     parked=session.parked,
-                )
+                ),
             )
-            return session
+            return None if session.ended else session
 
     def prefilled(self, request: Request) -> dict[str, Any]:
         """A router's prefill request is done: what the receiver must be told over HTTP to go on.
@@ -109,7 +119,9 @@ class Relay:
             parked = session is not None and session.asked and not session.ended
             if session is not None and parked:
                 session.handed_on = True
-                if session.kv_complete:
+                assert session.promise is not None
+                session.promise.start(time.monotonic())
+                if session.promise.complete:
                     self._finish_parked(session)
             return {
                 "session": str(session.session) if session is not None and parked else None,
@@ -123,6 +135,13 @@ class Relay:
             session = self._by_request.get(request_id)
             if session is not None:
                 self._give_up(session, "preempted", breaker=False)
+
+    def unreachable(self, sessions: list[int]) -> None:
+        """A worker cannot send these sessions' blocks: the receiver's data port does not answer."""
+        with self._lock:
+            for number in sessions:
+                if (session := self._sessions.get(number)) is not None:
+                    self._give_up(session, "unreachable")
 
     def take_ended(self) -> list[int]:
         """Sessions that ended since the last call, for the workers."""
@@ -150,7 +169,7 @@ class Relay:
             )
 
     def rewrite(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """Adjust what one engine step is about to send to the clients."""
+        """Adjust what one engine step is about to send to the clients, and to the metrics."""
         with self._lock:
             if not self._by_request:
                 return
@@ -165,6 +184,17 @@ class Relay:
                     group.finished_requests = {
                         self._reported(r) for r in group.finished_requests if not self._hidden(r)
                     }
+            # A response begins to be the receiver's in a step, and its end causes one.
+            elsewhere = self._elsewhere()
+            for group in outputs.values():
+                if group.scheduler_stats is not None:
+                    group.scheduler_stats.num_running_reqs += elsewhere
+
+    def _elsewhere(self) -> int:
+        """Responses that run, although vLLM's scheduler does not know them."""
+        return sum(s.started for s in self._sessions.values()) + sum(
+            s.queued for name, s in self._by_request.items() if name == s.continued_as
+        )
 
     def abort(self, request_ids: list[str]) -> list[str]:
         """The client gave these requests up; returns the ids that vLLM's scheduler knows."""
@@ -249,13 +279,15 @@ class Relay:
             return True
         output.finish_reason = None
         session.started = True
-        session.first_token_at = session.progress_at = time.monotonic()
+        session.first_token_at = time.monotonic()
         # Sent from here, so that it is in the queue before the receiver can answer.
         self.seam.emit(client, [output])
         if session.ended:
             self._continue_locally(session)
         else:
-            self._send(m.Start(session.session, session.tokens[-1]))
+            assert session.promise is not None
+            session.promise.start(session.first_token_at)
+            self._send(session, m.Start(session.session, session.tokens[-1]))
         return False
 
     def _keep_prefilled(self, session: Session, output: EngineCoreOutput) -> None:
@@ -273,12 +305,6 @@ class Relay:
                 "rank": int(ranks[0]),
             }
 
-    def _finish_parked(self, session: Session) -> None:
-        """All KV is there: neither the workers nor this side have a part in it any more."""
-        session.ended = True
-        self._sessions.pop(session.session, None)
-        self._tell_workers(session)
-
     def _hidden(self, request_id: str) -> bool:
         session = self._by_request.get(request_id)
         return session is not None and request_id != session.continued_as
@@ -286,158 +312,6 @@ class Relay:
     def _reported(self, request_id: str) -> str:
         session = self._by_request.get(request_id)
         return session.request_id if session is not None else request_id
-
-    def _give_up(self, session: Session, cause: str, breaker: bool = True) -> None:
-        """The receiver's part ends here; the response goes on locally."""
-        if session.ended:
-            return
-        self._counts.fallbacks[cause] += 1
-        if breaker:
-            self._note_failure()
-        self._cancel(session, cause)
-        if session.started:
-            self._continue_locally(session)
-        else:
-            session.request.max_tokens = session.max_tokens
-
-    def _continue_locally(self, session: Session) -> None:
-        assert self.seam is not None
-        session.continued_as, session.queued = f"{session.request_id}-local", True
-        self._by_request[session.continued_as] = session
-        self.seam.resume(session.request, session.continued_as, session.tokens, session.max_tokens)
-
-    def _cancel(self, session: Session, reason: str) -> None:
-        session.ended = True
-        self._sessions.pop(session.session, None)
-        if session.asked:
-            self._tell_workers(session)
-            self._send(m.Cancel(session.session, reason))
-
-    def _abort(self, session: Session) -> None:
-        if not session.ended:
-            self._counts.events["aborted"] += 1
-            self._cancel(session, "the request was aborted")
-        self._forget(session)
-
-    def _tell_workers(self, session: Session) -> None:
-        """The session is over. They hear of it in the engine's next step, as the metrics do, and an
-        idle engine makes none by itself."""
-        self._ended.append(session.session)
-        if self.seam is not None:
-            self.seam.wake()
-
-    def _forget(self, session: Session) -> None:
-        session.ended = True
-        self._sessions.pop(session.session, None)
-        self._by_request.pop(session.request_id, None)
-        if session.continued_as:
-            self._by_request.pop(session.continued_as, None)
-
-    def _send(self, message: m.ClientMessage) -> None:
-        if self.link is not None:
-            self.link.send(message)
-
-    # --- availability -----------------------------------------------------------------------
-
-    def _unavailable(self) -> str | None:
-        if not self._settings.enabled:
-            return "disabled"
-        if self.seam is None or self.link is None or self.link.target is None:
-            return "no_receiver"
-        if self._breaker.is_open(time.monotonic()):
-            return "circuit_open"
-        if self.seam.weights_changed:
-            return "weights_changed"
-        return None
-
-    def _note_failure(self) -> None:
-        pause = self._breaker.failed(time.monotonic())
-        if pause:
-            logger.warning("hand-offs keep failing; decoding locally for %.0f s", pause)
-
-    # --- the link's thread (LinkListener) ---------------------------------------------------
-
-    def connected(self, welcome: m.Welcome) -> None:
-        """Nothing to do: sessions open as requests come."""
-
-    def disconnected(self, reason: str) -> None:
-        """Every session that the receiver had is lost."""
-        with self._lock:
-            if self._sessions:
-                self._note_failure()
-            for session in list(self._sessions.values()):
-                self._give_up(session, "lost", breaker=False)
-
-    def message(self, message: m.ReceiverMessage, arrived: float) -> None:
-        """Act on what the receiver says."""
-        with self._lock:
-            match message:
-                case m.Step():
-                    self._decoded(message.decoded)
-                    self._counts.relay_times.append(time.perf_counter() - arrived)
-                case m.Refused() | m.Failed():
-                    session = self._sessions.get(message.session)
-                    if session is not None:
-                        logger.debug("session of %s: %s", session.request_id, message.reason)
-                        refused = isinstance(message, m.Refused)
-                        self._give_up(
-                            session,
-                            ("refused_" if refused else "failed_") + message.code,
-                            breaker=not refused,
-                        )
-                case m.Complete():
-                    session = self._sessions.get(message.session)
-                    if session is not None:
-                        session.kv_complete = True
-                        session.progress_at = time.monotonic()
-                        self._counts.events["kv_bytes"] += message.kv_bytes
-                        if session.handed_on:
-                            self._finish_parked(session)
-                case m.Status():
-                    for progress in message.sessions:
-                        self._progress(progress)
-                case _:
-                    pass
-
-    def tick(self, now: float) -> None:
-        """Give up sessions that have made no progress for too long."""
-        with self._lock:
-            for session in list(self._sessions.values()):
-                if session.started and now - session.progress_at > self._settings.stall_timeout:
-                    self._give_up(session, "stalled")
-
-    def _progress(self, progress: m.Progress) -> None:
-        session = self._sessions.get(progress.session)
-        if session is not None:
-            now = (progress.state, progress.kv_bytes, progress.tokens)
-            if now != session.progress:
-                session.progress = now
-                session.progress_at = time.monotonic()
-
-    def _decoded(self, step: list[m.Decoded]) -> None:
-        now = time.monotonic()
-        produced: list[tuple[Request, m.Decoded]] = []
-        for decoded in step:
-            session = self._sessions.get(decoded.session)
-            if session is None or not session.started:
-                continue
-            if decoded.position != len(session.tokens):
-                self._give_up(session, "failed_protocol")
-                continue
-            if len(session.tokens) == 1:
-                self._counts.handoff_gaps.append(now - session.first_token_at)
-            session.progress_at = now
-            session.tokens += decoded.token_ids
-            self._counts.events["tokens"] += len(decoded.token_ids)
-            produced.append((session.request, decoded))
-            if decoded.finish:
-                self._counts.events["completed"] += 1
-                self._breaker.succeeded()
-                self._tell_workers(session)
-                self._forget(session)
-        if produced:
-            assert self.seam is not None
-            self.seam.emit_decoded(produced)
 
     # --- reporting --------------------------------------------------------------------------
 

@@ -6,6 +6,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mlx_receiver.wire.messages import Sampling
+from vllm_mac_decode.promise import Promise
+
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
@@ -19,19 +22,18 @@ class Session:
 
     session: int
     request: Request
-    max_tokens: int
+    max_tokens: int  # the client's
+    sampling: Sampling  # as the receiver is told
     asked: bool = False  # Open was sent
     started: bool = False  # the first token is out, the local request has ended
     ended: bool = False  # the receiver has no part in it any more
     continued_as: str = ""  # the local continuation's request id
     queued: bool = False  # the continuation is on its way to vLLM's scheduler
-    kv_complete: bool = False
+    promise: Promise | None = None  # what the receiver owes, once Open was sent
     parked: bool = False  # a router's prefill: the receiver is asked for the rest over HTTP
     handed_on: bool = False  # the router knows about it; only KV is left to be sent
     tokens: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
-    progress_at: float = 0.0
-    progress: tuple[str, int, int] = ("", 0, 0)
 
     @property
     def request_id(self) -> str:

@@ -25,6 +25,9 @@ logger = init_logger("vllm.mac_decode.staging")
 #: Small enough to pipeline gather and send, large enough to amortise a frame's overhead.
 SLOT_BYTES: Final = 8 << 20
 
+#: How long one event serves as the zero of a device's clock, in nanoseconds.
+_ZERO_NS: Final = 60 * 10**9
+
 #: Of a CUDA stream; compute runs at 0. Else a gather waits behind a kernel that has begun to start.
 _HIGH_PRIORITY: Final = -5
 
@@ -81,17 +84,44 @@ class Slot:
 
 
 class DeviceClock:
-    """Turns the times of CUDA events into the host's monotonic clock."""
+    """Turns the times of CUDA events into the host's monotonic clock. Thread-safe.
 
-    def __init__(self) -> None:
-        self._zero = torch.cuda.Event(enable_timing=True)
-        self._zero.record()
-        self._zero.synchronize()
-        self._zero_ns = time.monotonic_ns()
+    CUDA tells the time between two events as milliseconds in a float32: a step of 4 µs after a
+    minute, of 1 ms after three hours. So the event that counts as zero is replaced now and then.
+    """
+
+    def __init__(
+        self,
+        make_event: Callable[[], Any] | None = None,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """``make_event`` returns an event that has just happened."""
+        self._make_event = make_event or _EventMaker()
+        self._now_ns = now_ns
+        self._zero = self._made()
 
     def ns(self, event: Any) -> int:
         """When a finished event happened."""
-        return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
+        if self._now_ns() - self._zero[1] > _ZERO_NS:
+            self._zero = self._made()
+        zero, zero_ns = self._zero
+        return zero_ns + int(zero.elapsed_time(event) * 1e6)  # below 0 for an earlier event
+
+    def _made(self) -> tuple[Any, int]:
+        return self._make_event(), self._now_ns()
+
+
+class _EventMaker:
+    """Events on a stream of their own, where nothing has to be waited for."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        event.synchronize()
+        return event
 
 
 class StagingRing:

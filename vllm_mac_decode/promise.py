@@ -1,0 +1,169 @@
+"""What the receiver has promised for one session, and whether it keeps it.
+
+Every message about a session passes here before anything comes of it: what is not exactly what the
+protocol promises ends the hand-off, and nobody sees a token of it. ``trust.check`` has compared
+token ids with the vocabulary by then.
+
+A promise has a clock, too. Only what brings the response forward winds it up: tokens, and before
+them the prompt's KV. A session that waits for room in the receiver's batch does not stall, but
+waits ``queue_timeout`` at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from mlx_receiver.wire.messages import Complete, Decoded, Opened, Progress, Refused, Sampling
+from mlx_receiver.wire.stopping import Finish, check_stop
+
+#: Of the prompt's KV, what must arrive within each ``stall_timeout``: a receiver that counts up
+#: byte by byte must not keep a response waiting for ever.
+_KV_SHARE: Final = 64
+
+
+class BrokenPromise(Exception):
+    """The receiver said what it must not say; the text tells what."""
+
+
+class Promise:
+    """One session, as the receiver has to serve it."""
+
+    def __init__(self, sampling: Sampling, prompt_tokens: int, kv_bytes: int, context: int) -> None:
+        """``sampling`` and the number of prompt tokens as ``Open`` has them, the bytes of the
+        prompt's KV, and the receiver's ``Welcome.max_tokens``."""
+        self._sampling = sampling
+        self._prompt_tokens = prompt_tokens
+        self._need = kv_bytes
+        self._context = context
+        self._opened = False
+        #: The whole cache is there.
+        self.complete = False
+        self._started = False
+        self._arrived = self._counted = 0  # bytes of KV: the latest, and what moved the clock
+        self._reported = 0  # tokens
+        self._moved = 0.0
+        self._queued = False
+        self._queued_since: float | None = None
+
+    # --- what is said -------------------------------------------------------------------------
+
+    def opened(self, message: Opened) -> None:
+        """Raises BrokenPromise, as the next four do."""
+        if self._opened:
+            raise BrokenPromise("it opened the session twice")
+        if message.prefix_tokens > self._prompt_tokens:
+            raise BrokenPromise(
+                f"it holds {message.prefix_tokens} tokens of a prompt of {self._prompt_tokens}"
+            )
+        self._opened = True
+
+    def refused(self, message: Refused) -> None:
+        """See ``opened``."""
+        if self._opened:
+            raise BrokenPromise("it refused the session that it had opened")
+
+    def completed(self, message: Complete, now: float) -> None:
+        """See ``opened``; ``now`` is ``time.monotonic()``, here and below."""
+        if not self._opened or self.complete:
+            raise BrokenPromise(
+                f"it completed the cache {'twice' if self.complete else 'before it was open'}"
+            )
+        if message.kv_bytes != self._need:
+            raise BrokenPromise(
+                f"it completed a cache of {message.kv_bytes} bytes; the prompt's has {self._need}"
+            )
+        self.complete = True
+        self._moved = now
+
+    def decoded(self, message: Decoded, tokens: Sequence[int], now: float) -> bool:
+        """``tokens`` are the response so far, vLLM's own first one included.
+
+        True if the text ends only because the receiver's context is full: vLLM can go on.
+        """
+        if not self.complete or not self._started:
+            raise BrokenPromise("it decoded before it could")
+        count = len(tokens)
+        if message.position != count:
+            raise BrokenPromise(f"its tokens begin at {message.position}; {count} are there")
+        # Only the first token is not the receiver's own, so that it may find the text ended.
+        finish = self._finish(tokens[0], 1) if count == 1 else Finish()
+        if not message.token_ids and not finish.reason:
+            raise BrokenPromise("it sent a step without a token")
+        for token in message.token_ids:
+            if finish.reason:
+                raise BrokenPromise(f"it went on after token {count}, which ends the text")
+            count += 1
+            finish = self._finish(token, count)
+        if (message.finish, message.stop_reason) != (finish.reason, finish.stop_reason):
+            raise BrokenPromise(
+                f"after token {count} it says {message.finish!r} ({message.stop_reason}), "
+                f"where the text is at {finish.reason!r} ({finish.stop_reason})"
+            )
+        self._check_logprobs(message)
+        self._moved, self._queued, self._queued_since = now, False, None
+        return finish.reason == "length" and count < self._sampling.max_tokens
+
+    def progress(self, message: Progress, now: float) -> None:
+        """What ``Status`` says of the session."""
+        if not self._arrived <= message.kv_bytes <= self._need:
+            raise BrokenPromise(
+                f"it holds {message.kv_bytes} bytes of KV after {self._arrived}; "
+                f"the prompt's are {self._need}"
+            )
+        if not self._reported <= message.tokens <= self._sampling.max_tokens:
+            raise BrokenPromise(
+                f"it reports {message.tokens} tokens after {self._reported}, "
+                f"{self._sampling.max_tokens} are the limit"
+            )
+        self._arrived, self._reported = message.kv_bytes, message.tokens
+        share = max(1, self._need // _KV_SHARE)
+        if self._arrived - self._counted >= share or self._counted < self._arrived == self._need:
+            self._counted, self._moved = self._arrived, now
+        self._queued = message.state == "queued" and self.complete
+        if self._queued:
+            # Once it has waited, a token only gives it more time: it may not say so off and on.
+            self._queued_since = self._queued_since or now
+            self._moved = now
+
+    # --- the clock ----------------------------------------------------------------------------
+
+    def start(self, now: float) -> None:
+        """The response waits for the receiver from now on."""
+        self._started, self._moved = True, now
+
+    def overdue(self, now: float, stall_timeout: float, queue_timeout: float) -> str:
+        """Why the response should wait no longer: "stalled", "queued", or "" while it should."""
+        if self._queued and now - (self._queued_since or now) > queue_timeout:
+            return "queued"
+        return "stalled" if self._started and now - self._moved > stall_timeout else ""
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _finish(self, token: int, count: int) -> Finish:
+        sampling = self._sampling
+        ends = token == sampling.eos_token_id or token in sampling.stop_token_ids
+        if ends and count <= sampling.min_tokens:
+            raise BrokenPromise(
+                f"token {count} ends the text, which has {sampling.min_tokens} at least"
+            )
+        return check_stop(sampling, token, count, self._prompt_tokens + count, self._context)
+
+    def _check_logprobs(self, message: Decoded) -> None:
+        wanted, rows = self._sampling.logprobs, message.logprobs
+        if wanted is None or not message.token_ids:
+            if rows is not None:
+                raise BrokenPromise("it sent log-probabilities that nobody asked for")
+            return
+        if rows is None or len(rows) != len(message.token_ids):
+            raise BrokenPromise(
+                f"it sent log-probabilities of {len(rows or ())} tokens, not of each"
+            )
+        for token, row in zip(message.token_ids, rows, strict=True):
+            if row.token_ids[0] != token:
+                raise BrokenPromise("its log-probabilities are another token's")
+            if not len(row.token_ids) == len(row.values) == wanted + 1:
+                raise BrokenPromise(
+                    f"it sent {len(row.values)} log-probabilities of {len(row.token_ids)} tokens, "
+                    f"not {wanted + 1}"
+                )
