@@ -1,7 +1,7 @@
-"""The README's table of measured figures, from the results in ``bench/results``.
+"""The tables of measured figures, from the results in ``bench/results``.
 
-python -m bench.table                     # print it
-python -m bench.table --write README.md   # replace what is between the two marker comments
+python -m bench.table             # print all of it
+python -m bench.table --write     # put it into docs/performance.md, and headlines into README.md
 """
 
 from __future__ import annotations
@@ -15,6 +15,17 @@ from typing import Any
 from bench.lab import RESULTS
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+ROOT = RESULTS.parent.parent
+
+#: What the README shows: beginnings of rows.
+HEADLINES = (
+    "paced replay, 8,192 tokens in, 32 out, 10gbit link, KV streamed layer by layer",
+    "1.07 GB of KV cache over 10gbit",
+    "NVIDIA H100, 8,192 tokens:",
+    "the relay's own time",
+    "200 random faults",
+)
 
 #: Prompt tokens, connections and tokens of a step of the GPU's rows; the picture has all.
 SHOWN = {
@@ -199,8 +210,9 @@ SOURCES = {
 }
 
 
-def table(results: Path) -> str:
-    """The markdown, with a line for each result file that says where and when."""
+def table(results: Path, headlines: bool = False) -> str:
+    """The markdown: all rows, with a line for each result file that says where and when, or the
+    headlines."""
     lines = ["| what | measured | beside it |", "|---|---|---|"]
     notes = []
     for name, rows in SOURCES.items():
@@ -208,13 +220,26 @@ def table(results: Path) -> str:
         if not path.exists():
             continue
         result = json.loads(path.read_text())
-        lines += [f"| {what} | {measured} | {beside} |" for what, measured, beside in rows(result)]
+        lines += [
+            f"| {what} | {measured} | {beside} |"
+            for what, measured, beside in rows(result)
+            if not headlines or what.startswith(HEADLINES)
+        ]
         machine = result["machine"]
         where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
         notes.append(
             f"`bench/results/{name}`: {where}, {result['date'][:10]}, `{result['command']}`."
         )
+    if headlines:
+        return "\n".join(lines) + "\n"
     return "\n".join([*lines, "", *(f"{note}  " for note in notes)]).rstrip() + "\n"
+
+
+def write(page: Path, text: str) -> None:
+    """Put the text between the page's two marker comments."""
+    before, rest = page.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
 
 
 def main() -> None:
@@ -223,17 +248,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--write", type=Path, help="a file with the two marker comments")
+    parser.add_argument("--write", action="store_true", help="into the two pages")
     options = parser.parse_args()
-    text = table(options.results)
-    if options.write is None:
-        print(text, end="")
+    if not options.write:
+        print(table(options.results), end="")
         return
-    page = options.write.read_text()
-    if BEGIN not in page or END not in page:
-        parser.error(f"{options.write} lacks {BEGIN} or {END}")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    options.write.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    write(ROOT / "docs" / "performance.md", table(options.results))
+    write(ROOT / "README.md", table(options.results, headlines=True))
 
 
 if __name__ == "__main__":
