@@ -1,7 +1,7 @@
 """The tables of measured figures, from the results in ``bench/results``.
 
 python -m bench.table             # print all of it
-python -m bench.table --write     # put it into docs/performance.md, and headlines into README.md
+    python -m bench.table --write     # into docs/performance.md, and headlines into README.md
 """
 
 from __future__ import annotations
