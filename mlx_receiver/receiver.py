@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from importlib import metadata
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from mlx_receiver import weights
 from mlx_receiver.engine import DecodeEngine
 from mlx_receiver.handover import Handover
 from mlx_receiver.metrics import Metrics
@@ -23,10 +23,6 @@ from mlx_receiver.wire.transport import Listener, Transport
 
 if TYPE_CHECKING:
     from mlx_receiver.http import HttpServer
-
-#: Of the memory that the model leaves, the share that sessions may reserve. Joining a running
-#: batch copies it, so about as much again must be free.
-_KV_SHARE: Final = 0.4
 
 
 class Receiver:
@@ -161,13 +157,11 @@ def engine_name() -> str:
 
 def default_kv_memory(loaded: LoadedModel) -> int:
     """Bytes that sessions may reserve on this machine when nobody said otherwise."""
-    import mlx.core as mx
-
-    working_set = mx.device_info().get("max_recommended_working_set_size")
-    if working_set is not None:
-        return max(1, int((working_set - loaded.nbytes) * _KV_SHARE))
+    memory = weights.memory()
+    if memory is not None and memory.metal:
+        return max(1, int((memory.limit - loaded.nbytes) * weights.KV_SHARE))
     # The weights are in memory already, so what is available does not contain them.
-    return int(_available_memory() * _KV_SHARE)
+    return int(weights.available_memory() * weights.KV_SHARE)
 
 
 def _limit_mlx_cache(nbytes: int) -> None:
@@ -178,17 +172,6 @@ def _limit_mlx_cache(nbytes: int) -> None:
     import mlx.core as mx
 
     mx.set_cache_limit(nbytes)
-
-
-def _available_memory() -> int:
-    """Bytes of main memory that are free or can be freed at once."""
-    if sys.platform == "linux":
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) << 10
-    pages = os.sysconf("SC_PHYS_PAGES")
-    return pages * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _transport(name: str) -> Transport:
