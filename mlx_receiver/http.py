@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_receiver import __version__
+from mlx_receiver.api.access import Access
+from mlx_receiver.api.admission import Admission, max_body_bytes
+from mlx_receiver.api.errors import ApiError
 from mlx_receiver.api.routes import api_routes
-from mlx_receiver.session import Session
+from mlx_receiver.connections import Connection
+from mlx_receiver.session import Ended, Session
 from mlx_receiver.settings import SettingsError
 
 if TYPE_CHECKING:
     from mlx_receiver.receiver import Receiver
+
+logger = logging.getLogger(__name__)
+
+#: Longest head of a request.
+_MAX_HEAD_BYTES: Final = 16 << 10
 
 
 class HttpServer:
@@ -40,9 +52,19 @@ class HttpServer:
             ) from None
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
-            Starlette(routes=routes(receiver)),
-            log_level="warning",
+            application(receiver),
+            http=Connection,
+            ws="none",
+            # As on a Mac, where uvicorn comes without uvloop.
+            loop="asyncio",
+            # A stranger's nonsense is not worth a line each.
+            log_level="error",
             lifespan="off",
+            # Whom a request comes from is what the socket says.
+            proxy_headers=False,
+            # What is accepted at once, before any limit is looked at.
+            backlog=64,
+            h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
             timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(config)
@@ -63,14 +85,49 @@ class HttpServer:
         self._server.run(sockets=[self._socket])
 
 
+def application(receiver: Receiver) -> Starlette:
+    """All routes behind the checks of who asks and of how much is under way."""
+    max_body = max_body_bytes(receiver.source.max_tokens)
+    return Starlette(
+        routes=routes(receiver),
+        middleware=[
+            Middleware(Access, settings=receiver.settings),
+            Middleware(Admission, max_body=max_body),
+        ],
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            Exception: _fault,
+        },
+    )
+
+
+async def _api_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, error.detail).response()
+
+
+async def _fault(_request: Request, error: Exception) -> Response:
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the request failed here: the receiver's log says why").response()
+
+
 def routes(receiver: Receiver) -> list[BaseRoute]:
     """The receiver's own routes."""
 
-    async def health(_request: Request) -> Response:
+    async def health(request: Request) -> Response:
         loaded = receiver.engine.loaded
+        status = "ok" if loaded is not None else "loading"
+        if not request.state.trusted:
+            return JSONResponse({"status": status}, 200 if loaded is not None else 503)
         store = receiver.store
         body = {
-            "status": "ok" if loaded is not None else "loading",
+            "status": status,
             "version": __version__,
             "model": receiver.source.name,
             "dtype": loaded.dtype if loaded is not None else None,
@@ -84,18 +141,21 @@ def routes(receiver: Receiver) -> list[BaseRoute]:
         }
         return JSONResponse(body, 200 if loaded is not None else 503)
 
-    async def metrics(_request: Request) -> Response:
+    # These are no coroutines: Starlette runs them in a thread, since they may take long.
+
+    def metrics(_request: Request) -> Response:
         return Response(generate_latest(receiver.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def handoffs(_request: Request) -> Response:
+    def handoffs(_request: Request) -> Response:
         store = receiver.store
-        known = [*store.recent(), *store.sessions()]
+        known: list[Session | Ended] = [*store.recent(), *store.sessions()]
         return JSONResponse([_summary(session) for session in known])
 
-    async def handoff(request: Request) -> Response:
+    def handoff(request: Request) -> Response:
         wanted = request.path_params["request_id"]
         store = receiver.store
-        for session in reversed([*store.recent(), *store.sessions()]):
+        known: list[Session | Ended] = [*store.recent(), *store.sessions()]
+        for session in reversed(known):
             if session.request_id == wanted:
                 blocks = [dataclasses.asdict(block) for block in list(session.timeline.blocks)]
                 return JSONResponse({**_summary(session), "blocks": blocks})
@@ -110,7 +170,7 @@ def routes(receiver: Receiver) -> list[BaseRoute]:
     ]
 
 
-def _summary(session: Session) -> dict[str, Any]:
+def _summary(session: Session | Ended) -> dict[str, Any]:
     timeline = session.timeline
     times = {
         field.name: getattr(timeline, field.name)

@@ -11,8 +11,8 @@ from mlx_receiver.sampling import check_sampling
 from mlx_receiver.wire.messages import E_UNSUPPORTED, Code, Sampling, WireError
 
 
-def check_job(source: ModelSource, prompt: Sequence[int], sampling: Sampling) -> None:
-    """Raise WireError (``unsupported``) for a prompt or sampling that cannot be decoded."""
+def check_prompt(source: ModelSource, prompt: Sequence[int]) -> None:
+    """Raise WireError (``unsupported``) for a prompt that cannot be decoded."""
     vocab = source.signature.vocab_size
     if not prompt or len(prompt) >= source.max_tokens:
         raise WireError(
@@ -20,7 +20,6 @@ def check_job(source: ModelSource, prompt: Sequence[int], sampling: Sampling) ->
         )
     if not 0 <= min(prompt) <= max(prompt) < vocab:
         raise WireError(E_UNSUPPORTED, f"a prompt token is outside the vocabulary of {vocab}")
-    check_sampling(sampling, vocab)
 
 
 class LocalJob:
@@ -31,7 +30,8 @@ class LocalJob:
     ) -> None:
         """Submit at once. Raises WireError (``unsupported``) for what cannot be sampled."""
         prompt = list(prompt_token_ids)
-        check_job(engine.source, prompt, sampling)
+        check_prompt(engine.source, prompt)
+        check_sampling(sampling, engine.source.signature.vocab_size)
         self._engine = engine
         self._results: queue.SimpleQueue[Output | WireError] = queue.SimpleQueue()
         self._job = Job(prompt, sampling, self)

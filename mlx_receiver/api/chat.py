@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +16,7 @@ from mlx_receiver.api import logprobs, parameters
 from mlx_receiver.api.bodies import ChatBody, parse
 from mlx_receiver.api.errors import bad_request
 from mlx_receiver.api.generation import Delta, merged
-from mlx_receiver.api.parked import HandOff, hand_off
+from mlx_receiver.api.parked import HandOff, forwarded_prompt, hand_off
 from mlx_receiver.api.replies import (
     as_json,
     event,
@@ -40,7 +39,7 @@ class _Choice:
     content: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    rows: list[Any] = field(default_factory=list)
+    logprobs: dict[str, Any] = field(default_factory=dict)
     finish: str | None = None
     stop_reason: int | str | None = None
 
@@ -62,16 +61,17 @@ class _Request:
         self.id, self.created = identity(http, "chatcmpl")
         tools = body.tools if body.tools and body.tool_choice != "none" else None
         parses = tools is not None and service.tokenizer.wrapper.has_tool_calling
+        self.role, self.echo = _voice(body)
         rules = parameters.text_rules(body)
         if parses:
             # Some models' markers of a call are special tokens.
             rules = dataclasses.replace(rules, skip_special=False)
         room = service.room(prompt)
-        self.samples = []
-        for index in range(parameters.samples(body)):
-            sampling = parameters.sampling(body, service.defaults, service.tokenizer, room, index)
-            service.check(prompt, sampling)
-            self.samples.append(Sample(index, prompt, sampling, rules))
+        sampling = service.sampling(body)
+        self.samples = [
+            Sample(index, prompt, parameters.fitted(sampling, room, index), rules)
+            for index in range(body.n or 1)
+        ]
         # vLLM answers with the parameters of the last sample.
         self.samples[-1].handoff = handoff
         self.choices = [
@@ -89,14 +89,14 @@ class _Request:
         choice.content += content
         choice.calls += calls
         choice.token_ids += delta.token_ids
-        choice.rows += delta.logprobs
         choice.finish, choice.stop_reason = delta.finish, delta.stop_reason
         if delta.finish == "stop" and choice.calls:
             choice.finish = "tool_calls"
         return choice, content, calls
 
     def _logprobs(self, choice: _Choice, rows: list[Any]) -> dict[str, Any] | None:
-        """Of the choice's latest tokens."""
+        """Of the choice's latest tokens. Called for each step's: all of a long answer's at once
+        would hold up everybody else."""
         if not self.body.logprobs:
             return None
         before = choice.token_ids[: len(choice.token_ids) - len(rows)]
@@ -114,12 +114,15 @@ class _Request:
         deltas = merged(self.service, self.samples)
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
-                self._take(delta)
+                choice, _, _ = self._take(delta)
+                if (rows := self._logprobs(choice, delta.logprobs)) is not None:
+                    logprobs.extend(choice.logprobs, rows)
         choices = []
         for index, choice in enumerate(self.choices):
-            message: dict[str, Any] = {"role": "assistant", "content": choice.content}
+            content = self.echo + choice.content
+            message: dict[str, Any] = {"role": self.role, "content": content}
             if choice.calls:
-                message["content"] = choice.content or None
+                message["content"] = content or None
                 message["tool_calls"] = [
                     {key: call[key] for key in ("id", "type", "function")} for call in choice.calls
                 ]
@@ -127,7 +130,7 @@ class _Request:
                 {
                     "index": index,
                     "message": message,
-                    "logprobs": self._logprobs(choice, choice.rows),
+                    "logprobs": choice.logprobs if self.body.logprobs else None,
                     "finish_reason": choice.finish,
                     "stop_reason": choice.stop_reason,
                     "token_ids": choice.token_ids if self.body.return_token_ids else None,
@@ -161,7 +164,9 @@ class _Request:
                 if not begun:
                     begun = True
                     for sample in self.samples:
-                        yield event(self._opening(head, sample, continuous))
+                        yield event(self._opening(head, sample, continuous, ""))
+                    for sample in self.samples if self.echo else ():
+                        yield event(self._opening(head, sample, continuous, self.echo))
                 choice, content, calls = self._take(delta)
                 ids = delta.token_ids
                 silent = not content and not calls and delta.finish is None
@@ -187,16 +192,18 @@ class _Request:
         if final:
             yield event({**head, "choices": [], "usage": self._usage()})
 
-    def _opening(self, head: dict[str, Any], sample: Sample, continuous: bool) -> dict[str, Any]:
-        """The chunk that names the role."""
+    def _opening(
+        self, head: dict[str, Any], sample: Sample, continuous: bool, echo: str
+    ) -> dict[str, Any]:
+        """The chunk that names the role, or the one with what is echoed."""
         entry = {
             "index": sample.index,
-            "delta": {"role": "assistant", "content": ""},
+            "delta": {"content": echo} if echo else {"role": self.role, "content": ""},
             "logprobs": None,
             "finish_reason": None,
         }
         chunk = {**head, "choices": [entry]}
-        if self.body.return_token_ids:
+        if self.body.return_token_ids and not echo:
             chunk["prompt_token_ids"] = self.prompt
         if continuous:
             chunk["usage"] = usage(len(self.prompt), 0, sample.cached_tokens)
@@ -205,21 +212,34 @@ class _Request:
 
 async def chat_completions(service: Service, request: Request) -> Response:
     """Answer a conversation. Raises ApiError."""
-    body = parse(await service.body(request), ChatBody)
-    handoff = hand_off(body.kv_transfer_params)
-    service.check_model(None if handoff else body.model)
-    if body.tool_choice not in (None, "auto", "none"):
-        raise bad_request(
-            "tool_choice must be auto or none: this receiver cannot force a call", "tool_choice"
-        )
-    if handoff is not None:
-        prompt = handoff.prompt_token_ids
-    else:
-        prompt = await asyncio.to_thread(_prompt, service, body)
-    work = await asyncio.to_thread(_Request, service, body, prompt, handoff, request)
-    if body.stream:
+    raw = await request.body()
+    work = await service.workers.run(len(raw), _prepare, service, raw, request)
+    if work.body.stream:
         return await stream(request, work.events())
     return as_json(await unless_gone(request, work.whole()))
+
+
+def _prepare(service: Service, raw: bytes, http: Request) -> _Request:
+    """Everything that takes long, in a thread. Raises ApiError."""
+    vocab = service.vocab_size
+    body = parse(raw, ChatBody, vocab)
+    handoff = hand_off(body.kv_transfer_params, vocab)
+    service.check_model(None if handoff else body.model)
+    if handoff is not None:
+        return _Request(service, body, handoff.prompt_token_ids, handoff, http)
+    prompt = forwarded_prompt(body.kv_transfer_params, vocab)
+    if prompt is None or body.echo:
+        prompt = _prompt(service, body)
+    return _Request(service, body, prompt, None, http)
+
+
+#: Parameters of the function that applies the template: not for clients, who could otherwise bring
+#: a template of their own.
+_NO_OPTIONS: Final = frozenset(
+    ("chat_template", "conversation", "messages", "tools", "tokenize", "padding", "truncation",
+     "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+     "tokenizer_kwargs")
+)  # fmt: skip
 
 
 def _prompt(service: Service, body: ChatBody) -> list[int]:
@@ -227,6 +247,10 @@ def _prompt(service: Service, body: ChatBody) -> list[int]:
     if not body.messages:
         raise bad_request("messages is empty", "messages")
     options: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    if refused := sorted(_NO_OPTIONS & options.keys()):
+        raise bad_request(
+            f"chat_template_kwargs cannot set {', '.join(refused)}", "chat_template_kwargs"
+        )
     if body.continue_final_message:
         options["continue_final_message"] = True
     options["add_generation_prompt"] = (
@@ -235,7 +259,19 @@ def _prompt(service: Service, body: ChatBody) -> list[int]:
     messages = [_message(message) for message in body.messages]
     text = service.tokenizer.chat(messages, body.tools or None, options)
     # Templates write their own BOS.
-    return service.tokenizer.encode(text, bool(body.add_special_tokens))
+    return service.tokenizer.encode(text, body.add_special_tokens)
+
+
+def _voice(body: ChatBody) -> tuple[str, str]:
+    """Who answers, and what ``echo`` puts before the answer, as vLLM has it: without a generation
+    prompt the author of the last message goes on, and what one has said oneself is repeated."""
+    role = "assistant"
+    if not body.messages or (body.add_generation_prompt is not False and not body.echo):
+        return role, ""
+    last = _message(body.messages[-1])
+    if body.add_generation_prompt is False:
+        role = last["role"]
+    return role, last["content"] if body.echo and last["role"] == role else ""
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -12,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_receiver.api import logprobs, parameters
-from mlx_receiver.api.bodies import CompletionBody, parse
+from mlx_receiver.api.bodies import MAX_SAMPLES, CompletionBody, parse
 from mlx_receiver.api.errors import bad_request
 from mlx_receiver.api.generation import Delta, merged
-from mlx_receiver.api.parked import HandOff, hand_off
+from mlx_receiver.api.parked import HandOff, forwarded_prompt, hand_off
 from mlx_receiver.api.replies import (
     as_json,
     event,
@@ -42,7 +41,7 @@ class _Choice:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    rows: list[Any] = field(default_factory=list)
+    logprobs: dict[str, Any] = field(default_factory=dict)
     offset: int = 0
     begun: bool = False
     last: Delta | None = None
@@ -58,15 +57,15 @@ class _Request:
         self.body = body
         self.prompts = prompts
         self.id, self.created = identity(http, "cmpl")
-        self.n = parameters.samples(body)
+        self.n = body.n
         rules = parameters.text_rules(body)
-        self.samples = []
-        for number, prompt in enumerate(prompts):
+        sampling = service.sampling(body)
+        self.samples: list[Sample] = []
+        for prompt in prompts:
             room = service.room(prompt.token_ids)
             for i in range(self.n):
-                sampling = parameters.sampling(body, service.defaults, service.tokenizer, room, i)
-                service.check(prompt.token_ids, sampling)
-                self.samples.append(Sample(number * self.n + i, prompt.token_ids, sampling, rules))
+                fitted = parameters.fitted(sampling, room, i)
+                self.samples.append(Sample(len(self.samples), prompt.token_ids, fitted, rules))
             # vLLM answers with the parameters of the last sample.
             self.samples[-1].handoff = prompt.handoff
         self.choices = [_Choice() for _ in self.samples]
@@ -79,19 +78,15 @@ class _Request:
         choice = self.choices[delta.index]
         text = delta.text
         if self.body.echo and not choice.begun:
-            prompt = self._prompt(delta.index)
-            echoed = prompt.text
-            text = (
-                self.service.tokenizer.decode(prompt.token_ids) if echoed is None else echoed
-            ) + text
+            text = (self._prompt(delta.index).text or "") + text
         choice.text += text
         choice.token_ids += delta.token_ids
-        choice.rows += delta.logprobs
         choice.last = delta
         return choice, text
 
     def _logprobs(self, choice: _Choice, rows: list[Any]) -> dict[str, Any] | None:
-        """Of the choice's latest tokens."""
+        """Of the choice's latest tokens. Called for each step's: all of a long answer's at once
+        would hold up everybody else."""
         if self.body.logprobs is None:
             return None
         before = choice.token_ids[: len(choice.token_ids) - len(rows)]
@@ -118,6 +113,8 @@ class _Request:
             async for delta in deltas:
                 choice, _ = self._take(delta)
                 choice.begun = True
+                if (rows := self._logprobs(choice, delta.logprobs)) is not None:
+                    logprobs.extend(choice.logprobs, rows)
         choices = []
         for index, choice in enumerate(self.choices):
             assert choice.last is not None
@@ -126,7 +123,7 @@ class _Request:
                 {
                     "index": index,
                     "text": choice.text,
-                    "logprobs": self._logprobs(choice, choice.rows),
+                    "logprobs": choice.logprobs if self.body.logprobs is not None else None,
                     "finish_reason": choice.last.finish,
                     "stop_reason": choice.last.stop_reason,
                     "token_ids": choice.token_ids if wanted else None,
@@ -179,49 +176,65 @@ class _Request:
 
 async def completions(service: Service, request: Request) -> Response:
     """Continue prompts. Raises ApiError."""
-    body = parse(await service.body(request), CompletionBody)
-    handoff = hand_off(body.kv_transfer_params)
-    service.check_model(None if handoff else body.model)
-    prompts = await asyncio.to_thread(_prompts, service, body, handoff)
-    work = await asyncio.to_thread(_Request, service, body, prompts, request)
+    raw = await request.body()
+    work = await service.workers.run(len(raw), _prepare, service, raw, request)
+    body = work.body
     if body.stream:
         return await stream(request, work.events())
     return as_json(await unless_gone(request, work.whole()))
+
+
+def _prepare(service: Service, raw: bytes, http: Request) -> _Request:
+    """Everything that takes long, in a thread. Raises ApiError."""
+    vocab = service.vocab_size
+    body = parse(raw, CompletionBody, vocab)
+    handoff = hand_off(body.kv_transfer_params, vocab)
+    service.check_model(None if handoff else body.model)
+    return _Request(service, body, _prompts(service, body, handoff), http)
 
 
 def _prompts(service: Service, body: CompletionBody, handoff: HandOff | None) -> list[_Prompt]:
     """Every prompt as token ids. Raises ApiError for anything but OpenAI's four forms."""
     given = body.prompt
     many: list[Any] = given if isinstance(given, list) and not _are_ids(given) else [given]
-    if handoff is not None and len(many) == 1:
-        text = many[0] if isinstance(many[0], str) else None
-        return [_Prompt(handoff.prompt_token_ids, text, handoff)]
-    found = []
-    for prompt in many:
-        if isinstance(prompt, str):
-            special = body.add_special_tokens is not False
-            found.append(_Prompt(service.tokenizer.encode(prompt, special), prompt))
-        elif _are_ids(prompt):
-            found.append(_Prompt(list(prompt), None))
-        else:
-            raise bad_request(
-                "prompt must be a text, a list of texts, a list of token ids or a list of such "
-                "lists",
-                "prompt",
-            )
+    if len(many) * body.n > MAX_SAMPLES:
+        raise bad_request(
+            f"{len(many)} prompts times n = {body.n} are more than {MAX_SAMPLES} samples", "prompt"
+        )
+    forwarded = forwarded_prompt(body.kv_transfer_params, service.vocab_size)
+    if len(many) == 1 and not many[0] and handoff is not None:
+        return [_prompt(service, body, handoff.prompt_token_ids, handoff)]
+    if len(many) == 1 and forwarded is not None and handoff is None and not body.echo:
+        return [_prompt(service, body, forwarded)]
+    found = [_prompt(service, body, prompt) for prompt in many]
     if not found or not all(prompt.token_ids for prompt in found):
         raise bad_request("the prompt is empty", "prompt")
-    for prompt in found:
-        if handoff is not None and prompt.token_ids == handoff.prompt_token_ids:
-            # Of several prompts vLLM answers with the parameters of one.
-            prompt.handoff = handoff
-            break
+    if handoff is not None:
+        # Of several prompts vLLM answers with the parameters of one.
+        mine = next((p for p in found if p.token_ids == handoff.prompt_token_ids), None)
+        if mine is None:
+            raise bad_request(
+                "prompt is another one than kv_transfer_params.mac_decode.prompt_token_ids",
+                "prompt",
+            )
+        mine.handoff = handoff
     return found
 
 
+def _prompt(
+    service: Service, body: CompletionBody, given: Any, handoff: HandOff | None = None
+) -> _Prompt:
+    if isinstance(given, str):
+        return _Prompt(service.tokenizer.encode(given, body.add_special_tokens), given)
+    if given is None:
+        return _Prompt([], None)
+    if not _are_ids(given):
+        raise bad_request(
+            "prompt must be a text, a list of texts, a list of token ids or a list of such lists",
+            "prompt",
+        )
+    return _Prompt(given, service.tokenizer.decode(given) if body.echo else None, handoff)
+
+
 def _are_ids(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
-    )
+    return isinstance(prompt, list) and bool(prompt) and set(map(type, prompt)) == {int}

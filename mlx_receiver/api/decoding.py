@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from typing import Final
 
 from mlx_receiver.engine import DecodeEngine, Job, Output
-from mlx_receiver.wire.messages import Decoded, Sampling, WireError
+from mlx_receiver.wire.messages import E_CAPACITY, Code, Decoded, Sampling, WireError
+
+#: Steps that a sample may be ahead of its client. A client that reads nothing at all is cut off
+#: before (``connections``).
+MAX_AHEAD: Final = 4096
 
 
 class Events:
@@ -16,11 +21,20 @@ class Events:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Decoded | WireError] = asyncio.Queue()
+        self._overrun = False
 
     def put(self, event: Decoded | WireError) -> None:
         """Called from any thread; a loop that has ended wants nothing any more."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._add, event)
+
+    def _add(self, event: Decoded | WireError) -> None:
+        if self._overrun:
+            return
+        if self._queue.qsize() >= MAX_AHEAD:
+            self._overrun = True
+            event = WireError(E_CAPACITY, f"the client is {MAX_AHEAD} tokens behind")
+        self._queue.put_nowait(event)
 
     async def get(self, timeout: float | None = None) -> Decoded:
         """The next tokens. Raises WireError when the decoder gave up, TimeoutError."""
@@ -52,7 +66,7 @@ class _Sink:
                 )
             )
 
-    def failed(self, _job: Job, code: str, reason: str) -> None:
+    def failed(self, _job: Job, code: Code, reason: str) -> None:
         self._events.put(WireError(code, reason))
 
 

@@ -11,8 +11,13 @@ from mlx_receiver.wire.messages import E_CAPACITY, E_SHUTDOWN, E_UNSUPPORTED, Wi
 _TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "BadRequestError",
     413: "BadRequestError",
+    415: "BadRequestError",
+    429: "RateLimitError",
     503: "ServiceUnavailableError",
 }
 
@@ -39,7 +44,11 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The HTTP answer."""
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
+        headers = None
+        if self.status == 401:
+            headers = {"WWW-Authenticate": "Bearer"}
+        elif self.status in (429, 503):
+            headers = {"Retry-After": "1"}
         return JSONResponse(self.body(), self.status, headers)
 
 

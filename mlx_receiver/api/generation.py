@@ -55,34 +55,39 @@ def _delta(sample: Sample, text: OutputText, decoded: Decoded) -> Delta:
 
 
 async def merged(service: Service, samples: Sequence[Sample]) -> AsyncGenerator[Delta, None]:
-    """The deltas of several samples as they come. Closing the generator stops all of them."""
-    queue: asyncio.Queue[Delta | ApiError | None] = asyncio.Queue()
+    """The deltas of several samples as they come. Closing the generator stops all of them.
+
+    Raises ApiError, 503 when too many samples are under way.
+    """
+    # Bounded: where a client reads slowly, the samples wait, and ``Events`` counts.
+    queue: asyncio.Queue[Delta | ApiError | None] = asyncio.Queue(2 * len(samples))
 
     async def run(sample: Sample) -> None:
         try:
             deltas = generate(service, sample)
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
-                    queue.put_nowait(delta)
-            queue.put_nowait(None)
+                    await queue.put(delta)
+            await queue.put(None)
         except ApiError as error:
-            queue.put_nowait(error)
+            await queue.put(error)
         except Exception as error:
-            queue.put_nowait(ApiError(500, f"decoding failed: {error}"))
+            await queue.put(ApiError(500, f"decoding failed: {error}"))
             raise
 
-    tasks = [asyncio.create_task(run(sample)) for sample in samples]
-    try:
-        running = len(tasks)
-        while running:
-            event = await queue.get()
-            if isinstance(event, ApiError):
-                raise event
-            if event is None:
-                running -= 1
-            else:
-                yield event
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with service.places(len(samples)):
+        tasks = [asyncio.create_task(run(sample)) for sample in samples]
+        try:
+            running = len(tasks)
+            while running:
+                event = await queue.get()
+                if isinstance(event, ApiError):
+                    raise event
+                if event is None:
+                    running -= 1
+                else:
+                    yield event
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

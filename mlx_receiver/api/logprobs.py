@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any, Final
 
+import msgspec
+
 from mlx_receiver.api.tokenizer import Tokenizer
 from mlx_receiver.wire.messages import Logprobs
 
@@ -36,6 +38,17 @@ def for_completion(
         "top_logprobs": likeliest,
     }
     return found, offset
+
+
+def extend(whole: dict[str, list[Any]], part: dict[str, list[Any]]) -> None:
+    """Add what ``for_completion`` or ``for_chat`` returned for later tokens.
+
+    Each entry becomes JSON now: an answer may have a million of them.
+    """
+    for name, values in part.items():
+        if values and isinstance(values[0], dict):
+            values = [msgspec.Raw(msgspec.json.encode(value)) for value in values]
+        whole.setdefault(name, []).extend(values)
 
 
 def for_chat(rows: Iterable[Logprobs], count: int, names: Names) -> dict[str, Any]:
@@ -77,7 +90,7 @@ class Names:
         if self._as_ids:
             return f"token_id:{token}"
         decode = self._tokenizer.decode
-        alone = decode([token])
+        alone = self._tokenizer.name(token)
         if not alone.endswith(_INCOMPLETE):
             return alone
         for count in range(1, len(self._before) + 1):
@@ -85,7 +98,7 @@ class Names:
             joined = decode([*context, token])
             if joined.endswith(_INCOMPLETE):
                 continue
-            while context and decode([context[-1]]).endswith(_INCOMPLETE):
+            while context and self._tokenizer.name(context[-1]).endswith(_INCOMPLETE):
                 context.pop()
             shown = decode(context) if context else ""
             same = takewhile(lambda pair: pair[0] == pair[1], zip(shown, joined, strict=False))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
+import msgspec
+
 from mlx_receiver.api.bodies import ChatBody, CompletionBody, SamplingBody
 from mlx_receiver.api.errors import bad_request
 from mlx_receiver.api.text import TextRules
 from mlx_receiver.api.tokenizer import Tokenizer
 from mlx_receiver.model import ModelSource
-from mlx_receiver.wire.messages import Sampling
+from mlx_receiver.wire.messages import MAX_BAD_WORDS, MAX_INT, Sampling, clipped
 
-#: Most alternatives per token, as vLLM's ``--max-logprobs`` has it.
-MAX_LOGPROBS: Final = 20
-#: Most samples of one request; each is a row of the batch.
-MAX_SAMPLES: Final = 128
+#: vLLM raises lower temperatures to this, except 0.
+_LOWEST_TEMPERATURE: Final = 0.01
 
 #: Fields that a model's generation_config.json may set for requests that do not.
 _DEFAULTED: Final = {
@@ -46,10 +46,8 @@ class Defaults:
         self.eos: set[int] = {eos} if isinstance(eos, int) else set(eos or [])
 
 
-def sampling(
-    body: SamplingBody, defaults: Defaults, tokenizer: Tokenizer, room: int, sample: int
-) -> Sampling:
-    """How sample number ``sample`` is drawn; ``room`` tokens fit behind the prompt.
+def sampling(body: SamplingBody, defaults: Defaults, tokenizer: Tokenizer) -> Sampling:
+    """How a request's samples are drawn, before ``fitted`` makes it the one of a sample.
 
     Raises ApiError for values that no engine accepts; ``check_sampling`` looks at the rest.
     """
@@ -57,9 +55,13 @@ def sampling(
         name: default if (given := getattr(body, name)) is None else given
         for name, default in defaults.values.items()
     }
-    values["top_k"] = max(values["top_k"], 0)
-    limit = _max_tokens(body, defaults, room)
-    if (body.min_tokens or 0) < 0 or (body.min_tokens or 0) > limit:
+    values["top_k"] = min(max(values["top_k"], 0), MAX_INT)
+    if 0 < values["temperature"] < _LOWEST_TEMPERATURE:
+        values["temperature"] = _LOWEST_TEMPERATURE
+    if (body.n or 1) > 1 and values["temperature"] == 0:
+        raise bad_request(f"n must be 1 when using greedy sampling, got {body.n}", "n")
+    limit = _max_tokens(body, defaults)
+    if body.min_tokens > limit:
         raise bad_request(f"min_tokens must be in 0..{limit}", "min_tokens")
     eos = tokenizer.eos_token_id
     stops = set(body.stop_token_ids or ())
@@ -69,11 +71,11 @@ def sampling(
         stops |= defaults.eos - {eos}
     return Sampling(
         max_tokens=limit,
-        min_tokens=body.min_tokens or 0,
-        seed=None if body.seed is None else body.seed + sample,
+        min_tokens=body.min_tokens,
+        seed=None if body.seed == -1 else body.seed,
         logit_bias=_logit_bias(body),
         allowed_token_ids=body.allowed_token_ids,
-        bad_words_token_ids=_bad_words(body.bad_words or [], tokenizer) or None,
+        bad_words_token_ids=_bad_words(body.bad_words, tokenizer) or None,
         eos_token_id=eos,
         stop_token_ids=sorted(stops),
         logprobs=_logprobs(body),
@@ -81,59 +83,59 @@ def sampling(
     )
 
 
+def fitted(sampling: Sampling, room: int, index: int) -> Sampling:
+    """The sampling of sample number ``index`` of a prompt behind which ``room`` tokens fit.
+
+    Raises ApiError when ``min_tokens`` do not.
+    """
+    if sampling.min_tokens > room:
+        raise bad_request(f"min_tokens must be in 0..{room}", "min_tokens")
+    seed = sampling.seed
+    if seed is not None:
+        # The sum stays an int64.
+        seed = (seed + index + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, room), seed=seed)
+
+
 def text_rules(body: SamplingBody) -> TextRules:
-    """Stop strings and special tokens. Raises ApiError for an empty stop string."""
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    if not all(stop):
-        raise bad_request("a stop string is empty", "stop")
+    """Stop strings and special tokens."""
     return TextRules(
-        stop=stop,
-        include_stop=bool(body.include_stop_str_in_output),
-        skip_special=body.skip_special_tokens is not False,
-        spaces_between_special=body.spaces_between_special_tokens is not False,
-        min_tokens=body.min_tokens or 0,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        include_stop=body.include_stop_str_in_output,
+        skip_special=body.skip_special_tokens,
+        spaces_between_special=body.spaces_between_special_tokens,
+        min_tokens=body.min_tokens,
     )
 
 
-def samples(body: SamplingBody) -> int:
-    """``n``. Raises ApiError when it is out of range."""
-    wanted = 1 if body.n is None else body.n
-    if not 1 <= wanted <= MAX_SAMPLES:
-        raise bad_request(f"n must be in 1..{MAX_SAMPLES}", "n")
-    return wanted
-
-
-def _max_tokens(body: SamplingBody, defaults: Defaults, room: int) -> int:
+def _max_tokens(body: SamplingBody, defaults: Defaults) -> int:
     wanted = body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         wanted = body.max_completion_tokens
     if wanted is None:
-        wanted = room if defaults.max_tokens is None else defaults.max_tokens
-    if wanted < 1:
-        raise bad_request(f"max_tokens must be at least 1, not {wanted}", "max_tokens")
-    return min(wanted, max(room, 1))
+        wanted = defaults.max_tokens
+    return MAX_INT if wanted is None else min(wanted, MAX_INT)
 
 
 def _logprobs(body: SamplingBody) -> int | None:
     if isinstance(body, CompletionBody):
-        wanted = body.logprobs
-    else:
-        assert isinstance(body, ChatBody)
-        if body.top_logprobs and not body.logprobs:
-            raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-        wanted = (body.top_logprobs or 0) if body.logprobs else None
-    if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
-        raise bad_request(f"log-probabilities of 0..{MAX_LOGPROBS} tokens, not {wanted}")
-    return wanted
+        return body.logprobs
+    assert isinstance(body, ChatBody)
+    return (body.top_logprobs or 0) if body.logprobs else None
 
 
 def _logit_bias(body: SamplingBody) -> dict[int, float] | None:
     if not body.logit_bias:
         return None
-    try:
-        return {int(k): min(100.0, max(-100.0, v)) for k, v in body.logit_bias.items()}
-    except ValueError:
-        raise bad_request("logit_bias maps token ids to numbers", "logit_bias") from None
+    found = {}
+    for key, value in body.logit_bias.items():
+        try:
+            found[int(key)] = min(100.0, max(-100.0, value))
+        except ValueError:
+            raise bad_request(
+                f"logit_bias has the key {clipped(key, 64)!r}, which is no token id", "logit_bias"
+            ) from None
+    return found
 
 
 def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -142,7 +144,7 @@ def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     As ``SamplingParams.update_from_tokenizer`` of vLLM does it.
     """
     found: list[list[int]] = []
-    for word in words:
+    for word in dict.fromkeys(words):
         plain = tokenizer.encode(word.lstrip(), special=False)
         if not plain:
             raise bad_request("a bad word is empty", "bad_words")
@@ -150,4 +152,6 @@ def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
         spaced = tokenizer.encode(" " + word.lstrip(), special=False)
         if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
             found.append(spaced)
+        if len(found) > MAX_BAD_WORDS:
+            raise bad_request(f"more than {MAX_BAD_WORDS} bad words in tokens", "bad_words")
     return found

@@ -6,24 +6,31 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from mlx_receiver.api.decoding import Events, decode_locally
 from mlx_receiver.api.errors import bad_request
 from mlx_receiver.engine import DecodeEngine
 from mlx_receiver.handover import Client, Handover
+from mlx_receiver.wire import trust
 from mlx_receiver.wire.messages import (
     E_SESSION,
+    E_UNSUPPORTED,
+    MAX_LOGPROBS,
     Cancel,
+    Count,
     Decoded,
     Failed,
+    Logprob,
     Logprobs,
     ReceiverMessage,
     Sampling,
     Start,
     Step,
+    TokenId,
     WireError,
 )
 from mlx_receiver.wire.stopping import check_stop
@@ -32,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 #: Our key in ``kv_transfer_params``.
 KEY: Final = "mac_decode"
+_PARAMS: Final = "kv_transfer_params"
 
 #: Seconds that a session may be asked for before its Open has been read.
 _OPEN_SECONDS: Final = 0.25
@@ -42,9 +50,9 @@ _LOOK_SECONDS: Final = 1.0
 class FirstLogprobs(msgspec.Struct, frozen=True):
     """``wire.messages.Logprobs`` of the first token, as JSON has it."""
 
-    token_ids: list[int]
-    values: list[float]
-    rank: int
+    token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_LOGPROBS + 1)]
+    values: Annotated[list[Logprob], Meta(min_length=1, max_length=MAX_LOGPROBS + 1)]
+    rank: Count
 
 
 class HandOff(msgspec.Struct, frozen=True):
@@ -54,30 +62,69 @@ class HandOff(msgspec.Struct, frozen=True):
     proxies), None when no KV was sent. ``cached_tokens`` of the prompt were in vLLM's prefix cache.
     """
 
-    first_token: int
-    prompt_token_ids: list[int]
-    session: str | None = None
+    first_token: TokenId
+    prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)]
+    session: Annotated[str, Meta(pattern=r"^[0-9]{1,19}\Z")] | None = None
     logprobs: FirstLogprobs | None = None
-    cached_tokens: int = 0
+    cached_tokens: Count = 0
 
     @property
     def session_id(self) -> int | None:
         """The parked session's number."""
-        return int(self.session) if self.session and self.session.isdecimal() else None
+        return None if self.session is None else int(self.session)
 
 
-def hand_off(params: dict[str, Any] | None) -> HandOff | None:
+class _Transfer(msgspec.Struct, frozen=True):
+    """What vLLM itself says to a decoding server in ``kv_transfer_params``."""
+
+    prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+
+
+_Checked = TypeVar("_Checked", bound=msgspec.Struct)
+
+
+def hand_off(params: dict[str, Any] | None, vocab_size: int) -> HandOff | None:
     """What ``kv_transfer_params`` says to this receiver, if anything. Raises ApiError."""
     ours = (params or {}).get(KEY)
     if ours is None:
         return None
-    try:
-        found = msgspec.convert(ours, HandOff)
-    except msgspec.ValidationError as error:
-        raise bad_request(f"kv_transfer_params.{KEY}: {error}", "kv_transfer_params") from None
-    # vLLM's own addition for decoding servers.
+    found = _checked(f"kv_transfer_params.{KEY}", ours, HandOff, vocab_size)
+    session, rows = found.session_id, found.logprobs
+    if session is not None and session >= 1 << 63:
+        raise bad_request(f"kv_transfer_params.{KEY}.session is not below 2**63", _PARAMS)
+    if rows is not None and len(rows.token_ids) != len(rows.values):
+        raise bad_request(
+            f"kv_transfer_params.{KEY}.logprobs has {len(rows.token_ids)} tokens and "
+            f"{len(rows.values)} values",
+            _PARAMS,
+        )
+    given = forwarded_prompt(params, vocab_size)
+    if given is not None and given != found.prompt_token_ids:
+        raise bad_request(
+            f"kv_transfer_params has another prompt in prompt_token_ids than in {KEY}", _PARAMS
+        )
     cached = (params or {}).get("remote_prefill_cached_tokens")
-    return msgspec.structs.replace(found, cached_tokens=cached if isinstance(cached, int) else 0)
+    if isinstance(cached, bool) or not isinstance(cached, int):
+        cached = 0
+    cached = min(max(cached, 0), len(found.prompt_token_ids))
+    return msgspec.structs.replace(found, cached_tokens=cached)
+
+
+def forwarded_prompt(params: dict[str, Any] | None, vocab_size: int) -> list[int] | None:
+    """vLLM's ``kv_transfer_params["prompt_token_ids"]``: the prompt as the prefilling server has
+    it, which stands for the body's own. Raises ApiError."""
+    return _checked("kv_transfer_params", params or {}, _Transfer, vocab_size).prompt_token_ids
+
+
+def _checked(name: str, given: Any, kind: type[_Checked], vocab_size: int) -> _Checked:
+    try:
+        found = msgspec.convert(given, kind)
+        trust.check(found, vocab_size, E_UNSUPPORTED)
+    except msgspec.ValidationError as error:
+        raise bad_request(f"{name}: {error}", _PARAMS) from None
+    except WireError as error:
+        raise bad_request(f"{name}: {error.reason}", _PARAMS) from None
+    return found
 
 
 async def decode_handed_off(

@@ -35,7 +35,10 @@ _PAUSE_SECONDS: Final = 5.0
 class Prefill:
     """A client of one vLLM, with the protocol that routers speak. One event loop only."""
 
-    def __init__(self, base: str, api_key: str, min_tokens: int, seconds: float) -> None:
+    def __init__(
+        self, base: str, api_key: str, min_tokens: int, seconds: float, vocab_size: int
+    ) -> None:
+        self._vocab_size = vocab_size
         self._min_tokens = min_tokens
         self._base = base.rstrip("/")
         self._seconds = seconds
@@ -74,7 +77,7 @@ class Prefill:
             with contextlib.suppress(KeyError, IndexError, TypeError):
                 self._model = listed["data"][0]["id"]
         answer = await http.post(f"{self._base}/v1/completions", json=self._body(prompt, sampling))
-        handoff = hand_off(_checked(answer).get("kv_transfer_params"))
+        handoff = hand_off(_checked(answer).get("kv_transfer_params"), self._vocab_size)
         if handoff is None:
             raise _Unusable("it runs without the mac_decode connector")
         if handoff.prompt_token_ids != prompt:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,36 +15,15 @@ from starlette.responses import Response, StreamingResponse
 
 from mlx_receiver.api.bodies import SamplingBody
 from mlx_receiver.api.errors import ApiError
-from mlx_receiver.api.service import Service
-
-logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
 DONE = b"data: [DONE]\n\n"
 
 
-def guarded(
-    service: Service, handler: Callable[[Request], Awaitable[Response]]
-) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-    """The handler behind the API key, with errors in OpenAI's shape."""
-
-    async def handle(request: Request) -> Response:
-        try:
-            service.authorise(request)
-            return await handler(request)
-        except ApiError as error:
-            return error.response()
-        except Exception as error:
-            logger.exception("a request failed")
-            return ApiError(500, f"{type(error).__name__}: {error}").response()
-
-    return handle
-
-
 def identity(request: Request, prefix: str) -> tuple[str, int]:
     """The response's id, after the client's ``X-Request-Id`` if there is one, and its time."""
-    name = request.headers.get("x-request-id") or uuid.uuid4().hex
+    name = request.headers.get("x-request-id", "")[:256] or uuid.uuid4().hex
     return f"{prefix}-{name}", int(time.time())
 
 
@@ -64,7 +42,7 @@ def wants_usage(body: SamplingBody) -> tuple[bool, bool]:
     options = body.stream_options
     if options is None or not options.include_usage:
         return False, False
-    return True, options.continuous_usage_stats
+    return True, bool(options.continuous_usage_stats)
 
 
 def as_json(content: dict[str, Any]) -> Response:

@@ -10,7 +10,6 @@ from starlette.routing import BaseRoute, Route
 from mlx_receiver.api.chat import chat_completions
 from mlx_receiver.api.completions import completions
 from mlx_receiver.api.models import models
-from mlx_receiver.api.replies import guarded
 from mlx_receiver.api.service import Service
 
 if TYPE_CHECKING:
@@ -26,6 +25,6 @@ def api_routes(receiver: Receiver) -> list[BaseRoute]:
         ("/v1/chat/completions", chat_completions, "POST"),
     )
     return [
-        Route(path, guarded(service, functools.partial(handler, service)), methods=[method])
+        Route(path, functools.partial(handler, service), methods=[method])
         for path, handler, method in endpoints
     ]

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from starlette.requests import Request
-
+from mlx_receiver.api.bodies import SamplingBody
 from mlx_receiver.api.decoding import decode_locally
 from mlx_receiver.api.errors import ApiError, bad_request
-from mlx_receiver.api.parameters import Defaults
+from mlx_receiver.api.parameters import Defaults, sampling
 from mlx_receiver.api.parked import decode_handed_off
 from mlx_receiver.api.prefill import Prefill
 from mlx_receiver.api.sample import Sample
 from mlx_receiver.api.tokenizer import Tokenizer
-from mlx_receiver.local import check_job
+from mlx_receiver.api.workers import Workers
+from mlx_receiver.local import check_prompt
+from mlx_receiver.sampling import check_sampling
 from mlx_receiver.wire.messages import Decoded, Sampling, WireError
 
 if TYPE_CHECKING:
     from mlx_receiver.receiver import Receiver
 
-#: Largest request body, in bytes: several prompts of a million token ids.
-MAX_BODY_BYTES: Final = 64 << 20
+#: Samples of all requests together, those that decode and those that wait.
+MAX_WAITING: Final = 1024
 
 
 class Service:
@@ -40,8 +40,10 @@ class Service:
         self.defaults = Defaults(receiver.source)
         self.created = int(time.time())
         self.model = settings.served_model_name or receiver.source.name
+        self.vocab_size = receiver.source.signature.vocab_size
+        self.workers = Workers()
+        self._samples = 0
         self._names = {self.model, receiver.source.name, Path(receiver.source.name).name}
-        self._api_key = settings.api_key
         self._metrics = receiver.metrics
         self._prefill: Prefill | None = None
         if settings.prefill:
@@ -50,17 +52,8 @@ class Service:
                 settings.prefill_api_key,
                 settings.prefill_min_tokens,
                 settings.prefill_timeout,
+                self.vocab_size,
             )
-
-    def authorise(self, request: Request) -> None:
-        """Raise ApiError (401) unless the request carries the API key, if there is one."""
-        if not self._api_key:
-            return
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(
-            key.strip().encode(), self._api_key.encode()
-        ):
-            raise ApiError(401, "wrong or missing API key: send Authorization: Bearer KEY")
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) for a model that is not the one served, 503 before it is loaded."""
@@ -69,31 +62,34 @@ class Service:
         if self.engine.loaded is None:
             raise ApiError(503, "the model is still being loaded")
 
-    async def body(self, request: Request) -> bytes:
-        """The whole request body. Raises ApiError (413) when it is too long."""
-        parts, total = [], 0
-        async for part in request.stream():
-            total += len(part)
-            if total > MAX_BODY_BYTES:
-                raise ApiError(413, f"the request body is over {MAX_BODY_BYTES >> 20} MiB")
-            parts.append(part)
-        return b"".join(parts)
-
     def room(self, prompt: list[int]) -> int:
-        """Tokens that fit behind the prompt. Raises ApiError when none does."""
-        room = self.source.max_tokens - len(prompt)
-        if room < 1:
-            raise bad_request(
-                f"the prompt has {len(prompt)} tokens, the model's context {self.source.max_tokens}"
-            )
-        return room
-
-    def check(self, prompt: list[int], sampling: Sampling) -> None:
-        """Raise ApiError (400) for what cannot be decoded."""
+        """Tokens that fit behind the prompt. Raises ApiError (400) when it cannot be decoded."""
         try:
-            check_job(self.source, prompt, sampling)
+            check_prompt(self.source, prompt)
+        except WireError as error:
+            raise bad_request(error.reason, "prompt") from None
+        return self.source.max_tokens - len(prompt)
+
+    def sampling(self, body: SamplingBody) -> Sampling:
+        """How the request's samples are drawn. Raises ApiError (400) for what cannot be done."""
+        found = sampling(body, self.defaults, self.tokenizer)
+        try:
+            check_sampling(found, self.vocab_size)
         except WireError as error:
             raise bad_request(error.reason) from None
+        return found
+
+    @contextlib.contextmanager
+    def places(self, samples: int) -> Iterator[None]:
+        """Room for a request's samples, for as long as they are under way. Raises ApiError (503)
+        when there is none."""
+        if self._samples and self._samples + samples > MAX_WAITING:
+            raise ApiError(503, f"{self._samples} samples are under way: try again later")
+        self._samples += samples
+        try:
+            yield
+        finally:
+            self._samples -= samples
 
     async def decode(self, sample: Sample) -> AsyncGenerator[Decoded, None]:
         """The sample's tokens. Closing the generator stops decoding. Raises WireError."""

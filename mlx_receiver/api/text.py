@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from mlx_receiver.api.tokenizer import Tokenizer
 
+#: Tokens of the prompt with which a stream begins.
+_CONTEXT_TOKENS: Final = 8
 #: DecodeStream's complaint when a token makes the text before it different.
 _INVALID_PREFIX = "Invalid prefix encountered"
 
@@ -94,7 +96,8 @@ class _FastDecoder:
         self._make = DecodeStream
         self._backend = backend
         self._skip = rules.skip_special
-        self._stream = DecodeStream(ids=list(prompt), skip_special_tokens=rules.skip_special)
+        ids = _ending(backend, prompt)
+        self._stream = DecodeStream(ids=ids, skip_special_tokens=rules.skip_special)
         self._added: dict[int, str] = {}
         self._after_added = False
         if not (rules.skip_special or rules.spaces_between_special):
@@ -116,6 +119,18 @@ class _FastDecoder:
                 text = special
             self._after_added = special is not None
         return text or ""
+
+
+def _ending(backend: Any, prompt: Sequence[int]) -> list[int]:
+    """The prompt's last tokens, from the beginning of a character on.
+
+    What comes next depends on no more of it, and the stream's first step decodes all of it.
+    """
+    for count in range(_CONTEXT_TOKENS, 2 * _CONTEXT_TOKENS):
+        ending = list(prompt[-count:])
+        if "\ufffd" not in backend.decode(ending, skip_special_tokens=False):
+            return ending
+    return list(prompt)
 
 
 class _SlowDecoder:

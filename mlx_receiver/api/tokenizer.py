@@ -17,6 +17,7 @@ class Tokenizer:
         self._source = source
         self._lock = threading.Lock()
         self._wrapper: Any = None
+        self._names: dict[int, str] = {}
 
     @property
     def wrapper(self) -> Any:
@@ -38,13 +39,19 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of ``text``, with the tokenizer's own BOS or the like if ``special``."""
-        wrapper = self.wrapper
-        with self._lock:
-            return list(wrapper.encode(text, add_special_tokens=special))
+        # Without the lock: a long text must not hold up short ones.
+        return list(self.wrapper.encode(text, add_special_tokens=special))
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of ``token_ids``."""
         return str(self.wrapper.decode(list(token_ids), skip_special_tokens=skip_special))
+
+    def name(self, token: int) -> str:
+        """Text of one token alone; log-probabilities ask for the same ones again and again."""
+        found = self._names.get(token)
+        if found is None:
+            found = self._names[token] = self.decode([token])
+        return found
 
     def chat(self, messages: list[dict[str, Any]], tools: Any, options: dict[str, Any]) -> str:
         """The conversation as the chat template writes it. Raises ApiError when it cannot."""
@@ -52,8 +59,7 @@ class Tokenizer:
         if not wrapper.has_chat_template:
             raise bad_request("the model has no chat template: use /v1/completions", "messages")
         try:
-            with self._lock:
-                text = wrapper.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+            text = wrapper.apply_chat_template(messages, tools=tools, tokenize=False, **options)
         except Exception as error:
             # Templates raise whatever they like about conversations that they do not accept.
             raise bad_request(f"the chat template refuses the messages: {error}") from error

@@ -256,15 +256,15 @@ def test_the_openai_client_completes(client: openai.OpenAI, model: str) -> None:
         ({"prompt": [10**6]}, "vocabulary"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"min_tokens": 13}, "min_tokens"),
-        ({"n": 0}, "n must be"),
+        ({"n": 0}, "`$.n`"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"logprobs": 21}, "log-probabilities"),
-        ({"stop": [""]}, "stop string"),
+        ({"logprobs": 21}, "`$.logprobs`"),
+        ({"stop": [""]}, "`$.stop[0]`"),
         ({"suffix": "x"}, "suffix"),
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"a": 1}}, "logit_bias has the key 'a'"),
         ({"temperature": "hot"}, r"\$.temperature"),
         ({"prompt": [20] * 8192}, "8192 tokens"),
     ],
@@ -276,7 +276,8 @@ def test_what_cannot_be_done_is_said(base: str, fields: dict[str, Any], said: st
 
 
 def test_bad_bodies_and_unknown_fields(base: str) -> None:
-    answer = httpx.post(f"{base}/v1/completions", content=b"{nonsense")
+    json_body = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{base}/v1/completions", content=b"{nonsense", headers=json_body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, 400)
     complete(base, max_tokens=1, user="me", bootstrap_room=3, do_not_know={"a": 1})
     choice = {"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}

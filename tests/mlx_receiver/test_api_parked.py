@@ -39,7 +39,6 @@ def params(kv: Prefilled, session: int | None, **more: Any) -> dict[str, Any]:
 def ask(receiver: Receiver, transfer: dict[str, Any], **fields: Any) -> dict[str, Any]:
     body = {
         "model": "what the router's clients call it",
-        "prompt": "not tokenised here",
         "max_tokens": 8,
         "temperature": 0,
         "ignore_eos": True,
