@@ -8,6 +8,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 env=${1:?usage: .ci/receiver_only.sh ENV [PYTEST ARGUMENTS]}
 shift
 
+# PyTorch writes the tests' models, in an environment that is thrown away.
+models=$(mktemp -d)
+trap 'rm -rf "$models"' EXIT
+"${PYTHON:-python3}" -m venv "$models"
+"$models/bin/python" -m pip install --quiet --editable ".[demo,dev]" torch transformers
+"$models/bin/python" -m tests.make_models
+
 "${PYTHON:-python3}" -m venv "$env"
 extras="mac,dev"
 "$env/bin/python" -m pip install --quiet --editable ".[$extras]"

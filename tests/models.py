@@ -8,6 +8,7 @@ text among them, are never the most likely ones: a request yields as many tokens
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def tiny_qwen3(path: Path, dtype: str = "float32", seed: int = 0, **overrides: A
     shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 64}
     model = Qwen3ForCausalLM(Qwen3Config(**{**_SHARED, **shape, **overrides}))
     return _write(model, path, dtype, seed)
+
+
+def _fuzzed_llama(path: Path) -> Path:
+    return tiny_llama(path, num_hidden_layers=2)
+
+
+#: Writers of the models that are kept in the user's cache, by their names there.
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "tiny-llama": tiny_llama,
+    "tiny-qwen3": tiny_qwen3,
+    "fuzz-llama": _fuzzed_llama,
+}
 
 
 def _write(model: Any, path: Path, dtype: str, seed: int) -> Path:

@@ -21,7 +21,7 @@ from mlx_receiver.wire import keys
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.frames import ITEMSIZE, Header, Kind, Plane
 from tests.conftest import cached_model
-from tests.models import tiny_llama
+from tests.models import MODELS
 from tests.waiting import eventually
 
 CLIENTS, PLACES = 2, 4
@@ -60,7 +60,7 @@ events = st.lists(event, min_size=10, max_size=60)
 @functools.cache
 def receiver() -> Receiver:
     """One receiver for all examples; it serves until the process ends."""
-    model = cached_model("fuzz-llama", lambda path: tiny_llama(path, num_hidden_layers=2))
+    model = cached_model("fuzz-llama", MODELS["fuzz-llama"])
     settings = Settings(
         model=str(model), port=0, http_port=None, kv_memory=16 << 20, max_sessions=6, max_batch=2
     )
