@@ -8,6 +8,7 @@ from typing import Literal
 
 from mlx_receiver.engine import DecodeEngine, Job, Output
 from mlx_receiver.metrics import Metrics
+from mlx_receiver.model import ModelSource
 from mlx_receiver.sampling import check_bad_words
 from mlx_receiver.session import Session, State
 from mlx_receiver.store import SessionStore
@@ -87,6 +88,11 @@ class Handover:
     def __init__(self, engine: DecodeEngine, metrics: Metrics) -> None:
         self._engine = engine
         self._metrics = metrics
+
+    @property
+    def source(self) -> ModelSource:
+        """The model that is served."""
+        return self._engine.source
 
     # --- what a client asks; called on the control thread --------------------------------------
 

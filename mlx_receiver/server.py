@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -19,6 +20,7 @@ import zmq
 
 from mlx_receiver.guard import Guard
 from mlx_receiver.handover import Client, Handover
+from mlx_receiver.seldom import SeldomLogger
 from mlx_receiver.settings import SettingsError
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.frames import DTYPES
@@ -42,9 +44,11 @@ from mlx_receiver.wire.messages import (
     Welcome,
     WireError,
     check_protocol,
+    client_decoder,
     clipped,
     decode_client,
     encode,
+    opened_session,
 )
 from mlx_receiver.wire.signature import ModelSignature
 
@@ -54,10 +58,22 @@ logger = logging.getLogger(__name__)
 SILENCE_SECONDS: Final = 5.0
 
 _MAX_CLIENTS: Final = 64
-#: Messages that may wait for one client before it is given up as too slow.
-_MAX_UNSENT: Final = 20_000
+#: Bytes that may wait for one client before it is given up as too slow.
+_MAX_UNSENT_BYTES: Final = 4 << 20
+#: Messages of one connection that libzmq keeps beside them, in either direction.
+_MAX_KEPT: Final = 32
 _TICK_SECONDS: Final = 0.2
+#: Seconds for which messages are read before answers go out.
+_READ_SECONDS: Final = 0.02
 _LINGER_MS: Final = 500
+
+
+@dataclass(slots=True)
+class _Unsent:
+    """Messages that a connection has no room for yet, the oldest first."""
+
+    frames: deque[bytes] = field(default_factory=deque)
+    nbytes: int = 0
 
 
 class ControlServer:
@@ -66,6 +82,8 @@ class ControlServer:
     def __init__(self, handover: Handover, signature: ModelSignature, token: str) -> None:
         self._handover = handover
         self._signature = signature
+        max_tokens = handover.source.max_tokens
+        self._decoder = client_decoder(max_tokens, signature.vocab_size)
         self._context = zmq.Context()
         # A ROUTER numbers its connections from C's ``rand()``. A peer that knows the next number
         # and takes it for its own name ends the process with a failed assertion in libzmq.
@@ -73,17 +91,23 @@ class ControlServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._guard = Guard(self._socket, token)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        # A token of the prompt takes up to 5 bytes, everything else little.
+        self._socket.maxmsgsize = min(5 * max_tokens + (1 << 20), MAX_MESSAGE_BYTES)
+        self._socket.sndhwm = self._socket.rcvhwm = _MAX_KEPT
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._clients: dict[bytes, Client] = {}
+        #: Whose each client's connection is.
+        self._descriptors: dict[int, bytes] = {}
         # Other threads append here and wake the socket's thread through a pair of sockets.
         self._outbox: deque[tuple[bytes, ReceiverMessage]] = deque()
-        self._unsent: dict[bytes, deque[bytes]] = {}
+        self._unsent: dict[bytes, _Unsent] = {}
+        self._complaints = SeldomLogger(logger)
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        #: Without the ticket that each client gets; None until there is a model to serve.
         self._welcome: Welcome | None = None
 
     def bind(self, host: str, port: int) -> int:
@@ -91,13 +115,15 @@ class ControlServer:
         try:
             if port:
                 self._socket.bind(f"tcp://{host}:{port}")
-                return port
-            return self._socket.bind_to_random_port(f"tcp://{host}")
+            else:
+                port = self._socket.bind_to_random_port(f"tcp://{host}")
         except zmq.ZMQError as error:
             raise SettingsError(
                 f"the control port {host}:{port} cannot be used ({os.strerror(error.errno or 0)}): "
                 "choose another with --port"
             ) from None
+        self._thread.start()
+        return port
 
     def start(self, model: str, engine: str, endpoints: list[Endpoint], max_tokens: int) -> None:
         """Answer clients from now on; what they sent before has been kept."""
@@ -106,11 +132,11 @@ class ControlServer:
             model=model,
             engine=engine,
             endpoints=endpoints,
-            ticket=keys.new_ticket(),  # each client gets another
+            ticket=keys.new_ticket(),
             max_tokens=max_tokens,
             codecs=["raw"],
         )
-        self._thread.start()
+        self._wake()
 
     def stop(self, timeout: float = 1.0) -> None:
         """Tell every client, then close."""
@@ -140,14 +166,18 @@ class ControlServer:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._guard.events, zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
         next_sweep = time.monotonic()
         while not self._stopping.is_set():
+            if self._welcome is not None:
+                poller.register(self._socket, zmq.POLLIN)
             poller.poll(int(_TICK_SECONDS * 1000))
             with contextlib.suppress(OSError):
                 self._wake_read.recv(4096)
-            self._receive()
+            self._guard.watch(self._gone)
+            if self._welcome is not None:
+                self._receive()
             if time.monotonic() >= next_sweep:
                 next_sweep = time.monotonic() + _TICK_SECONDS
                 self._sweep()
@@ -158,7 +188,6 @@ class ControlServer:
         self._close()
 
     def _close(self) -> None:
-        self._socket.close()
         self._guard.close()
         self._context.term()
         self._wake_read.close()
@@ -166,24 +195,34 @@ class ControlServer:
 
     def _receive(self) -> None:
         # A bounded share of the thread's time: answers must go out as well.
-        for _ in range(256):
+        until = time.monotonic() + _READ_SECONDS
+        while time.monotonic() < until:
             try:
-                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             try:
-                self._handle(identity, frames)
+                self._handle(identity.bytes, frames)
             except Exception:
                 logger.exception("a control message could not be handled")
 
-    def _handle(self, identity: bytes, frames: list[bytes]) -> None:
+    def _handle(self, identity: bytes, frames: list[zmq.Frame]) -> None:
         client = self._clients.get(identity)
         try:
             if len(frames) != 1:
                 raise WireError(E_PROTOCOL, f"a control message of {len(frames)} frames, not 1")
-            message = decode_client(frames[0])
+            (frame,) = frames
+            try:
+                message = decode_client(frame.bytes, self._decoder)
+            except WireError as error:
+                session = opened_session(frame.bytes)
+                if client is None or session is None:
+                    raise
+                # What one request asks for is no reason to part.
+                client.post(Refused(session, E_UNSUPPORTED, clipped(error.reason)))
+                return
             if isinstance(message, Hello):
-                self._greet(identity, message)
+                self._greet(identity, message, int(frame.get(zmq.SRCFD)))
                 return
             if client is None:
                 raise WireError(
@@ -192,7 +231,7 @@ class ControlServer:
                     f"it after {SILENCE_SECONDS:.0f} s of silence",
                 )
         except WireError as error:
-            logger.warning("refused a control message: %s", error)
+            self._complaints.warning("refused a control message: %s", error)
             self._outbox.append((identity, Rejected(error.code, clipped(error.reason))))
             return
         client.last_heard = time.monotonic()
@@ -215,7 +254,7 @@ class ControlServer:
             case Cancel():
                 self._handover.cancel(client, message)
 
-    def _greet(self, identity: bytes, hello: Hello) -> None:
+    def _greet(self, identity: bytes, hello: Hello, descriptor: int) -> None:
         """Welcome a client. Raises WireError saying why not."""
         assert self._welcome is not None
         if identity in self._clients:
@@ -242,7 +281,10 @@ class ControlServer:
             lambda message: self._post(identity, message),
             self._handover,
         )
+        self._guard.watch(self._gone)
+        self._guard.welcome(descriptor)
         self._clients[identity] = client
+        self._descriptors[descriptor] = identity
         self._handover.store.admit(ticket)
         logger.info(
             "client %s (%s) connected, KV in %s", hello.client, hello.engine, hello.kv_dtype
@@ -256,29 +298,60 @@ class ControlServer:
                 self._forget(identity, "silent", f"said nothing for {SILENCE_SECONDS:.0f} s")
         self._handover.store.sweep()
 
+    def _gone(self, descriptor: int) -> None:
+        """A client's connection has ended."""
+        identity = self._descriptors.pop(descriptor, None)
+        if identity is not None:
+            self._forget(identity, "disconnected", "it closed the connection")
+
     def _forget(self, identity: bytes, outcome: str, why: str) -> None:
-        self._unsent.pop(identity, None)
+        self._discard(identity)
         client = self._clients.pop(identity, None)
-        if client is not None:
-            dropped = self._handover.drop_client(client, outcome)
-            logger.warning("client %s dropped with %d sessions: %s", client.name, dropped, why)
+        for descriptor, owner in list(self._descriptors.items()):
+            if owner == identity:
+                del self._descriptors[descriptor]
+                self._guard.dismiss(descriptor)
+        if client is None:
+            return
+        dropped = self._handover.drop_client(client, outcome)
+        if outcome == "disconnected" and not dropped:
+            logger.info("client %s left", client.name)
+        else:
+            self._complaints.warning(
+                "client %s dropped with %d sessions: %s", client.name, dropped, why
+            )
+
+    def _discard(self, identity: bytes) -> None:
+        """Throw away what waits for a connection."""
+        unsent = self._unsent.pop(identity, None)
+        if unsent is not None:
+            self._handover.store.budget.queued -= unsent.nbytes
 
     def _flush(self) -> None:
+        budget = self._handover.store.budget
         while self._outbox:
             identity, message = self._outbox.popleft()
-            self._unsent.setdefault(identity, deque()).append(encode(message))
-        for identity, frames in list(self._unsent.items()):
+            frame = encode(message)
+            unsent = self._unsent.setdefault(identity, _Unsent())
+            unsent.frames.append(frame)
+            unsent.nbytes += len(frame)
+            budget.queued += len(frame)
+        for identity, unsent in list(self._unsent.items()):
             try:
-                while frames:
-                    self._socket.send_multipart([identity, frames[0]], zmq.NOBLOCK)
-                    frames.popleft()
+                while unsent.frames:
+                    self._socket.send_multipart([identity, unsent.frames[0]], zmq.NOBLOCK)
+                    sent = len(unsent.frames.popleft())
+                    unsent.nbytes -= sent
+                    budget.queued -= sent
             except zmq.Again:
-                if len(frames) > _MAX_UNSENT:
-                    self._forget(identity, "slow", "reads nothing")
+                if identity not in self._clients:
+                    self._discard(identity)
+                elif unsent.nbytes > _MAX_UNSENT_BYTES:
+                    self._forget(identity, "slow", "it reads nothing")
                 continue
             except zmq.ZMQError as error:
                 self._forget(identity, "disconnected", f"its connection is gone ({error.strerror})")
-            self._unsent.pop(identity, None)
+            self._discard(identity)
 
     def _say_goodbye(self, identity: bytes, client: Client) -> None:
         for session in self._handover.store.of_client(client):
