@@ -31,18 +31,12 @@ class Receiver:
     After ``start`` the ports are bound and the model loads; after ``wait_ready`` it serves.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        progress: Progress | None = None,
-        source: ModelSource | None = None,
-    ) -> None:
-        """Raises SettingsError or ModelError; binds and loads nothing yet. ``source`` is what
-        ``find_model`` says of ``settings.model``, where that was asked before."""
+    def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
+        """Raises SettingsError or ModelError; binds and loads nothing yet."""
         settings.check()
         self.settings = settings
         self.metrics = Metrics()
-        self.source: ModelSource = source or find_model(settings.model)
+        self.source: ModelSource = find_model(settings.model)
         self.engine = DecodeEngine(
             self.source,
             dtype=settings.dtype,
