@@ -6,36 +6,16 @@ import contextlib
 import json
 import logging
 import os
-import resource
-import select
-import signal
-import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import Future
-from threading import Thread
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from mlx_receiver import __version__
 from mlx_receiver.blas import use_fast_blas
-from mlx_receiver.settings import Settings, SettingsError, parse_bytes
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from mlx_receiver.model import Progress
-    from mlx_receiver.receiver import Receiver
-
-logger = logging.getLogger(__name__)
-
-#: Open files that a receiver may have; macOS allows no process more than 10,240.
-_FILES: Final = 8192
-
-#: How often progress is logged where there is no terminal to draw it on.
-_PROGRESS_SECONDS: Final = 10.0
+from mlx_receiver.settings import Settings, SettingsError, check_ports, parse_bytes
 
 app = typer.Typer(
     help="Continue on MLX the requests that vLLM has prefilled elsewhere.",
@@ -72,6 +52,17 @@ _Dtype = Annotated[
     ),
 ]
 
+_Port = Annotated[
+    int, typer.Option(envvar="MLX_RECEIVER_PORT", help="Control port, the one vLLM is told.")
+]
+_DataPort = Annotated[
+    int, typer.Option(envvar="MLX_RECEIVER_DATA_PORT", help="Port for KV blocks; 0: any.")
+]
+_HttpPort = Annotated[
+    int,
+    typer.Option(envvar="MLX_RECEIVER_HTTP_PORT", help="OpenAI API, health, metrics; -1: no HTTP."),
+]
+
 
 @app.command()
 def start(
@@ -80,12 +71,8 @@ def start(
         str,
         typer.Option(envvar="MLX_RECEIVER_HOST", help="Address to listen on; others need a token."),
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(envvar="MLX_RECEIVER_PORT", help="Control port, the one vLLM is told.")
-    ] = 7790,
-    data_port: Annotated[
-        int, typer.Option(envvar="MLX_RECEIVER_DATA_PORT", help="Port for KV blocks; 0: any.")
-    ] = 0,
+    port: _Port = 7790,
+    data_port: _DataPort = 0,
     transport: Annotated[
         str,
         typer.Option(
@@ -93,12 +80,7 @@ def start(
             help="Bulk transports to offer, e.g. tcp,zmq (nixl where it is installed).",
         ),
     ] = "tcp",
-    http_port: Annotated[
-        int,
-        typer.Option(
-            envvar="MLX_RECEIVER_HTTP_PORT", help="OpenAI API, health, metrics; -1: no HTTP."
-        ),
-    ] = 7791,
+    http_port: _HttpPort = 7791,
     token: Annotated[
         str,
         typer.Option(
@@ -181,9 +163,11 @@ def start(
 ) -> None:
     """Serve a model until interrupted."""
     from mlx_receiver.interfaces import check_host
+    from mlx_receiver.model import ModelError
+    from mlx_receiver.serve import Interruption, serve
 
     _configure_logging(log_level)
-    stop = _Interruption()
+    stop = Interruption()
     try:
         settings = Settings(
             model=model,
@@ -207,145 +191,37 @@ def start(
         )
         settings.check()
         check_host(host)
-        _raise_file_limit()
-        _serve(settings, stop)
+        serve(settings, stop)
+    except (SettingsError, ModelError) as error:
+        _give_up(error)
+
+
+@app.command()
+def check(
+    model: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_MODEL",
+            help="The model to be served: its size, and its tokens once its weights are here.",
+            show_default=False,
+        ),
+    ] = "",
+    port: _Port = 7790,
+    data_port: _DataPort = 0,
+    http_port: _HttpPort = 7791,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether this machine is ready to decode, and what to type on the other one.
+
+    Exit status: 0 if nothing is wrong, 1 if something is, 2 for options that cannot be used.
+    """
+    from mlx_receiver.checks.report import Report, run_and_print
+
+    try:
+        check_ports(port, data_port, None if http_port < 0 else http_port)
     except SettingsError as error:
         _give_up(error)
-
-
-class _Interruption:
-    """SIGINT or SIGTERM, as something to wait for.
-
-    A pipe, because setting a ``threading.Event`` in a handler deadlocks when the signal comes
-    while the same thread holds the event's lock.
-    """
-
-    def __init__(self) -> None:
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def wait(self, seconds: float | None) -> bool:
-        """Whether a signal has come, after at most ``seconds``; None waits for it."""
-        return bool(select.select([self._read], [], [], seconds)[0])
-
-    def _note(self, *_: object) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._write, b"!")
-
-
-def _serve(settings: Settings, stop: _Interruption) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    console = Console(stderr=True, highlight=False)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-    )
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(f"Looking up {settings.model}", total=None)
-    said = time.monotonic()
-
-    def show(what: str, done: int, total: int) -> None:
-        nonlocal said
-        amount = f" ({done / 1e9:.1f} of {total / 1e9:.1f} GB)" if what == "Fetching" else ""
-        text = f"{what} {settings.model}{amount}"
-        bar.update(task, description=text, completed=done, total=total)
-        if not console.is_terminal and time.monotonic() > said + _PROGRESS_SECONDS:
-            said = time.monotonic()
-            logger.info("%s, %d %%", text, 100 * done // total)
-
-    with bar:
-        receiver = _make_receiver(settings, show, stop)
-        try:
-            receiver.start()
-            while not _ready(receiver):
-                if stop.wait(0):
-                    _leave(console)
-        except BaseException:
-            receiver.stop()
-            raise
-    from mlx_receiver.announcement import announcement
-
-    awake = _keep_awake()
-    for line in announcement(receiver):
-        console.print(line, soft_wrap=True, markup=False)
-    if awake:
-        console.print("This Mac stays awake meanwhile (caffeinate), unless its lid is closed.")
-    stop.wait(None)
-    receiver.stop()
-    _leave(console)
-
-
-def _leave(console: Console) -> NoReturn:
-    """End at once: taking the imported libraries down one by one lasts seconds, and a download or
-    MLX in the middle of loading do not listen at all."""
-    console.print("Stopped.")
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(0)
-
-
-def _make_receiver(settings: Settings, progress: Progress, stop: _Interruption) -> Receiver:
-    use_fast_blas()
-    from rich.console import Console
-
-    from mlx_receiver.model import ModelError, ModelSource, find_model
-    from mlx_receiver.receiver import Receiver
-
-    # The hub may be slow to answer, and a signal is heard only where nobody waits for it.
-    found: Future[ModelSource] = Future()
-
-    def find() -> None:
-        try:
-            found.set_result(find_model(settings.model))
-        except BaseException as error:
-            found.set_exception(error)
-
-    Thread(target=find, daemon=True).start()
-    while not found.done():
-        if stop.wait(0.05):
-            _leave(Console(stderr=True))
-    try:
-        return Receiver(settings, progress, found.result())
-    except ModelError as error:
-        _give_up(error)
-
-
-def _ready(receiver: Receiver) -> bool:
-    from mlx_receiver.model import ModelError
-
-    try:
-        return receiver.wait_ready(0.1)
-    except ModelError as error:
-        receiver.stop()
-        _give_up(error)
-
-
-def _raise_file_limit() -> None:
-    """Allow more than the 256 open files of macOS, which connections and a model soon take."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _keep_awake() -> bool:
-    """Have a Mac not fall asleep for want of a user while this process lives."""
-    if sys.platform != "darwin":
-        return False
-    command = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
-    quiet = subprocess.DEVNULL
-    try:
-        # In a session of its own: Ctrl-C is for this process.
-        subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
-    except OSError:
-        return False
-    return True
+    raise typer.Exit(run_and_print(Report(model, port, data_port, http_port), as_json))
 
 
 @app.command()

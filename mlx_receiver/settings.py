@@ -58,15 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raise SettingsError for a combination that must not run."""
-        last_data_port = self.data_port + len(self.transports) - 1 if self.data_port else 0
-        for option, port in (
-            ("--port", self.port),
-            ("--data-port", self.data_port),
-            ("--data-port plus the number of transports", last_data_port),
-            ("--http-port", self.http_port or 0),
-        ):
-            if not 0 <= port <= _MAX_PORT:
-                raise SettingsError(f"{option} {port} is no port: 1 to {_MAX_PORT}, 0 for any")
+        check_ports(self.port, self.data_port, self.http_port, len(self.transports))
         if not self.token and not is_loopback(self.host):
             raise SettingsError(
                 f"--host {self.host} is reachable from other machines, and without a token anyone "
@@ -90,6 +82,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise SettingsError(f"--{name.replace('_', '-')} must be at least 1")
         if self.kv_memory is not None and self.kv_memory < 1:
             raise SettingsError("--kv-memory must be positive")
+
+
+def check_ports(port: int, data_port: int, http_port: int | None, transports: int = 1) -> None:
+    """Raise SettingsError for a number that is no port; each transport has one after the other."""
+    last = data_port + transports - 1 if data_port else 0
+    for option, number in (
+        ("--port", port),
+        ("--data-port", data_port),
+        ("--data-port plus the number of transports", last),
+        ("--http-port", http_port or 0),
+    ):
+        if not 0 <= number <= _MAX_PORT:
+            raise SettingsError(f"{option} {number} is no port: 1 to {_MAX_PORT}, 0 for any")
 
 
 def is_loopback(host: str) -> bool:

@@ -1,0 +1,150 @@
+"""A receiver's life as a process: start, serve, end, and listen to signals all the while."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from threading import Thread
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from mlx_receiver.blas import use_fast_blas
+from mlx_receiver.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlx_receiver.model import Progress
+    from mlx_receiver.receiver import Receiver
+
+logger = logging.getLogger(__name__)
+
+#: How often progress is logged where there is no terminal to draw it on.
+_PROGRESS_SECONDS: Final = 10.0
+
+
+class Interruption:
+    """SIGINT or SIGTERM, as something to wait for.
+
+    A pipe, because setting a ``threading.Event`` in a handler deadlocks when the signal comes
+    while the same thread holds the event's lock.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def wait(self, seconds: float | None) -> bool:
+        """Whether a signal has come, after at most ``seconds``; None waits for it."""
+        return bool(select.select([self._read], [], [], seconds)[0])
+
+    def _note(self, *_: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write, b"!")
+
+
+def serve(settings: Settings, stop: Interruption) -> NoReturn:
+    """Serve until the interruption, and end the process.
+
+    Raises SettingsError or ModelError when it cannot.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+    )
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(f"Looking up {settings.model}", total=None)
+    said = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal said
+        amount = f" ({done / 1e9:.1f} of {total / 1e9:.1f} GB)" if what == "Fetching" else ""
+        text = f"{what} {settings.model}{amount}"
+        bar.update(task, description=text, completed=done, total=total)
+        if not console.is_terminal and time.monotonic() > said + _PROGRESS_SECONDS:
+            said = time.monotonic()
+            logger.info("%s, %d %%", text, 100 * done // total)
+
+    with bar:
+        receiver = _started(settings, show, stop)
+    if receiver is None:
+        _leave(console)
+    from mlx_receiver.announcement import announcement
+
+    awake = _keep_awake()
+    for line in announcement(receiver):
+        console.print(line, soft_wrap=True, markup=False)
+    if awake:
+        console.print("This Mac stays awake meanwhile (caffeinate), unless its lid is closed.")
+    stop.wait(None)
+    receiver.stop()
+    _leave(console)
+
+
+def _leave(console: Console) -> NoReturn:
+    """End at once: taking the imported libraries down one by one lasts seconds, and a download or
+    MLX in the middle of loading do not listen at all."""
+    console.print("Stopped.")
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _started(settings: Settings, progress: Progress, stop: Interruption) -> Receiver | None:
+    """A receiver that is ready, None when it was interrupted before.
+
+    Raises SettingsError or ModelError.
+    """
+    made: Future[Receiver] = Future()
+
+    def make() -> None:
+        try:
+            use_fast_blas()
+            from mlx_receiver.receiver import Receiver
+
+            made.set_result(Receiver(settings, progress))
+        except BaseException as error:
+            made.set_exception(error)
+
+    # Importing MLX takes a while, and the hub as long as it likes.
+    Thread(target=make, daemon=True).start()
+    while not made.done():
+        if stop.wait(0.05):
+            return None
+    receiver = made.result()
+    try:
+        receiver.start()
+        while not receiver.wait_ready(0.1):
+            if stop.wait(0):
+                return None
+    except BaseException:
+        receiver.stop()
+        raise
+    return receiver
+
+
+def _keep_awake() -> bool:
+    """Have a Mac not fall asleep for want of a user while this process lives."""
+    if sys.platform != "darwin":
+        return False
+    command = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
+    quiet = subprocess.DEVNULL
+    try:
+        # In a session of its own: Ctrl-C is for this process.
+        subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+    except OSError:
+        return False
+    return True
