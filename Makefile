@@ -35,6 +35,10 @@ install: $(VENV)/bin/python ## Create the virtual environment and install both h
 test: install ## Run the tests (ARGS are passed to pytest)
 	"$(VENV)/bin/python" -m tests $(ARGS)
 
+upstream: install ## Run vLLM's own API tests, too slow for each day (ARGS: parts of paths)
+	@"$(VENV)/bin/python" -m pip install --quiet --no-build-isolation --editable '.[upstream]'
+	"$(VENV)/bin/python" -m tests.upstream $(ARGS)
+
 demo: install ## Hand one request from vLLM to MLX and show it (PROMPT, MODEL)
 	@set --; \
 	if [ -n "$$PROMPT" ]; then set -- "$$@" --prompt "$$PROMPT"; fi; \

@@ -1,0 +1,1 @@
+"""vLLM's own API tests against vLLM, vLLM with the connector, and the receiver."""
