@@ -15,6 +15,7 @@ from mlx_receiver.wire.frames import DataReply, Header, Kind
 from mlx_receiver.wire.hooks import transport
 from mlx_receiver.wire.landing import checksum
 from mlx_receiver.wire.transport import Sender, TransportError
+from vllm_mac_decode.bottleneck import Bottleneck
 from vllm_mac_decode.metadata import BulkTarget
 from vllm_mac_decode.seldom import printable
 from vllm_mac_decode.settings import Settings
@@ -71,7 +72,8 @@ class Bulk:
     A thread sends what comes next in the queue: blocks may arrive in any order. All connections
     stand and fall together, because a session's blocks are spread over all of them. They are made
     by a thread of their own, one set at a time; a receiver that could not be reached is left alone
-    for a while.
+    for a while. Where ``streams`` is "auto", the second one is made when the first holds the export
+    up (``bottleneck``), and from then on there are two.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Bulk:
         self._fail = fail
         self._queue: queue.SimpleQueue[Staged | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of what follows
+        self._wider = threading.Condition(self._lock)
+        self._streams = 1 if settings.streams == "auto" else settings.streams
         self._connections: list[_Connection] = []
         self._target: BulkTarget | None = None  # of the connections
         self._generation = 0  # of the connections; counts those that were made
@@ -155,16 +159,16 @@ class Bulk:
             raise TransportError(self._problem)
         self._dialling = True
         threading.Thread(
-            target=self._connect, args=(target,), name="mac-decode-dial", daemon=True
+            target=self._connect, args=(target, self._streams), name="mac-decode-dial", daemon=True
         ).start()
 
-    def _connect(self, target: BulkTarget) -> None:
+    def _connect(self, target: BulkTarget, count: int) -> None:
         """The dialling thread: one attempt."""
         made: list[_Connection] = []
         problem = ""
         until = time.monotonic() + self._settings.stall_timeout
         try:
-            for _ in range(self._settings.streams):
+            for _ in range(count):
                 left = max(until - time.monotonic(), 0.01)
                 made.append(_Connection(self._dialled(target, left)))
         except (TransportError, ValueError) as error:
@@ -186,7 +190,36 @@ class Bulk:
                 self._connections, self._target, made = made, target, []
                 self._generation += 1
                 self._unreachable = None
+                self._wider.notify_all()
         _close(made)
+
+    def _widen(self) -> None:
+        """One connection is not enough: have a second one beside it, without a pause in between."""
+        with self._lock:
+            if self._streams > 1 or self._closed or self._target is None:
+                return
+            self._streams = 2
+            target, generation = self._target, self._generation
+        logger.info("a second connection to the receiver: the first one holds the export up")
+        threading.Thread(
+            target=self._add, args=(target, generation), name="mac-decode-dial", daemon=True
+        ).start()
+
+    def _add(self, target: BulkTarget, generation: int) -> None:
+        """The dialling thread, for the second connection. If it cannot be made one must do: those
+        that are made after a break are two again."""
+        try:
+            second = _Connection(self._dialled(target, self._settings.stall_timeout))
+        except (TransportError, ValueError) as error:
+            logger.warning("no second connection to the receiver: %s", printable(str(error)))
+            return
+        with self._lock:
+            standing = bool(self._connections) and self._generation == generation
+            if standing and not self._closed:
+                self._connections = [*self._connections, second]
+                self._wider.notify_all()
+                return
+        second.close()
 
     def _dialled(self, target: BulkTarget, timeout: float) -> Sender:
         return transport(target.endpoint.transport).connect(
@@ -207,14 +240,18 @@ class Bulk:
         """End the sending threads and the connections."""
         with self._lock:
             self._closed = True
-        for _ in range(self._settings.streams):
+            self._wider.notify_all()
+        for _ in range(self._settings.most_streams):
             self._queue.put(None)
         self.drop()
 
     # --- the sending threads ----------------------------------------------------------------
 
     def run(self, index: int) -> None:
-        """Send on connection ``index``, until ``close``."""
+        """Send on connection ``index``, once there is one, until ``close``."""
+        with self._wider:
+            self._wider.wait_for(lambda: self._closed or index < max(1, len(self._connections)))
+        bottleneck = Bottleneck()
         while (item := self._queue.get()) is not None:
             item.slot.wait()
             gathered = time.monotonic_ns()
@@ -224,15 +261,19 @@ class Bulk:
             for frame in item.frames:
                 header = frame[0]
                 if not self._is_dead(header.session):
-                    self._send(index, frame, computed or header.computed_ns, gathered)
+                    seconds = self._send(index, frame, computed or header.computed_ns, gathered)
+                    waiting = not self._queue.empty()
+                    if bottleneck.sent(header.payload_bytes, seconds, waiting):
+                        self._widen()
             self._ring.release(item.slot)
 
-    def _send(self, index: int, frame: Frame, computed: int, gathered: int) -> None:
+    def _send(self, index: int, frame: Frame, computed: int, gathered: int) -> float:
+        """Send a frame; the seconds that it took."""
         header, payload = frame
         with self._lock:
             connections, generation = self._connections, self._generation
         try:
-            if not connections:
+            if index >= len(connections):
                 raise TransportError("the bulk connection is gone")
             timed = replace(
                 header,
@@ -241,10 +282,13 @@ class Bulk:
                 gathered_ns=gathered,
                 sent_ns=time.monotonic_ns(),
             )
+            began = time.perf_counter()
             connections[index].send(timed, payload)
+            return time.perf_counter() - began
         except TransportError as error:
             self._fail(header.session, str(error))
             self.drop(generation)
+            return 0.0
 
 
 def _close(connections: Sequence[_Connection]) -> None:

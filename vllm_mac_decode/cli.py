@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -58,20 +58,42 @@ def demo(
     raise typer.Exit(run(options))
 
 
+_ApiKey = Annotated[
+    str,
+    typer.Option(
+        "--api-key",
+        envvar="MLX_RECEIVER_API_KEY",
+        help="The receiver's --api-key.",
+        show_default=False,
+    ),
+]
+_ReceiverHttp = Annotated[
+    str, typer.Option(envvar="MAC_DECODE_RECEIVER_HTTP", help="The receiver's HTTP address.")
+]
+_Receiver = Annotated[
+    str, typer.Option(help="host[:port]. Default: MAC_DECODE_RECEIVER, else 127.0.0.1:7790.")
+]
+_Token = Annotated[
+    str,
+    typer.Option(envvar="MAC_DECODE_TOKEN", help="The receiver's --token.", show_default=False),
+]
+
+
 @app.command()
 def trace(
-    out: Annotated[Path, typer.Option(help="Where to write the trace, for ui.perfetto.dev.")],
-    receiver_http: Annotated[
-        str, typer.Option(envvar="MAC_DECODE_RECEIVER_HTTP", help="The receiver's HTTP address.")
-    ] = "http://127.0.0.1:7791",
+    receiver_http: _ReceiverHttp = "http://127.0.0.1:7791",
     request: Annotated[
         str, typer.Option(help="A request id, as the response shows it, or latest.")
     ] = "latest",
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the trace, for ui.perfetto.dev.")
+    ] = None,
     svg: Annotated[
         Path | None, typer.Option(help="Also draw it; .svg, .png or .pdf (needs matplotlib).")
     ] = None,
+    api_key: _ApiKey = "",
 ) -> None:
-    """Write the timeline of a hand-off that the receiver remembers."""
+    """Show the timeline of a hand-off that the receiver remembers."""
     import json
 
     from rich.console import Console
@@ -80,52 +102,77 @@ def trace(
     from vllm_mac_decode.handoffs import fetch
 
     try:
-        handoff = timeline.parse(fetch(receiver_http, request))
-        out.write_text(json.dumps(timeline.trace_events(handoff)))
+        handoff = timeline.parse(fetch(receiver_http, request, api_key))
+        if out is not None:
+            out.write_text(json.dumps(timeline.trace_events(handoff)))
         if svg is not None:
             timeline_plot.draw(handoff, svg)
     except (timeline.TimelineError, OSError, ValueError) as error:
         _give_up(str(error))
     except ModuleNotFoundError as error:
-        _give_up(f"drawing needs {error.name}: pip install 'vllm-mac-decode[demo]'")
+        _give_up(f"drawing needs {error.name}: pip install {error.name}")
     console = Console(highlight=False)
     console.print(f"[bold]{handoff.request_id}[/]: {timeline_plot.headline(handoff)}")
     console.print(timeline_plot.caption(handoff))
     console.print(timeline_text.render(handoff, console.width))
-    console.print(f"Written: {', '.join(str(path) for path in (out, svg) if path)}", soft_wrap=True)
+    if written := [str(path) for path in (out, svg) if path]:
+        console.print(f"Written: {', '.join(written)}", soft_wrap=True)
 
 
 @app.command()
 def check(
-    receiver: Annotated[
-        str, typer.Option(help="host:port. Default: MAC_DECODE_RECEIVER, else 127.0.0.1:7790.")
-    ] = "",
+    receiver: _Receiver = "",
     model: Annotated[
         str,
-        typer.Option(help="The model that vLLM will serve: compared with the receiver's own."),
+        typer.Option(
+            help="The model that vLLM will serve: compared with the receiver's own, and one layer "
+            "of it is started."
+        ),
     ] = "",
+    token: _Token = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say whether this machine is ready to hand requests off, and if not, what to do."""
+    """Say whether this machine is ready to hand requests off, and if not, what to do.
+
+    The exit status is 0 if it is, 1 if it is not, 2 if the question makes no sense.
+    """
+    import msgspec
     from rich.console import Console
     from rich.markup import escape
 
-    from vllm_mac_decode.check import run_checks
+    from vllm_mac_decode.check import Report, run_checks
+    from vllm_mac_decode.settings import SettingsError, load
 
-    console = Console(highlight=False, soft_wrap=True)
-    ready = True
-    for finding in run_checks(receiver, model):
-        ready = ready and finding.ok
-        console.print(f"[green]✓[/] {escape(finding.text)}" if finding.ok else
-                      f"[red]✗[/] {escape(finding.text)}")  # fmt: skip
-        if finding.remedy:
-            console.print(f"  → {escape(finding.remedy)}")
-    console.print("[bold]Ready.[/]" if ready else "[bold]Not ready.[/]")
-    raise typer.Exit(0 if ready else 1)
+    given = {"receiver": receiver, "token": token}
+    try:
+        settings = load({name: value for name, value in given.items() if value})
+    except SettingsError as error:
+        _give_up(str(error), 2)
+    console = Console(highlight=False, soft_wrap=True, quiet=as_json)
+    marks = {"fine": "[green]✓[/]", "warning": "[yellow]![/]", "wrong": "[red]✗[/]"}
+    report = Report()
+    with Console(stderr=True).status(
+        "Checking (with --model vLLM is started, which takes a while)"
+    ):
+        for found in run_checks(settings, model):
+            if isinstance(found, Report):
+                report = found
+                continue
+            console.print(f"{marks[found.state]} {escape(found.seen)}")
+            if found.remedy:
+                console.print(f"  → {escape(found.remedy)}")
+    if as_json:
+        typer.echo(msgspec.json.encode(report).decode())
+    elif report.ready:
+        console.print(f"[bold]Ready.[/] Start vLLM with:\n  {escape(report.command)}")
+    else:
+        console.print("[bold]Not ready.[/]")
+    raise typer.Exit(0 if report.ready else 1)
 
 
-def _give_up(text: str) -> None:
+def _give_up(text: str, status: int = 1) -> NoReturn:
     typer.echo(f"mac-decode: {text}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ class Exporter:
         #: A fault has ended the threads; the connector switches off then.
         self.stopped = False
         loops = {"gather": self._gather_loop} | {
-            f"send-{i}": partial(self._bulk.run, i) for i in range(settings.streams)
+            f"send-{i}": partial(self._bulk.run, i) for i in range(settings.most_streams)
         }
         self._threads = [
             threading.Thread(target=self._run, args=(loop,), name=f"mac-decode-{name}", daemon=True)

@@ -74,6 +74,7 @@ class Promise:
                 f"it completed a cache of {message.kv_bytes} bytes; the prompt's has {self._need}"
             )
         self.complete = True
+        self._arrived = self._counted = self._need
         self._moved = now
 
     def decoded(self, message: Decoded, tokens: Sequence[int], now: float) -> bool:
@@ -123,7 +124,7 @@ class Promise:
         self._queued = message.state == "queued" and self.complete
         if self._queued:
             # Once it has waited, a token only gives it more time: it may not say so off and on.
-            self._queued_since = self._queued_since or now
+            self._queued_since = now if self._queued_since is None else self._queued_since
             self._moved = now
 
     # --- the clock ----------------------------------------------------------------------------
@@ -134,8 +135,8 @@ class Promise:
 
     def overdue(self, now: float, stall_timeout: float, queue_timeout: float) -> str:
         """Why the response should wait no longer: "stalled", "queued", or "" while it should."""
-        if self._queued and now - (self._queued_since or now) > queue_timeout:
-            return "queued"
+        if self._queued and self._queued_since is not None:
+            return "queued" if now - self._queued_since > queue_timeout else ""
         return "stalled" if self._started and now - self._moved > stall_timeout else ""
 
     # --- inside -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -33,9 +33,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     token: str = ""
     #: Bulk transport; the receiver must offer it.
     transport: str = "tcp"
-    #: Connections that a worker's blocks are spread over: more than one for a link that is faster
-    #: than one connection (over 40 Gbit/s).
-    streams: int = 1
+    #: Connections that a worker's blocks are spread over. "auto": one, and a second as soon as the
+    #: first is what holds the export up (on links beyond 25 Gbit/s).
+    streams: int | Literal["auto"] = "auto"
     #: Off: everything decodes locally, as without the connector.
     enabled: bool = True
     #: Shorter prompts decode locally.
@@ -58,12 +58,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError("stall_timeout must be above 0 seconds")
         if self.queue_timeout < 0:
             raise ValueError("queue_timeout must be at least 0 seconds")
-        if not 0 < self.streams <= 16:
-            raise ValueError("streams must be 1 to 16")
+        if self.streams != "auto" and not 0 < self.streams <= 16:
+            raise ValueError('streams must be 1 to 16, or "auto"')
         if self.staging_mib < 16:
             raise ValueError("staging_mib must be at least 16")
         if self.min_output_tokens < 2:
             raise ValueError("min_output_tokens must be at least 2")
+
+    @property
+    def most_streams(self) -> int:
+        """Connections that there may be at once."""
+        return 2 if self.streams == "auto" else self.streams
 
     def address(self) -> tuple[str, int]:
         """The receiver's host and port. Raises ValueError for what is no address."""

@@ -1,6 +1,6 @@
 """A hand-off as a picture: what the overlap hid behind the prefill, and what it did not.
 
-One row per layer, the first on top. Needs matplotlib (`pip install 'vllm-mac-decode[demo]'`).
+One row per layer, the first on top. Needs matplotlib.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from mlx_receiver.metrics import Metrics
 from mlx_receiver.session import Session
 from mlx_receiver.store import SessionStore
 from mlx_receiver.wire.frames import Header, Plane
+from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import Endpoint, Open, Sampling
 from mlx_receiver.wire.signature import ModelSignature
 from mlx_receiver.wire.tcp import TcpTransport
@@ -29,7 +30,6 @@ from vllm_mac_decode.paged_layout import PagedLayout, PlaneMap
 from vllm_mac_decode.settings import Settings
 
 LAYERS, HEADS, DIM, BLOCK = 4, 4, 16, 16
-TOKEN = "secret"
 
 _ids = itertools.count(1)
 
@@ -39,18 +39,19 @@ class Store(SessionStore):
 
     def __init__(self, layers: int = LAYERS, dim: int = DIM) -> None:
         signature = ModelSignature("llama", layers, HEADS, dim, 64, 100, [])
-        super().__init__(
-            PlainKV(), signature, max_sessions=64, token=TOKEN, events=self, metrics=Metrics()
-        )
+        super().__init__(PlainKV(), signature, max_sessions=64, events=self, metrics=Metrics())
         self.configure("float32", 1 << 30)
         self.completed: set[int] = set()
         self.failures: list[str] = []
         self.reading = threading.Event()
         self.reading.set()
         self.pace = 0.0
+        ticket = new_ticket()
+        self.id = ticket.client  # every session's owner
+        self.admit(ticket)
         self.listener = TcpTransport().listen("127.0.0.1", 0, self)
         port = self.listener.endpoint.port
-        self.target = BulkTarget(Endpoint("tcp", "127.0.0.1", port), f"store-{port}", "test")
+        self.target = BulkTarget(Endpoint("tcp", "127.0.0.1", port), f"store-{port}", ticket)
 
     def opened(self, session: Session) -> None: ...
 
@@ -60,13 +61,13 @@ class Store(SessionStore):
     def failed(self, session: Session, code: str, reason: str) -> None:
         self.failures.append(reason)
 
-    def landing(self, header: Header) -> Landing:
+    def landing(self, client: str, header: Header) -> Landing:
         self.reading.wait(20)
         if self.pace:
             time.sleep(self.pace)
-        return super().landing(header)
+        return super().landing(client, header)
 
-    def admit(self, request: Request) -> Session:
+    def add(self, request: Request) -> Session:
         message = Open(request.session, request.id, [1] * request.tokens, Sampling(max_tokens=1))
         return self.open(message, self, "float32")
 
@@ -135,7 +136,7 @@ class Worker:
             f"layers.{layer}": ExportedLayer(layer, cache, layout, heads.start)
             for layer, cache in self.caches.items()
         }
-        self.exporter = Exporter(exported, block_size, Settings(token=TOKEN, **settings))
+        self.exporter = Exporter(exported, block_size, Settings(**settings))
 
     def write(self, layer: int, request: Request, start: int, end: int) -> None:
         """What the backend's cache update does."""
@@ -195,7 +196,7 @@ def hand_over(
 ) -> None:
     """Run the steps on every rank; all sessions complete with the right bytes."""
     requests = {request.session: request for step in steps for request, _, _ in step}.values()
-    sessions = {request.session: store.admit(request) for request in requests}
+    sessions = {request.session: store.add(request) for request in requests}
     for step in steps:
         for rank in ranks:
             rank.step(step, store.target, **how)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from mlx_receiver import store as store_module
 from mlx_receiver.store import SessionStore
 from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import Endpoint
 from mlx_receiver.wire.transport import Landing
 from tests.vllm_mac_decode.ranks import LAYERS, Request, Store, Worker, hand_over, workers
@@ -68,17 +70,17 @@ def test_blocks_are_spread_over_all_connections() -> None:
     held = threading.Lock()
     threads: set[threading.Thread] = set()
 
-    def landing(header: Header) -> Landing:
+    def landing(client: str, header: Header) -> Landing:
         threads.add(threading.current_thread())
         if held.acquire(blocking=False):
             store.reading.wait(20)
-        return SessionStore.landing(store, header)
+        return SessionStore.landing(store, client, header)
 
     store.landing = landing  # type: ignore[method-assign]
     store.reading.clear()
     try:
         with workers(options) as (worker,):
-            session = store.admit(request)
+            session = store.add(request)
             worker.step([(request, 0, 1024)], store.target)
             blocks = session.timeline.blocks
             assert eventually(lambda: len(blocks) >= 4, 10), "one connection holds up the other"
@@ -94,7 +96,7 @@ def test_blocks_are_spread_over_all_connections() -> None:
 def test_hooks_that_never_or_twice_run(store: Store, worker: Worker, hooks: int) -> None:
     # A replayed CUDA graph calls none; some layers are announced before and after attention.
     request = Request(40, [9, 3, 4])
-    session = store.admit(request)
+    session = store.add(request)
     worker.step([(request, 0, 40)], store.target, hooks=hooks)
     assert eventually(lambda: session.complete, 10)
     worker.wait_finished(request)
@@ -141,7 +143,7 @@ def test_blocks_may_be_reused_as_soon_as_they_are_reported(store: Store, worker:
     # The receiver is slow, so that most of the bytes are still in staging when vLLM goes on.
     store.pace = 0.03
     first, second = Request(64, [1, 2, 3, 4]), Request(64, [4, 3, 2, 1])
-    sessions = [store.admit(first), store.admit(second)]
+    sessions = [store.add(first), store.add(second)]
     worker.step([(first, 0, 64)], store.target)
     worker.wait_finished(first)
     worker.overwrite()
@@ -159,7 +161,7 @@ def test_blocks_wait_until_the_session_is_accepted(store: Store, worker: Worker)
     worker.step([(request, 0, 40)], store.target)
     time.sleep(0.1)
     assert worker.exporter.finished({request.id}) == set(), "the receiver has not heard of it"
-    session = store.admit(request)
+    session = store.add(request)
     worker.wait_finished()
     assert eventually(lambda: session.complete, 10)
     assert eventually(lambda: worker.exporter.finished(set()) == {request.id}, 10)
@@ -199,25 +201,67 @@ def test_nobody_listening_releases_the_blocks(store: Store, worker: Worker) -> N
     hand_over(store, [worker], [[(other, 0, 16)]])
 
 
-def test_a_wrong_token_releases_the_blocks(store: Store) -> None:
-    store._token = "another"
+def test_a_ticket_that_is_not_valid_releases_the_blocks(store: Store, worker: Worker) -> None:
     request = Request(40, [9, 3, 4])
-    store.admit(request)
-    with workers({}) as (worker,):
-        worker.step([(request, 0, 40)], store.target)
-        worker.wait_finished(request, seconds=2)
+    session = store.add(request)
+    worker.step([(request, 0, 40)], replace(store.target, ticket=new_ticket()))
+    worker.wait_finished(request, seconds=2)
+    assert worker.exporter.take_unreachable() == [request.session]
+    assert not session.kv_bytes
+
+
+def test_a_data_port_that_does_not_answer_holds_nobody_up(store: Store, worker: Worker) -> None:
+    # It takes connections, but not the handshake: as a firewall that drops packets.
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        at = Endpoint("tcp", "127.0.0.1", mute.getsockname()[1])
+        target = BulkTarget(at, "mute", new_ticket())
+        lost = [Request(16, [block]) for block in range(8)]
+        began = time.monotonic()
+        for request in lost:
+            worker.step([(request, 0, 16)], target)
+        worker.wait_finished(*lost, seconds=4)
+        assert 1.5 < time.monotonic() - began < 3, "one attempt for all, of stall_timeout"
+        assert sorted(worker.exporter.take_unreachable()) == [r.session for r in lost]
+        # Another attempt would take two seconds more.
+        began = time.monotonic()
+        again = Request(16, [9])
+        worker.step([(again, 0, 16)], target)
+        worker.wait_finished(again, seconds=1)
+        assert worker.exporter.take_unreachable() == [again.session]
+        # Nor does an attempt that is under way hold up what is ready.
+        time.sleep(1.2)
+        waiting = Request(16, [10])
+        worker.step([(waiting, 0, 16)], target)
+        worker.exporter.begin_step([], [waiting.session], None)
+        worker.wait_finished(waiting, seconds=1)
+    hand_over(store, [worker], [[(Request(40, [9, 3, 4]), 0, 40)]])
+
+
+def test_a_dead_session_stays_dead(store: Store, worker: Worker) -> None:
+    dead, other = Request(40, [9, 3, 4]), Request(16, [5])
+    session = store.add(dead)
+    worker.exporter.begin_step([], [dead.session], None)
+    for number in range(9):
+        worker.exporter.begin_step(
+            [], list(range(10**6 + 1000 * number, 10**6 + 999 + 1000 * number)), None
+        )
+    hand_over(store, [worker], [[(other, 0, 16)]])  # the gathering thread has swept
+    worker.step([(dead, 0, 40)], store.target)
+    worker.wait_finished(dead)
+    hand_over(store, [worker], [[(Request(16, [6]), 0, 16)]])
+    assert not session.kv_bytes
 
 
 def test_a_connection_that_breaks_takes_the_others_with_it(store: Store) -> None:
     # Its blocks are lost: the session cannot complete, and the next one connects anew.
     lost, other = Request(64, [1, 2, 3, 4]), Request(40, [9, 3, 4])
     with workers({"streams": 3, "stall_timeout": 1.0}) as (worker,):
-        session = store.admit(lost)
+        session = store.add(lost)
         worker.step([(lost, 0, 32)], store.target)
         assert eventually(lambda: session.timeline.blocks_received == 2 * LAYERS, 10)
         connections = list(store.listener._connections)
         assert len(connections) == 3
-        connections[1].shutdown(socket.SHUT_RDWR)
+        connections[1].sock.shutdown(socket.SHUT_RDWR)
         worker.step([(lost, 32, 64)], store.target)
         worker.wait_finished(lost, seconds=4)
         assert eventually(lambda: not store.listener._connections, 10)
@@ -236,7 +280,7 @@ def test_a_peer_that_dies_midway_never_holds_blocks_or_kills_a_thread(streams: i
             dying = Store(dim=64)
             requests = [Request(1024, source.sample(range(256), 64), dim=64) for _ in range(3)]
             for request in requests[1:]:  # the answer about the first one is due for ever
-                dying.admit(request)
+                dying.add(request)
             worker.step([(request, 0, 1000) for request in requests], dying.target)
             time.sleep(source.uniform(0.0, 0.03))
             dying.stop()
@@ -264,7 +308,7 @@ def test_a_peer_that_answers_nonsense_is_given_up(store: Store, worker: Worker) 
     for nonsense in (b"HTTP/1.1 400 Bad Request\r\n" * 5, header + b"\xc1\xc1\xc1", b""):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-            target = BulkTarget(Endpoint("tcp", "127.0.0.1", port), f"other-{port}", "test")
+            target = BulkTarget(Endpoint("tcp", "127.0.0.1", port), f"other-{port}", new_ticket())
             request = Request(40, [9, 3, 4])
             worker.step([(request, 0, 40)], target)
             connection, _ = server.accept()
@@ -284,7 +328,7 @@ def test_a_peer_that_does_not_read_costs_bounded_memory_and_time() -> None:
     options = {"layers": range(layers), "blocks": 256, "dim": 64, "staging_mib": 16}
     try:
         with workers(options | {"stall_timeout": 1.5}) as (worker,):
-            session = stuck.admit(request)
+            session = stuck.add(request)
             assert eventually(lambda: session.allocated_layers == layers, 10)
             stuck.reading.clear()
             for layer in worker.caches:
@@ -327,7 +371,7 @@ def test_after_a_fault_of_ours_all_blocks_are_free_and_nothing_more_is_sent() ->
     good = Request(tokens, list(range(256)), layers=layers, dim=64)
     bad = Request(32, [0, 9999], layers=layers, dim=64)  # no such block
     with workers({"layers": range(layers), "blocks": 256, "dim": 64}) as (worker,):
-        sessions = [store.admit(request) for request in (good, bad)]
+        sessions = [store.add(request) for request in (good, bad)]
         worker.step([(good, 0, 16), (bad, 0, 16)], store.target)
         assert eventually(lambda: all(session.kv_bytes for session in sessions), 10)
         store.reading.clear()
@@ -348,7 +392,7 @@ def test_closing_in_the_middle_is_quick() -> None:
     stuck.reading.clear()
     requests = [Request(64, [1, 2, 3, 4]) for _ in range(4)]
     for request in requests:
-        stuck.admit(request)
+        stuck.add(request)
     with workers({"stall_timeout": 1.0}) as (worker,):
         worker.step([(request, 0, 64) for request in requests], stuck.target)
         time.sleep(0.1)

@@ -1,0 +1,494 @@
+"""The relay in every order in which an engine, a receiver, clients and time can meet."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
+
+from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.keys import new_ticket
+from vllm_mac_decode.policy import EngineRules
+from vllm_mac_decode.relay import Relay
+from vllm_mac_decode.settings import Settings
+
+VOCABULARY, CONTEXT, MODEL_LEN, BYTES = 100, 60, 80, 64
+PROMPT = [1, 2, 3]
+
+
+@dataclass
+class Seam:
+    """Notes what reaches vLLM's queues: ``out`` for clients, ``resumed`` for the engine."""
+
+    max_model_len: int = MODEL_LEN
+    rules: EngineRules = field(default_factory=EngineRules)
+    draining: bool = False
+    weights_changed: bool = False
+    broken: bool = False
+    out: list[tuple[str, list[int], str]] = field(default_factory=list)
+    resumed: list[tuple[str, str, list[int], int]] = field(default_factory=list)
+
+    def wake(self) -> None: ...
+
+    def is_length(self, output: EngineCoreOutput) -> bool:
+        return output.finish_reason == FinishReason.LENGTH
+
+    def emit(self, client: int, outputs: list[EngineCoreOutput]) -> None:
+        for o in outputs:
+            self.out.append((o.request_id, list(o.new_token_ids), str(o.finish_reason or "")))
+
+    def emit_aborted(self, request: Request) -> None:
+        self.out.append((request.request_id, [], "abort"))
+
+    def emit_decoded(self, decoded: list[tuple[Request, m.Decoded]]) -> None:
+        for request, tokens in decoded:
+            self.out.append((request.request_id, list(tokens.token_ids), tokens.finish))
+
+    def resume(self, request: Request, as_id: str, tokens: list[int], max_tokens: int) -> bool:
+        if self.broken:
+            raise RuntimeError("no")
+        if len(tokens) >= max_tokens:
+            self.out.append((request.request_id, [], "length"))
+            return False
+        self.resumed.append((request.request_id, as_id, list(tokens), max_tokens))
+        return True
+
+    def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:
+        output.request_id = request_id
+
+
+@dataclass
+class Link:
+    """What is said to the receiver; ``up``: whether it can be."""
+
+    up: bool = True
+    said: list[m.ClientMessage] = field(default_factory=list)
+
+    def send(self, message: m.ClientMessage) -> bool:
+        if self.up:
+            self.said.append(message)
+        return self.up
+
+
+class Engine:
+    """A relay between a stand-in for vLLM's engine and one for the receiver."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.relay = Relay(Settings(**settings))
+        self.seam, self.link = Seam(), Link()
+        self.relay.seam, self.relay.link = self.seam, self.link  # type: ignore[assignment]
+        self.relay.vocab_size, self.relay.kv_bytes_per_token = VOCABULARY, BYTES
+        self.requests: dict[str, Request] = {}
+        self.connect()
+
+    def connect(self, max_tokens: int = CONTEXT) -> None:
+        self.link.up = True
+        self.relay.connected(m.Welcome("r", "m", "e", [], new_ticket(), max_tokens, ["raw"]))
+
+    def lose(self) -> None:
+        self.link.up = False
+        self.relay.disconnected("it is gone")
+
+    def add(self, name: str = "a", max_tokens: int = 8, **params: Any) -> Request:
+        prompt = params.pop("prompt", PROMPT)
+        request = Request(
+            request_id=name,
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(temperature=0, max_tokens=max_tokens, **params),
+            pooling_params=None,
+        )
+        self.requests[name] = request
+        self.relay.on_new_request(request)
+        return request
+
+    def schedule(self, name: str = "a") -> int:
+        """Returns the session's number, 0 if the request decodes locally."""
+        session = self.relay.scheduled(name)
+        return session.session if session is not None else 0
+
+    def step(self, name: str = "a", token: int = 7, finished: bool | None = None) -> Any:
+        """vLLM's engine has sampled a token; returns what goes out with the step."""
+        finished = self.requests[name].max_tokens == 1 if finished is None else finished
+        reason = FinishReason.LENGTH if finished else None
+        outputs = EngineCoreOutputs(
+            outputs=[EngineCoreOutput(name, [token], finish_reason=reason)],
+            scheduler_stats=SchedulerStats(),
+        )
+        self.relay.rewrite({0: outputs})
+        return outputs
+
+    def say(self, *messages: m.ReceiverMessage) -> None:
+        for message in messages:
+            self.relay.message(message, time.perf_counter())
+
+    def complete(self, number: int, prompt: int = len(PROMPT)) -> None:
+        self.say(m.Opened(number), m.Complete(number, prompt * BYTES))
+
+    def started(self, name: str = "a", **params: Any) -> int:
+        """A hand-off up to the first token."""
+        self.add(name, **params)
+        number = self.schedule(name)
+        self.complete(number)
+        self.step(name)
+        return number
+
+    def decode(self, number: int, position: int, *tokens: int, **fields: Any) -> None:
+        self.say(m.Step([m.Decoded(number, position, list(tokens), **fields)]))
+
+    def counts(self) -> Any:
+        return self.relay.take_counts()
+
+    def tokens(self, name: str = "a") -> list[int]:
+        return [token for request, tokens, _ in self.seam.out if request == name
+                for token in tokens]  # fmt: skip
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def test_a_hand_off_from_beginning_to_end(engine: Engine) -> None:
+    number = engine.started(max_tokens=4)
+    engine.decode(number, 1, 10)
+    engine.decode(number, 2, 11, 12, finish="length")
+    assert engine.seam.out == [("a", [7], ""), ("a", [10], ""), ("a", [11, 12], "length")]
+    assert [type(message) for message in engine.link.said] == [m.Open, m.Start]
+    assert not engine.relay.busy() and not engine.relay._by_request
+    counts = engine.counts()
+    assert (counts.events["completed"], counts.events["tokens"]) == (1, 3)
+    assert not counts.fallbacks
+
+
+# --- a receiver that is lost ------------------------------------------------------------------
+
+
+def test_lost_before_the_request_comes(engine: Engine) -> None:
+    engine.lose()
+    assert engine.add().max_tokens == 8
+    assert engine.schedule() == 0
+    assert engine.counts().local == {"no_receiver": 1}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_lost_between_deciding_and_opening(engine: Engine, told: bool) -> None:
+    """``told``: whether the link's thread has got round to saying so."""
+    request = engine.add()
+    assert request.max_tokens == 1
+    engine.link.up = False
+    if told:
+        engine.relay.disconnected("it is gone")
+    assert engine.schedule() == 0
+    assert request.max_tokens == 8, "it goes on as if nothing had been"
+    assert engine.step(finished=False).outputs[0].new_token_ids == [7]
+    engine.lose()
+    assert engine.counts().fallbacks == {"lost": 1}
+    assert not engine.relay._sessions and not engine.seam.resumed
+
+
+def test_lost_between_opening_and_the_first_token(engine: Engine) -> None:
+    request = engine.add()
+    engine.schedule()
+    engine.lose()
+    assert request.max_tokens == 8
+    # The step that was under way ended it by the limit of one.
+    assert engine.step(finished=True).outputs == []
+    assert engine.seam.resumed == [("a", "a-local", [7], 8)]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_lost_just_before_start_is_said(engine: Engine, told: bool) -> None:
+    engine.add()
+    engine.schedule()
+    engine.link.up = False
+    engine.step()
+    if told:
+        engine.relay.disconnected("it is gone")
+    assert engine.seam.resumed == [("a", "a-local", [7], 8)]
+    assert engine.tokens() == [7]
+    assert engine.counts().fallbacks == {"lost": 1}
+
+
+def test_lost_while_it_decodes(engine: Engine) -> None:
+    number = engine.started()
+    engine.decode(number, 1, 10)
+    engine.lose()
+    engine.connect()
+    engine.decode(number, 2, 11)  # nobody asked
+    assert engine.seam.resumed == [("a", "a-local", [7, 10], 8)]
+    assert engine.tokens() == [7, 10]
+
+
+def test_lost_at_any_moment_of_many_requests() -> None:
+    """Two threads, as the engine's and the link's: no response is left to nobody."""
+    engine = Engine()
+    ends = threading.Event()
+
+    def come_and_go() -> None:
+        while not ends.is_set():
+            engine.lose()
+            engine.connect()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for i in range(400):
+            name = f"r{i}"
+            request = engine.add(name)
+            number = engine.schedule(name)
+            if number and i % 2:
+                engine.complete(number)
+            engine.step(name)
+            if request.max_tokens == 1 and number and i % 2:
+                engine.decode(number, 1, 10)
+    finally:
+        ends.set()
+        thread.join()
+    engine.lose()
+    assert not engine.relay._sessions
+    resumed = {name for name, *_ in engine.seam.resumed}
+    alive = {name for name, request in engine.requests.items() if request.max_tokens == 8}
+    assert resumed | alive == engine.requests.keys()
+
+
+def test_the_clock_gives_up_what_waits(engine: Engine) -> None:
+    engine.started()
+    engine.relay.tick(time.monotonic() + 1.9)
+    assert not engine.seam.resumed
+    engine.relay.tick(time.monotonic() + 2.1)
+    assert engine.counts().fallbacks == {"stalled": 1}
+
+
+def test_queued_is_not_the_breakers_business() -> None:
+    engine = Engine(queue_timeout=5)
+    for i in range(8):
+        number = engine.started(f"r{i}")
+        engine.say(m.Status(0, 0, True, 0, [m.Progress(number, "queued", 3 * BYTES, 0)]))
+    engine.relay.tick(time.monotonic() + 4.9)
+    assert not engine.seam.resumed
+    engine.relay.tick(time.monotonic() + 5.1)
+    assert engine.counts().fallbacks == {"queued": 8}
+    assert engine.add("next").max_tokens == 1, "hand-offs go on"
+
+
+def test_a_full_receiver_is_left_alone(engine: Engine) -> None:
+    engine.say(m.Status(0, 0, False, 0, []))
+    assert engine.add().max_tokens == 8
+    engine.say(m.Status(0, 0, True, 0, []))
+    assert engine.add("b").max_tokens == 1
+    engine.say(m.Status(0, 0, False, 0, []))
+    engine.connect()
+    assert engine.add("c").max_tokens == 1
+    assert engine.counts().local == {"receiver_full": 1}
+
+
+# --- a receiver that breaks its promises ------------------------------------------------------
+
+LIES: dict[str, list[m.Decoded]] = {
+    "beyond the limit": [m.Decoded(0, 1, [10] * 20)],
+    "another position": [m.Decoded(0, 3, [10])],
+    "an early end": [m.Decoded(0, 1, [10], "stop")],
+    "nothing": [m.Decoded(0, 1, [])],
+    "two parts, the second right": [m.Decoded(0, 1, [10, 11, 12], "stop"), m.Decoded(0, 1, [9])],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_nothing_of_a_lie_is_seen(engine: Engine, lie: str) -> None:
+    number, beside = engine.started(), engine.started("b")
+    engine.decode(number, 1, 9) if "right" in lie else None
+    before = engine.tokens()
+    others = [m.Decoded(number, d.position + len(before) - 1, d.token_ids, d.finish)
+              for d in LIES[lie][:1]]  # fmt: skip
+    engine.say(m.Step([*others, m.Decoded(beside, 1, [50])]))
+    assert engine.tokens() == before
+    assert engine.tokens("b") == [7, 50]
+    assert engine.seam.resumed == [("a", "a-local", before, 8)]
+    assert isinstance(engine.link.said[-1], m.Cancel)
+    assert engine.counts().fallbacks == {"failed_protocol": 1}
+
+
+def test_of_two_parts_of_a_step_the_first_counts(engine: Engine) -> None:
+    number = engine.started()
+    engine.say(m.Step([m.Decoded(number, 1, [10]), m.Decoded(number, 2, [11])]))
+    assert engine.tokens() == [7, 10]
+    assert engine.seam.resumed == [("a", "a-local", [7, 10], 8)]
+
+
+def test_what_ends_a_response_does_not_overtake_its_tokens(engine: Engine) -> None:
+    number = engine.started(max_tokens=2)
+    # Nothing is left for a continuation to do, so it is told that it has ended.
+    engine.seam.broken = True
+    engine.say(m.Step([m.Decoded(number, 1, [10], "length"), m.Decoded(number, 2, [11])]))
+    assert engine.seam.out == [("a", [7], ""), ("a", [10], "length")]
+
+
+def test_a_continuation_that_cannot_be_made_is_aborted(engine: Engine) -> None:
+    numbers = [engine.started(name) for name in "ab"]
+    engine.seam.broken = True
+    engine.decode(numbers[0], 5, 10)
+    assert engine.seam.out[-1] == ("a", [], "abort")
+    engine.lose()
+    assert engine.seam.out[-1] == ("b", [], "abort")
+    assert not engine.relay._by_request
+
+
+@pytest.mark.parametrize("message", [
+    m.Opened(5), m.Complete(5, 0), m.Refused(5, "capacity", ""), m.Failed(5, "internal", ""),
+    m.Step([m.Decoded(5, 1, [3])]), m.Status(0, 0, True, 0, [m.Progress(5, "ended", 0, 0)]),
+])  # fmt: skip
+def test_unknown_sessions_are_ignored(engine: Engine, message: m.ReceiverMessage) -> None:
+    number = engine.started()
+    engine.say(message)
+    engine.decode(number, 1, 10)
+    assert engine.tokens() == [7, 10]
+    assert not engine.counts().fallbacks
+
+
+def test_a_context_shorter_than_vllms(engine: Engine) -> None:
+    assert engine.add("long", prompt=[1] * (CONTEXT - 1)).max_tokens == 8
+    assert engine.counts().local == {"receiver_context": 1}
+    engine.add(prompt=[1] * (CONTEXT - 2))
+    number = engine.schedule()
+    engine.complete(number, CONTEXT - 2)
+    engine.step()
+    engine.decode(number, 1, 10, finish="length")
+    assert engine.seam.out == [("a", [7], ""), ("a", [10], "")]
+    assert engine.seam.resumed == [("a", "a-local", [7, 10], 8)]
+    assert engine.counts().fallbacks == {"context": 1}
+
+
+# --- what the receiver must not be sent -------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [
+    {"stop_token_ids": [10**9]}, {"stop_token_ids": [-1]}, {"stop_token_ids": list(range(2000))},
+    {"logit_bias": {99: float("inf")}}, {"bad_words": None, "presence_penalty": float("nan")},
+])  # fmt: skip
+def test_what_is_out_of_range_stays_local(engine: Engine, params: dict[str, Any]) -> None:
+    bad = {name: value for name, value in params.items() if name != "presence_penalty"}
+    request = Request("a", PROMPT, SamplingParams(max_tokens=8, **bad), None)
+    if "presence_penalty" in params:
+        assert request.sampling_params is not None
+        request.sampling_params.presence_penalty = params["presence_penalty"]
+    engine.relay.on_new_request(request)
+    assert request.max_tokens == 8
+    assert engine.counts().local == {"out_of_range": 1}
+
+
+def test_a_clients_long_request_id_does_no_harm(engine: Engine) -> None:
+    engine.add("x" * 5000)
+    engine.schedule("x" * 5000)
+    m.decode_client(m.encode(engine.link.said[0]))
+
+
+# --- a router's prefills ----------------------------------------------------------------------
+
+
+def test_kv_for_a_router_that_never_completes_is_given_up(engine: Engine) -> None:
+    request = Request("a", PROMPT, SamplingParams(max_tokens=1), None)
+    request.kv_transfer_params = {"do_remote_decode": True}
+    engine.relay.on_new_request(request)
+    engine.schedule()
+    request.append_output_token_ids(7)
+    engine.relay.prefilled(request)
+    engine.relay.rewrite(
+        {
+            0: EngineCoreOutputs(
+                outputs=[EngineCoreOutput("a", [7], finish_reason=FinishReason.LENGTH)]
+            )
+        }
+    )
+    assert engine.relay.busy(), "vLLM does not stop while it is sent"
+    engine.relay.tick(time.monotonic() + 50)
+    assert engine.relay.busy()
+    engine.relay.tick(time.monotonic() + 61)
+    assert not engine.relay.busy() and not engine.relay._sessions and not engine.seam.resumed
+
+
+# --- metrics ----------------------------------------------------------------------------------
+
+
+def test_what_the_receiver_decodes_runs(engine: Engine) -> None:
+    def running() -> int:
+        outputs = EngineCoreOutputs(scheduler_stats=SchedulerStats(num_running_reqs=2))
+        engine.relay.rewrite({0: outputs})
+        assert outputs.scheduler_stats is not None
+        return outputs.scheduler_stats.num_running_reqs
+
+    engine.add()
+    number = engine.schedule()
+    assert running() == 2, "the scheduler's own"
+    assert engine.step().scheduler_stats.num_running_reqs == 1
+    engine.complete(number)
+    assert running() == 3
+    engine.lose()
+    assert running() == 3, "its continuation is on its way"
+    continuation = Request("a-local", PROMPT, SamplingParams(max_tokens=7), None)
+    engine.relay.on_new_request(continuation)
+    assert running() == 2
+
+
+# --- everything at random ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_orders_lose_and_hang_nothing(seed: int) -> None:
+    """Whatever is said and done in whatever order, each response is given to somebody, and its
+    tokens are those that it was given, without a gap."""
+    source = random.Random(seed)
+    engine = Engine()
+    numbers: dict[str, int] = {}
+    stepped: set[str] = set()
+
+    def message(number: int) -> m.ReceiverMessage:
+        count = source.randrange(4)
+        session = engine.relay._sessions.get(number)
+        at = len(session.tokens) if session is not None else 1
+        position = at if source.random() < 0.8 else source.randrange(9)
+        finish: Any = source.choice(["", "", "", "length", "stop"])
+        said: list[Any] = [
+            m.Opened(number), m.Complete(number, 3 * BYTES), m.Complete(number, 3 * BYTES),
+            m.Refused(number, "capacity", "x"), m.Failed(number, "internal", "x"),
+            m.Status(0, 0, True, 0, [m.Progress(
+                number, source.choice(["receiving", "queued", "decoding"]),
+                source.randrange(3 * BYTES + 2), source.randrange(9))]),
+            *[m.Step([m.Decoded(number, position, [20 + i for i in range(count)], finish)])] * 6,
+        ]  # fmt: skip
+        return source.choice(said)
+
+    for i in range(150):
+        match source.randrange(9):
+            case 0:
+                engine.add(f"r{i}", max_tokens=source.choice([2, 5, 8]))
+            case 1 | 2 if engine.requests:
+                name = source.choice(list(engine.requests))
+                if name not in stepped:
+                    numbers[name] = engine.schedule(name) or numbers.get(name, 0)
+            case 3 if engine.requests:
+                name = source.choice(list(engine.requests))
+                if name not in stepped and name in numbers:
+                    stepped.add(name)
+                    engine.step(name)
+            case 4 if source.random() < 0.2:
+                engine.lose()
+                engine.connect()
+            case _ if numbers:
+                engine.say(message(source.choice(list(numbers.values()))))
+    engine.lose()
+    ended = {name for name, _, finish in engine.seam.out if finish}
+    resumed = {name: tokens for name, _, tokens, _ in engine.seam.resumed}
+    for name in stepped:
+        if engine.tokens(name) or name in ended:  # the relay has it, not vLLM alone
+            assert (name in ended) != (name in resumed), name
+            assert name in ended or engine.tokens(name) == resumed[name]
+            assert len(engine.tokens(name)) <= 8
+    assert not engine.relay._sessions

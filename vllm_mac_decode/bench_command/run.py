@@ -1,0 +1,150 @@
+"""Asking in turns, and writing what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from vllm_mac_decode import timeline
+from vllm_mac_decode.bench_command import picture, record
+from vllm_mac_decode.bench_command.servers import BenchError, Pair, Server
+from vllm_mac_decode.check.receiver import ReceiverChecks, read_model
+from vllm_mac_decode.settings import ENV_PREFIX, Settings, load
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    vllm: str
+    receiver_http: str
+    receiver: str = ""
+    token: str = ""
+    vllm_api_key: str = ""
+    receiver_api_key: str = ""
+    prompt_tokens: int = 8192
+    output_tokens: int = 32
+    repeats: int = 5
+    out: Path = Path("mac-decode-bench")
+
+
+#: Called with what is being done, before each of ``steps``.
+Show = Callable[[str], None]
+
+
+def steps(options: Options) -> int:
+    """How often ``show`` is called."""
+    return 1 + len(record.WAYS) * (1 + options.repeats)
+
+
+def measure(options: Options, show: Show) -> dict[str, Any]:
+    """Everything, as the JSON file has it. Raises BenchError."""
+    vllm = Server(options.vllm, "--vllm", options.vllm_api_key)
+    receiver = Server(options.receiver_http, "--receiver-http", options.receiver_api_key)
+    pair = Pair(vllm, receiver, options.prompt_tokens, options.output_tokens)
+    pair.look()
+    health = receiver.document("/health")
+    show("link")
+    link, engine = _link(options, vllm)
+    runs: dict[str, list[list[float]]] = {way: [] for way in record.WAYS}
+    handoffs: list[timeline.Handoff] = []
+    for turn in range(options.repeats + 1):
+        # In another order each time: what slows a machine down for a while slows each way.
+        for way in random.sample(record.WAYS, len(record.WAYS)):
+            name = way.replace("_", " ").replace("vllm", "vLLM").replace("mac", "Mac")
+            show(f"{name}, {turn} of {options.repeats}" if turn else f"{name}, warming up")
+            handoff = None
+            if way == "vllm_alone":
+                times = pair.vllm_alone()
+            elif way == "mac_alone":
+                times = pair.mac_alone()
+            else:
+                times, handoff = pair.together()
+            if turn:  # the first round makes buffers and kernels
+                runs[way].append(times)
+                handoffs += [handoff] if handoff is not None else []
+    version = vllm.document("/version").get("version")
+    return {
+        "format": record.FORMAT,
+        "date": record.now(),
+        "model": record.public_model(vllm.model),
+        "receiver_model": record.public_model(receiver.model),
+        "prompt_tokens": options.prompt_tokens,
+        "output_tokens": options.output_tokens,
+        "repeats": options.repeats,
+        "ways": {way: record.of_way(found) for way, found in runs.items()},
+        "handoff": record.of_handoffs(runs["together"], handoffs),
+        "link": link,
+        "vllm": {
+            "version": str(version),
+            "hardware": record.hardware(),
+            "versions": record.versions(),
+        },
+        "receiver": {
+            "version": health.get("version"),
+            "engine": health.get("engine") or engine,
+            "dtype": health.get("dtype"),
+            "machine": health.get("machine"),
+        },
+    }
+
+
+def _link(options: Options, vllm: Server) -> tuple[dict[str, Any], str | None]:
+    """How fast KV reaches the receiver, and what decodes there; why that is not known."""
+    listed = vllm.document("/v1/models")["data"][0]
+    try:
+        known = read_model(str(listed.get("root") or vllm.model))
+        checks = ReceiverChecks(_settings(options), known)
+        found = list(checks.findings())
+    except (OSError, ValueError) as error:
+        return {"gb_per_s": None, "why": _public(str(error), options)}, None
+    engines = [f.figures["engine"] for f in found if "engine" in f.figures]
+    engine = str(engines[0]) if engines else None
+    timed = [finding.figures for finding in found if finding.figures.get("seconds")]
+    if not timed:
+        why = next((f.seen for f in found if f.state != "fine"), "unknown")
+        return {"gb_per_s": None, "why": _public(why, options)}, engine
+    rates = [float(f["bytes"]) / float(f["seconds"]) / 1e9 for f in timed]
+    ways = [
+        {"gb_per_s": round(rate, 3), "interface": figures["interface"]}
+        for rate, figures in zip(rates, timed, strict=True)
+    ]
+    # vLLM takes the first of the name's addresses that works.
+    return {"gb_per_s": ways[0]["gb_per_s"], "addresses": ways}, engine
+
+
+def _settings(options: Options) -> Settings:
+    """The receiver's control address: beside its HTTP port unless something else is said."""
+
+
+    given = {"token": options.token, "receiver": options.receiver}
+    if not options.receiver and not os.environ.get(f"{ENV_PREFIX}RECEIVER"):
+        host = urlsplit(options.receiver_http).hostname or "127.0.0.1"
+        given["receiver"] = f"[{host}]" if ":" in host else host
+    return load({name: value for name, value in given.items() if value})
+
+
+def _public(text: str, options: Options) -> str:
+    """A reason without this network's names."""
+    for url in (options.receiver_http, options.vllm):
+        if host := urlsplit(url).hostname:
+            text = text.replace(host, "HOST")
+    return text
+
+
+def write(result: dict[str, Any], out: Path) -> list[Path]:
+    """The JSON file and the picture, beside one another; ``out`` has no suffix."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    document, drawing = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.svg")
+    document.write_text(json.dumps(result, indent=2) + "\n")
+    drawing.write_text(picture.draw(result))
+    return [document, drawing]
+
+
+__all__ = ["BenchError", "Options", "measure", "steps", "write"]
