@@ -24,6 +24,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         stall_timeout=0.5,
         staging_mib=64,
         streams=2,
+        queue_timeout=7.0,
         checksum=True,
     )
     values = msgspec.structs.asdict(wanted)
