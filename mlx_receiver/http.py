@@ -122,9 +122,10 @@ def routes(receiver: Receiver) -> list[BaseRoute]:
 
     async def health(request: Request) -> Response:
         loaded = receiver.engine.loaded
-        status = "ok" if loaded is not None else "loading"
+        status = receiver.status
+        code = 200 if status == "ok" else 503
         if not request.state.trusted:
-            return JSONResponse({"status": status}, 200 if loaded is not None else 503)
+            return JSONResponse({"status": status}, code)
         store = receiver.store
         body = {
             "status": status,
@@ -139,7 +140,7 @@ def routes(receiver: Receiver) -> list[BaseRoute]:
             "kv_memory_bytes": store.budget_bytes,
             "uptime_seconds": round(time.monotonic() - receiver.started, 3),
         }
-        return JSONResponse(body, 200 if loaded is not None else 503)
+        return JSONResponse(body, code)
 
     # These are no coroutines: Starlette runs them in a thread, since they may take long.
 

@@ -43,13 +43,13 @@ class Budget:
 
     @property
     def reserved(self) -> int:
-        """Bytes that are taken."""
-        return self._reserved + self.queued
+        """Bytes that sessions and jobs have taken."""
+        return self._reserved
 
     @property
     def free(self) -> int:
-        """Bytes that nothing is taken of."""
-        return max(0, self.total - self.reserved)
+        """Bytes that are left."""
+        return max(0, self.total - self._reserved - self.queued)
 
     def reserve(
         self, tokens: int, output_tokens: int, kv_dtype: str | None = None, extra: int = 0
@@ -81,7 +81,7 @@ class Budget:
     def add(self, nbytes: int) -> bool:
         """Take or, below 0, give back that many bytes; False, and nothing, if they do not fit."""
         with self._lock:
-            if nbytes > 0 and self.reserved + nbytes > self.total:
+            if nbytes > 0 and self._reserved + self.queued + nbytes > self.total:
                 return False
             self._reserved += nbytes
             return True

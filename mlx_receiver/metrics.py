@@ -41,6 +41,11 @@ class Metrics:
         self.kv_reserved_bytes = Gauge(
             "mlx_receiver_kv_reserved_bytes", "KV memory reserved.", registry=self.registry
         )
+        self.queued_bytes = Gauge(
+            "mlx_receiver_queued_bytes",
+            "Bytes of messages that wait for clients to read them.",
+            registry=self.registry,
+        )
         self.handoff_seconds = Histogram(
             "mlx_receiver_handoff_seconds",
             "From the arrival of the first token or the last block to the first decoded token.",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import time
 from importlib import metadata
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
 from mlx_receiver import weights
 from mlx_receiver.engine import DecodeEngine
@@ -23,6 +25,9 @@ from mlx_receiver.wire.transport import Listener, Transport
 
 if TYPE_CHECKING:
     from mlx_receiver.http import HttpServer
+
+#: Files and connections that may be open: a Mac's OPEN_MAX.
+_FILES: Final = 10_240
 
 
 class Receiver:
@@ -57,6 +62,7 @@ class Receiver:
         self.engine.budget = self.store.budget
         self.metrics.sessions_active.set_function(lambda: len(self.store.sessions()))
         self.metrics.kv_reserved_bytes.set_function(lambda: self.store.reserved_bytes)
+        self.metrics.queued_bytes.set_function(lambda: self.store.budget.queued)
         self.control = ControlServer(self.handover, self.source.signature, settings.token)
         self.port = 0
         self.http: HttpServer | None = None
@@ -67,6 +73,13 @@ class Receiver:
     def address(self) -> str:
         """``host:port`` of the control channel: what MAC_DECODE_RECEIVER is set to."""
         return f"{self.settings.host}:{self.port}"
+
+    @property
+    def status(self) -> Literal["ok", "loading", "failing"]:
+        """What ``GET /health`` says: "failing" while nothing can be decoded."""
+        if self.engine.loaded is None:
+            return "loading"
+        return "failing" if self.engine.fault else "ok"
 
     @property
     def data_endpoint(self) -> Endpoint:
@@ -81,6 +94,7 @@ class Receiver:
     def start(self) -> None:
         """Bind every port, then start to load. Raises SettingsError naming a port in use."""
         settings = self.settings
+        _allow_files()
         self.port = self.control.bind(settings.host, settings.port)
         for index, transport in enumerate([_transport(name) for name in settings.transports]):
             port = settings.data_port and settings.data_port + index
@@ -156,6 +170,17 @@ def default_kv_memory(loaded: LoadedModel) -> int:
         return max(1, int((memory.limit - loaded.nbytes) * weights.KV_SHARE))
     # The weights are in memory already, so what is available does not contain them.
     return int(weights.available_memory() * weights.KV_SHARE)
+
+
+def _allow_files() -> None:
+    """Open as many files as the system lets us without being asked: on a Mac it starts with 256,
+    and every connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _limit_mlx_cache(nbytes: int) -> None:
