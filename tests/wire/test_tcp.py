@@ -36,7 +36,7 @@ def test_a_program_that_is_not_the_receiver_gets_no_proof(says: str) -> None:
             elif says == "HTTP":
                 sock.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" + bytes(64))
             elif says == "too much":
-                sock.sendall(Header(Kind.CHALLENGE, 0, 60000).pack() + bytes(60000))
+                sock.sendall(Header(Kind.CHALLENGE, 0, 64 << 20).pack() + bytes(60000))
             if says != "goodbye":
                 with contextlib.suppress(ConnectionResetError):
                     heard.append(sock.recv(4096))
@@ -45,9 +45,11 @@ def test_a_program_that_is_not_the_receiver_gets_no_proof(says: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         threading.Thread(target=answer, args=[server], daemon=True).start()
-        with pytest.raises(TransportError, match=f"127.0.0.1:{port}"):
+        with pytest.raises(TransportError, match=f"127.0.0.1:{port}") as raised:
             TCP.connect(Endpoint("tcp", "127.0.0.1", port), TICKET, 1.0)
         assert ended.wait(10)
+    # What is too much is not waited for.
+    assert ("another program" in str(raised.value)) == (says not in ("nothing", "goodbye"))
     assert frames.hello_decoder.decode(heard[0]).client == TICKET.client
     assert heard[1:] in ([], [b""])
 
