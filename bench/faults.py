@@ -9,7 +9,12 @@ moment:
 - ``kill``: SIGKILL, and start it again;
 - ``freeze``: SIGSTOP for up to ``--freeze`` seconds, then SIGCONT;
 - ``unplug``: the link between the two is dead for up to ``--freeze`` seconds, and nobody is told;
-- ``leave``: a client closes its connection in the middle of a response.
+- ``leave``: a client closes its connection in the middle of a response;
+- ``crowd``: six more requests at once than the receiver's batch has room for;
+- ``lie``: an impostor that knows the token takes the receiver's place for up to ``--freeze``
+  seconds. It breaks the protocol in every way there is, floods its client, or answers slower and
+  slower (``tests.lying_receiver``);
+- ``no_data``: the same, with nobody listening where blocks should go.
 
     python -m bench.faults --trials 200 --seed 1
 """
@@ -35,7 +40,7 @@ import httpx
 from rich.progress import Progress
 
 from bench.lab import RESULTS, NoRights, Place, record, save, shaped_link
-from tests.servers import Receiver, Vllm, start_receiver, start_vllm
+from tests.servers import Receiver, Server, Vllm, start_receiver, start_vllm
 
 #: Both sides' token: a receiver that other machines reach does not start without one.
 TOKEN = "bench-faults"
@@ -57,18 +62,27 @@ class Load:
         """Send requests until told to stop."""
         source = random.Random(seed)
         while not self.stop.is_set():
-            prompt, tokens = source.choice(self.expected)
-            began = time.monotonic()
-            try:
-                got = self.vllm.tokens(prompt, len(tokens))
-                problem = "" if got == tokens else f"wrong: {len(prompt)} tokens in, {got}"
-            except (AssertionError, httpx.HTTPError) as error:
-                problem = f"failed: {error!r}"
-            with self.lock:
-                self.done["wrong" if problem else "right"] += 1
-                self.slowest = max(self.slowest, time.monotonic() - began)
-                if problem:
-                    self.wrong.append(problem)
+            self.request(*source.choice(self.expected))
+
+    def crowd(self, source: random.Random, count: int) -> None:
+        """So many requests at once."""
+        with ThreadPoolExecutor(count) as pool:
+            for _ in range(count):
+                pool.submit(self.request, *source.choice(self.expected))
+
+    def request(self, prompt: list[int], tokens: list[int]) -> None:
+        """Send one and compare."""
+        began = time.monotonic()
+        try:
+            got = self.vllm.tokens(prompt, len(tokens))
+            problem = "" if got == tokens else f"wrong: {len(prompt)} tokens in, {got}"
+        except (AssertionError, httpx.HTTPError) as error:
+            problem = f"failed: {error!r}"
+        with self.lock:
+            self.done["wrong" if problem else "right"] += 1
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            if problem:
+                self.wrong.append(problem)
 
 
 def references(vllm: Vllm, seed: int, count: int, tokens: int) -> list[tuple[list[int], list[int]]]:
@@ -165,7 +179,10 @@ class Trials:
         threads = [threading.Thread(target=load.client, args=(seed + i,)) for i in range(clients)]
         for thread in threads:
             thread.start()
-        kinds = ["kill", "freeze", "leave", *(["unplug"] if self._mac.namespace else [])]
+        self._answers = self._logs / "answers.json"
+        self._answers.write_text(json.dumps([["any", p, t] for p, t in agreeing]))
+        kinds = ["kill", "freeze", "leave", "crowd", "lie", "no_data"]
+        kinds += ["unplug"] if self._mac.namespace else []
         actions: Counter[str] = Counter()
         try:
             with Progress(disable=not show) as progress:
@@ -176,6 +193,8 @@ class Trials:
                     time.sleep(self._source.uniform(0.05, 1.0))
                     if action == "leave":
                         leave(vllm, self._source, self._source.choice(agreeing)[0])
+                    elif action == "crowd":
+                        load.crowd(self._source, 6)
                     else:
                         getattr(self, f"_{action}")()
                     progress.advance(task)
@@ -198,7 +217,16 @@ class Trials:
             "slowest_response_s": round(load.slowest, 2),
             "fell_back": {
                 reason: vllm.metric("vllm:mac_decode_fallbacks_total", reason=reason)
-                for reason in ("lost", "stalled", "failed_block", "refused_capacity", "preempted")
+                for reason in (
+                    "lost",
+                    "stalled",
+                    "queued",
+                    "unreachable",
+                    "failed_block",
+                    "failed_protocol",
+                    "refused_capacity",
+                    "preempted",
+                )
             }
             | {"all": vllm.metric("vllm:mac_decode_fallbacks_total")},
             "decoded_by_receiver": vllm.metric("vllm:mac_decode_tokens_total"),
@@ -224,6 +252,28 @@ class Trials:
         time.sleep(self._source.uniform(0.1, self._seconds))
         self._mac.plug(True)
 
+    def _lie(self) -> None:
+        self._replace()
+
+    def _no_data(self) -> None:
+        self._replace("--no-data")
+
+    def _replace(self, *arguments: str) -> None:
+        """Have an impostor in the receiver's place for a while."""
+        receiver = self._receiver
+        receiver.server.stop()
+        impostor = Server(
+            self._mac.command(
+                [sys.executable, "-m", "tests.lying_receiver", str(receiver.port),
+                 str(self._model), str(self._answers), "--host", self._mac.address, *arguments]
+            ),
+            self._logs / f"impostor-{self._starts}.log",
+            {"MAC_DECODE_TOKEN": TOKEN},
+        )  # fmt: skip
+        time.sleep(2 + self._source.uniform(0.5, self._seconds))
+        impostor.stop()
+        self._receiver = self._start(receiver.port, receiver.http_port)
+
     def _start(self, port: int, http_port: int) -> Receiver:
         self._starts += 1
         return start_receiver(
@@ -232,7 +282,7 @@ class Trials:
             host=self._mac.address,
             port=port,
             http_port=http_port,
-            args=("--token", TOKEN, "--api-key", TOKEN),
+            args=("--token", TOKEN, "--api-key", TOKEN, "--max-batch", "3"),
             inside=tuple(self._mac.command([])),
         )
 

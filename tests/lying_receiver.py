@@ -1,17 +1,20 @@
 """A receiver that misbehaves: the real wire, a real data port, and no model.
 
-    python -m tests.lying_receiver PORT MODEL ANSWERS
+    python -m tests.lying_receiver PORT MODEL ANSWERS [--host ADDRESS] [--no-data]
 
 ANSWERS is a JSON file of ``[lie, prompt, tokens]`` entries, ``tokens`` being the right answer to
 the prompt. A session whose prompt is there is served as the lie of that name says: ``honest`` gives
-the right tokens, one every 10 ms, every other gives some of them before it lies. Each lie is a
-generator of what is sent next, or None for the next turn.
+the right tokens, one every 10 ms, every other gives some of them before it lies, and ``any`` is a
+random one of LIES. Each lie is a generator of what is sent next, or None for the next turn. With
+``--no-data`` nobody listens where blocks should go.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -214,6 +217,24 @@ def context_is_full(s: Session) -> Iterator[Sent]:
     yield s.step(last, finish="length")
 
 
+def floods(s: Session) -> Iterator[Sent]:
+    """A thousand messages a turn that are none of the client's business, and nothing else."""
+    yield from s.upto(2)
+    strange = m.encode(m.Step([m.Decoded(1, 1, [1])] * 100))
+    while True:
+        for _ in range(1000):
+            yield strange
+        yield None
+
+
+def dawdles(s: Session) -> Iterator[Sent]:
+    """The right tokens, slower and slower."""
+    for turns, sent in enumerate(s.upto(len(s.tokens))):
+        yield sent
+        for _ in range(min(turns, 400)):
+            yield None
+
+
 # --- what ends the whole connection -----------------------------------------------------------
 
 
@@ -261,19 +282,38 @@ class Data:
     def rejected(self, client: str, header: Header, code: m.Code, reason: str) -> None: ...
 
 
-def main(port: str, model: str, answers: str) -> None:
+#: What ``any`` is one of.
+LIES = (
+    beyond_the_limit, silent_at_the_limit, wrong_position, same_position, empty_steps,
+    stops_without_reason, invented_stop_reason, early_length, unasked_logprobs,
+    two_parts_of_a_step, before_start, opened_twice, completes_unopened, invented_bytes,
+    refuses_late, fails, creeps, counts_tokens, shrinks, queues_off_and_on, floods, dawdles,
+    token_beyond_the_vocabulary, not_a_message, several_parts,
+)  # fmt: skip
+
+
+def main() -> None:
     """Serve for ever."""
-    signature = signature_from_config(json.loads((Path(model) / "config.json").read_text()))
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("port", "model", "answers"):
+        parser.add_argument(name)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--no-data", action="store_true")
+    options = parser.parse_args()
+    signature = signature_from_config(json.loads((Path(options.model) / "config.json").read_text()))
     known = {tuple(prompt): (lie, tokens) for lie, prompt, tokens in json.loads(
-        Path(answers).read_text())}  # fmt: skip
+        Path(options.answers).read_text())}  # fmt: skip
     socket = zmq.Context().socket(zmq.ROUTER)
-    guard = Guard(socket, "")
-    socket.bind(f"tcp://127.0.0.1:{port}")
+    guard = Guard(socket, os.environ.get("MAC_DECODE_TOKEN", ""))
+    socket.bind(f"tcp://{options.host}:{options.port}")
     sessions: dict[int, Session] = {}
     ticket = new_ticket()
-    listener = TcpTransport().listen("127.0.0.1", 0, Data(ticket, sessions))
+    listener = TcpTransport().listen(options.host, 0, Data(ticket, sessions))
+    port, nonce = listener.endpoint.port, listener.endpoint.nonce
+    if options.no_data:
+        listener.close()
     # Workers must not go where the receiver sends them.
-    endpoint = m.Endpoint("tcp", "192.0.2.1", listener.endpoint.port, listener.endpoint.nonce)
+    endpoint = m.Endpoint("tcp", "192.0.2.1", port, nonce)
     peer = b""
     while True:
         socket.poll(int(TURN * 1000))
@@ -289,25 +329,31 @@ def main(port: str, model: str, answers: str) -> None:
                     socket.send_multipart([peer, m.encode(status)])
                 case m.Open() as opened:
                     prompt = opened.prompt_token_ids
-                    lie, tokens = known[tuple(prompt)]
+                    lie, tokens = known.get(tuple(prompt), ("fails", [1] * 4))
                     need = len(prompt) * signature.kv_bytes_per_token(4)
                     session = Session(opened, tokens, need, signature.vocab_size)
-                    session.script = globals()[lie](session)
+                    script = random.choice(LIES) if lie == "any" else globals()[lie]
+                    session.script = script(session)
                     sessions[session.id] = session
                 case m.Start(number):
                     sessions[number].started = True
                 case m.Cancel(number):
                     sessions[number].cancelled = True
         for session in list(sessions.values()):
-            sent = None if session.cancelled else next(session.script, None)
-            if sent is not None:
+            # What has been sent at once goes out in one turn.
+            for _ in range(1001):
+                sent = None if session.cancelled else next(session.script, None)
+                if sent is None:
+                    break
                 if not isinstance(sent, list):
                     sent = [sent if isinstance(sent, bytes) else m.encode(sent)]
                 socket.send_multipart([peer, *sent])
+                if session.script.gi_code is not floods.__code__:
+                    break
             if session.cancelled:
                 session.progress = None
     guard.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
