@@ -95,6 +95,11 @@ class FakeVllm:
             self._alive.start()
         return answer
 
+    @property
+    def ticket_id(self) -> str:
+        assert self.ticket is not None
+        return self.ticket.client
+
     def connect_bulk(self) -> Sender:
         assert self.ticket is not None
         endpoint = msgspec.structs.replace(self.receiver.data_endpoint, host="127.0.0.1")
