@@ -70,7 +70,7 @@ def weights_nbytes(folder: Path, dtype: str = "auto") -> int | None:
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         expected = set(index["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         index, expected = {}, set()
     if files and expected <= {file.name for file in files}:
         return sum(_tensor_nbytes(tensor, dtype) for file in files for tensor in _tensors(file))
