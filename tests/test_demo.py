@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import eventually
+from vllm_mac_decode.demo.run import Options, run
 
 pytest.importorskip("mlx.core")
 pytest.importorskip("vllm")
@@ -76,6 +78,19 @@ def start() -> Iterator[Callable[..., Demo]]:
     for demo in demos:
         demo.process.terminate()
         demo.process.wait(60)
+
+
+def test_what_is_missing_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "openai" else found(name)
+    )
+    assert run(Options(out=tmp_path / "out")) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["error"].startswith("the demo needs openai: `make demo`")
+    assert not (tmp_path / "out").exists()
 
 
 def log_says(log: Path, text: str) -> bool:

@@ -170,6 +170,82 @@ def check(
     raise typer.Exit(0 if report.ready else 1)
 
 
+@app.command()
+def bench(
+    vllm: Annotated[
+        str, typer.Option(envvar="MAC_DECODE_VLLM", help="vLLM's URL.")
+    ] = "http://127.0.0.1:8000",
+    receiver_http: _ReceiverHttp = "http://127.0.0.1:7791",
+    receiver: Annotated[
+        str,
+        typer.Option(
+            help="host[:port] of the receiver's control port, to time the link. Default: "
+            "MAC_DECODE_RECEIVER, else the host of --receiver-http."
+        ),
+    ] = "",
+    token: _Token = "",
+    vllm_api_key: Annotated[
+        str, typer.Option(envvar="VLLM_API_KEY", help="vLLM's --api-key.", show_default=False)
+    ] = "",
+    receiver_http_api_key: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_API_KEY", help="The receiver's --api-key.", show_default=False
+        ),
+    ] = "",
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens in.")] = 8192,
+    output_tokens: Annotated[int, typer.Option(min=3, help="Tokens out.")] = 32,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Measured rounds, after one that warms up.")
+    ] = 5,
+    out: Annotated[
+        Path, typer.Option(help="What to write, without a suffix: a .json and an .svg.")
+    ] = Path("mac-decode-bench"),
+) -> None:
+    """Time the same request answered by vLLM alone, by the Mac alone, and by both together.
+
+    vLLM (with --kv-connector mac_decode) and the receiver must be running, and nobody else should
+    use them meanwhile. The published set-up is Llama-3.1-8B with the defaults.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from vllm_mac_decode.bench_command import run
+
+    options = run.Options(
+        vllm=vllm, receiver_http=receiver_http, receiver=receiver, token=token,
+        vllm_api_key=vllm_api_key, receiver_api_key=receiver_http_api_key,
+        prompt_tokens=prompt_tokens, output_tokens=output_tokens, repeats=repeats, out=out,
+    )  # fmt: skip
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    screen = Console(stderr=True)
+    hidden = not screen.is_terminal
+    try:
+        with Progress(*columns, console=screen, transient=True, disable=hidden) as bar:
+            task = bar.add_task("", total=run.steps(options), completed=-1)
+            result = run.measure(
+                options, lambda what: bar.update(task, description=what, advance=1)
+            )
+        written = run.write(result, out)
+    except (run.BenchError, OSError) as error:
+        _give_up(str(error))
+    table = Table(title=f"{result['model']}: {prompt_tokens:,} tokens in, {output_tokens} out")
+    for heading in ("", "first token", "last token", "p90"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for way, name in (("vllm_alone", "vLLM alone"), ("mac_alone", "Mac alone"),
+                      ("together", "together")):  # fmt: skip
+        first, total = (result["ways"][way][key] for key in ("first_token_s", "total_s"))
+        table.add_row(name, *(f"{s:.2f} s" for s in (first["p50"], total["p50"], total["p90"])))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"Written: {', '.join(map(str, written))}. They hold no addresses, keys or paths: attach "
+        "them to an issue.",
+        soft_wrap=True,
+    )
+
+
 def _give_up(text: str, status: int = 1) -> NoReturn:
     typer.echo(f"mac-decode: {text}", err=True)
     raise typer.Exit(status)

@@ -64,7 +64,7 @@ class FakeReceiver:
         self._ending.set()
         self._thread.join()
         self._guard.close()
-        self._context.term()
+        self._context.destroy(linger=0)
 
 
 @pytest.fixture

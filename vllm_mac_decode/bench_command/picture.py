@@ -20,7 +20,7 @@ def draw(result: dict[str, Any]) -> str:
     totals = {way: ways[way]["total_s"] for way in _NAMES}
     scale = (_WIDTH - _LEFT - _RIGHT) / max(total["p90"] for total in totals.values())
     bottom = _TOP + _STEP * len(_NAMES)
-    height = bottom + 92
+    height = bottom + 80
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
         f'viewBox="0 0 {_WIDTH} {height}" font-family="{_FONT}">',
@@ -33,11 +33,12 @@ def draw(result: dict[str, Any]) -> str:
     ]
     for row, (way, name) in enumerate(_NAMES.items()):
         parts += _bar(name, ways[way], _TOP + _STEP * row, scale, way == "together")
+    first, *others = _footer(result, totals)
+    parts.append(_text(28, bottom + 18, first, size=14, weight=600))
     parts += [
-        _text(28, bottom + 22, line, size=13, fill=_PALE) if index else
-        _text(28, bottom + 4, line, size=14, weight=600)
-        for index, line in enumerate(_footer(result, totals))
-    ]  # fmt: skip
+        _text(28, bottom + 40 + 19 * row, line, size=13, fill=_PALE)
+        for row, line in enumerate(others)
+    ]
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -93,17 +94,16 @@ def _machines(result: dict[str, Any]) -> str:
 
 def _footer(result: dict[str, Any], totals: dict[str, dict[str, float]]) -> list[str]:
     together = totals["together"]["p50"]
-    times = [
-        f"{totals[way]['p50'] / together:.2f} times as fast as {_NAMES[way].replace('Mac', 'the Mac')}"
-        for way in ("vllm_alone", "mac_alone")
-    ]
+    times = [totals[way]["p50"] / together for way in ("vllm_alone", "mac_alone")]
     handoff = result["handoff"]
     gap, exposed = handoff["gap_ms"], handoff["exposed_transfer_ms"]
     return [
-        f"Together is {' and '.join(times)}.",
+        f"Together is {times[0]:.2f} times as fast as vLLM alone, {times[1]:.2f} times as fast as "
+        "the Mac alone.",
         f"From vLLM's first token to the Mac's {gap['p50']:.0f} ms (p90 {gap['p90']:.0f}); "
         f"{handoff['kv_bytes'] / 1e6:,.0f} MB of KV, {exposed['p50']:.0f} ms of its transfer not "
-        f"hidden. Medians of {result['repeats']} runs; thin lines reach p90.",
+        "hidden.",
+        f"Medians of {result['repeats']} runs; the thin lines reach the ninth decile.",
     ]
 
 

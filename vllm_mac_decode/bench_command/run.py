@@ -102,14 +102,15 @@ def _link(options: Options, vllm: Server) -> tuple[dict[str, Any], str | None]:
         known = read_model(str(listed.get("root") or vllm.model))
         checks = ReceiverChecks(_settings(options), known)
         found = list(checks.findings())
-    except (OSError, ValueError) as error:
-        return {"gb_per_s": None, "why": _public(str(error), options)}, None
+    except (OSError, ValueError):
+        return {"gb_per_s": None, "why": "the model's config.json cannot be read here"}, None
     engines = [f.figures["engine"] for f in found if "engine" in f.figures]
     engine = str(engines[0]) if engines else None
     timed = [finding.figures for finding in found if finding.figures.get("seconds")]
     if not timed:
-        why = next((f.seen for f in found if f.state != "fine"), "unknown")
-        return {"gb_per_s": None, "why": _public(why, options)}, engine
+        # Not the finding's own words: they name addresses.
+        failed = next((finding.name for finding in found if finding.state != "fine"), "")
+        return {"gb_per_s": None, "why": f"not timed, see `mac-decode check`: {failed}"}, engine
     rates = [float(f["bytes"]) / float(f["seconds"]) / 1e9 for f in timed]
     ways = [
         {"gb_per_s": round(rate, 3), "interface": figures["interface"]}
@@ -122,20 +123,11 @@ def _link(options: Options, vllm: Server) -> tuple[dict[str, Any], str | None]:
 def _settings(options: Options) -> Settings:
     """The receiver's control address: beside its HTTP port unless something else is said."""
 
-
     given = {"token": options.token, "receiver": options.receiver}
     if not options.receiver and not os.environ.get(f"{ENV_PREFIX}RECEIVER"):
         host = urlsplit(options.receiver_http).hostname or "127.0.0.1"
         given["receiver"] = f"[{host}]" if ":" in host else host
     return load({name: value for name, value in given.items() if value})
-
-
-def _public(text: str, options: Options) -> str:
-    """A reason without this network's names."""
-    for url in (options.receiver_http, options.vllm):
-        if host := urlsplit(url).hostname:
-            text = text.replace(host, "HOST")
-    return text
 
 
 def write(result: dict[str, Any], out: Path) -> list[Path]:

@@ -117,10 +117,7 @@ class Server:
         """The sum of a metric over its labels."""
         families = text_string_to_metric_families(self.get("/metrics").text)
         return sum(
-            sample.value
-            for family in families
-            for sample in family.samples
-            if sample.name == name
+            sample.value for family in families for sample in family.samples if sample.name == name
         )
 
 
@@ -147,9 +144,7 @@ class Pair:
                 )
         health = self.receiver.document("/health")
         if health.get("clients") == []:
-            raise BenchError(
-                "no vLLM is connected to the receiver: `mac-decode check` says why"
-            )
+            raise BenchError("no vLLM is connected to the receiver: `mac-decode check` says why")
 
     def _fresh(self) -> list[int]:
         """A prompt that no cache knows."""
@@ -187,7 +182,7 @@ class Pair:
         except timeline.TimelineError:
             raise BenchError(
                 "vLLM decoded a request by itself that was to be handed off: `mac-decode check` "
-                "and vLLM's log (\"decoding locally\") say why"
+                'and vLLM\'s log ("decoding locally") say why'
             ) from None
         if handoff.outcome != "finished" or handoff.first_decoded_ns is None:
             raise BenchError(f"a hand-off broke: {handoff.outcome}; see the receiver's log")

@@ -202,13 +202,14 @@ def _look_at_engine(facts: EngineFacts, model: str) -> None:
     if facts.total:
         # One layer and the embeddings: little, also beside a vLLM that runs.
         options["gpu_memory_utilization"] = min(0.5, max(0.05, (8 << 30) / facts.total))
-    LLM(model=model, **options)
+    engine = LLM(model=model, **options)
     worker: Any = get_kv_transfer_group()
     report = worker.get_handshake_metadata()
     facts.kv_dtype, facts.problem, facts.early = report.kv_dtype, report.problem, worker._early
     context = worker._vllm_config.compilation_config.static_forward_context
     backends = {layer.attn_backend.get_name() for layer in context.values()}
     facts.backend = ", ".join(sorted(backends))
+    del engine  # which takes its connector along
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The last line on stdout is one JSON object; its `ok` and the exit status say the
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import sys
@@ -28,6 +29,7 @@ from vllm_mac_decode.demo.pair import Pair, started
 from vllm_mac_decode.demo.prompt import DEFAULT_PROMPT
 
 _MAX_MODEL_LEN = 4096
+_NEEDED = ("vllm", "mlx", "mlx_lm", "openai", "matplotlib")
 _FLOAT32_BYTES = 4
 
 
@@ -68,6 +70,11 @@ def run(options: Options) -> int:
 
 def _demo(options: Options, console: Console, result: dict[str, Any]) -> list[str]:
     """Fill ``result``; returns what is wrong with it."""
+    # Before minutes have gone by. No index has a package of our name to ask for.
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise ModuleNotFoundError(
+            f"the demo needs {', '.join(missing)}: `make demo` in the repository installs it all"
+        )
     progress = Console(stderr=True, highlight=False)
     out = _output_folder(options.out)
     model = _model(options.model, progress)
