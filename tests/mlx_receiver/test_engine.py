@@ -6,6 +6,7 @@ import dataclasses
 import io
 import queue
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -312,3 +313,72 @@ def test_stopping_fails_what_is_left(tiny_llama_path: Path) -> None:
         with pytest.raises(WireError, match="stopping"):
             while True:
                 job.next(5)
+
+
+def test_a_new_batch_keeps_mlxs_wired_limit(
+    engine: DecodeEngine, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Mac's: each generator raises it and puts back what it was before."""
+    limits = [0]
+
+    def set_limit(limit: int) -> int:
+        limits.append(limit)
+        return limits[-2]
+
+    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    module = sys.modules["mlx_lm.generate"]  # the package has a function of that name
+    monkeypatch.setattr(module, "maybe_set_recommended_wired_limit", lambda: set_limit(100))
+    kv = prefill(17)
+    for _ in range(2):
+        assert engine._batch is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine._batch._generator, "next", lambda: 1 / 0)
+            with pytest.raises(WireError, match="division by zero"):
+                generate_tokens(engine, kv.prompt, GREEDY)
+        assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
+    assert limits == [0, 100, 0, 100]
+
+
+def test_long_prefills_leave_time_for_running_responses(
+    engine: DecodeEngine, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks become as short as the time allows, and long where there is time."""
+    chunks: list[int] = []
+    forward = Float32Logits.__call__
+
+    def watched(self: Float32Logits, inputs: mx.array, cache: Any = None) -> Any:
+        chunks.append(inputs.size)
+        return forward(self, inputs, cache)
+
+    monkeypatch.setattr(Float32Logits, "__call__", watched)
+    kv = prefill(257)
+    assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
+    monkeypatch.setattr("mlx_receiver.batch.PREFILL_SECONDS", 1e-6)
+    assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
+    chunks.clear()
+    assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
+    assert max(chunks) == 16
+    monkeypatch.setattr("mlx_receiver.batch.PREFILL_SECONDS", 100)
+    chunks.clear()
+    generate_tokens(engine, [30] * 400, GREEDY)
+    assert chunks[:4] == [16, 32, 64, 128]
+
+
+def test_a_hand_off_does_not_wait_for_others_prefills(
+    tiny_llama_path: Path, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_receiver.batch.PREFILL_SECONDS", 1e-6)
+    engine = DecodeEngine(find_model(str(tiny_llama_path)), max_batch=16)
+    engine.start()
+    engine.wait_loaded()
+    kv = prefill(17)
+    locals_ = [LocalJob(engine, [30 + n] * 4000, GREEDY) for n in range(10)]
+    sink = Collector()
+    buffers = handed_over(engine, kv.prompt, kv.planes, 64)
+    engine.submit(Job(kv.prompt, GREEDY, sink, kv.first, buffers.build))
+    assert [kv.first, *sink.tokens()] == kv.tokens
+    for job in locals_:
+        with pytest.raises(queue.Empty):
+            job.next(0)
+        job.cancel()
+    engine.stop()
