@@ -33,20 +33,23 @@ class Connection(H11Protocol):
         self._limit = max_connections()
         #: Runs while no request is under way.
         self._idle: asyncio.TimerHandle | None = None
+        #: The server's connections without a request, the one that has waited longest first.
+        self._waiting: dict[Connection, None] = vars(self.server_state).setdefault("waiting", {})
         self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """One more. Beyond the limit that one gives way which has been idle longest."""
         super().connection_made(transport)
         self._wait_for_head()
-        alive = [c for c in self.connections if not c.transport.is_closing()]
-        if len(alive) > self._limit:
-            waits = {c._idle.when(): c for c in alive if isinstance(c, Connection) and c._idle}
-            waits[min(waits)].transport.abort()
+        if len(self.connections) > self._limit:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is over."""
         super().connection_lost(exc)
+        self._waiting.pop(self, None)
         for timer in (self._idle, self._stalled):
             if timer is not None:
                 timer.cancel()
@@ -57,6 +60,7 @@ class Connection(H11Protocol):
         if self._idle is not None and self.cycle is not None and not self.cycle.response_complete:
             self._idle.cancel()
             self._idle = None
+            self._waiting.pop(self, None)
 
     def on_response_complete(self) -> None:
         """The answer is written; the next request may come."""
@@ -80,6 +84,8 @@ class Connection(H11Protocol):
         if self._idle is not None:
             self._idle.cancel()
         self._idle = self.loop.call_later(_HEAD_SECONDS, self._too_slow)
+        self._waiting.pop(self, None)
+        self._waiting[self] = None
 
     def _too_slow(self) -> None:
         if self._stalled is not None:

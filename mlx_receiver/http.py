@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: Longest head of a request.
 _MAX_HEAD_BYTES: Final = 16 << 10
+#: What the system holds of an answer that is not read.
+_SEND_BYTES: Final = 256 << 10
 
 
 class HttpServer:
@@ -51,6 +53,8 @@ class HttpServer:
                 f"({os.strerror(error.errno or 0)}): choose another with --http-port"
             ) from None
         self.port: int = self._socket.getsockname()[1]
+        # Connections inherit it; by itself the system holds megabytes for each slow reader.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         config = uvicorn.Config(
             application(receiver),
             http=Connection,

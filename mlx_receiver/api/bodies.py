@@ -145,11 +145,9 @@ _FIELD = re.compile(r"\.(\w+)")
 def parse(raw: bytes, kind: type[_Body], vocab_size: int) -> _Body:
     """The body. Raises ApiError naming the field that is wrong, or unsupported."""
     try:
-        given = msgspec.json.decode(raw)
-        if isinstance(given, dict):
-            _check_depth(given)
-            _coerce(given, kind)
-        body = msgspec.convert(given, kind, strict=False)
+        # What is in the lists is not looked at before their types are known: that would take long.
+        given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        body = msgspec.json.decode(_coerced(raw, given, kind), type=kind, strict=False)
         trust.check(body, vocab_size, E_UNSUPPORTED)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         named = _PATH.search(str(error))
@@ -159,6 +157,7 @@ def parse(raw: bytes, kind: type[_Body], vocab_size: int) -> _Body:
         ) from None
     except WireError as error:
         raise bad_request(error.reason, _FIELD.findall(error.reason)[0]) from None
+    _check_depth(body)
     _refuse(body)
     if isinstance(body, ChatBody):
         _check_chat(body)
@@ -214,9 +213,9 @@ def _check_chat(body: ChatBody) -> None:
         raise bad_request(f"tools: {clipped(str(error), 1024)}", "tools") from None
 
 
-def _check_depth(given: dict[str, Any]) -> None:
+def _check_depth(body: SamplingBody) -> None:
     """Raise ApiError where objects and lists nest too deeply: templates recurse."""
-    level: list[Any] = [given]
+    level: list[Any] = [[getattr(body, name) for name in body.__struct_fields__]]
     for _ in range(MAX_DEPTH):
         level = [
             child
@@ -237,27 +236,42 @@ _WORDS: Final = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict
 _NO_TEXT: Final = frozenset({"logprobs", "top_logprobs", "prompt_logprobs"})
 
 
-def _coerce(given: dict[str, Any], kind: type) -> None:
-    """Read booleans and numbers as leniently as vLLM does, beyond what msgspec does by itself.
+def _coerced(raw: bytes, given: dict[str, msgspec.Raw], kind: type) -> bytes:
+    """``raw``, of which ``given`` are the fields, with booleans and numbers that vLLM understands
+    and msgspec does not written plainly.
 
     Raises ApiError for a text that msgspec would take for null.
     """
+    plain = dict(given)
     for name, types in _scalars(kind).items():
-        value = given.get(name)
-        if isinstance(value, str) and inspect.StrType not in types:
-            if inspect.BoolType in types:
-                if value.lower() not in _WORDS:
-                    raise bad_request(f"{name} must be true or false", name)
-                given[name] = _WORDS[value.lower()]
-            elif name in _NO_TEXT or value.lower() == "null":
-                raise bad_request(f"{name} must be a number", name)
-        elif isinstance(value, bool) and inspect.BoolType not in types:
-            if inspect.IntType in types or inspect.FloatType in types:
-                given[name] = int(value)
-        elif inspect.BoolType in types and isinstance(value, float) and value in (0.0, 1.0):
-            given[name] = bool(value)
-        elif inspect.StructType in types and isinstance(value, dict):
-            _coerce(value, StreamOptions)
+        if name not in given or (text := bytes(given[name]))[:1] == b"[":
+            continue
+        if text[:1] == b"{":
+            if inspect.StructType in types:
+                inner = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+                plain[name] = msgspec.Raw(_coerced(text, inner, StreamOptions))
+            continue
+        value = msgspec.json.decode(text)
+        if (changed := _plain(name, value, types)) is not value:
+            plain[name] = msgspec.Raw(msgspec.json.encode(changed))
+    return raw if plain == given else msgspec.json.encode(plain)
+
+
+def _plain(name: str, value: Any, types: set[type]) -> Any:
+    """The value of a field that may have ``types``, as msgspec understands it."""
+    boolean = inspect.BoolType in types
+    if isinstance(value, str) and inspect.StrType not in types:
+        if boolean:
+            if value.lower() not in _WORDS:
+                raise bad_request(f"{name} must be true or false", name)
+            return _WORDS[value.lower()]
+        if name in _NO_TEXT or value.lower() == "null":
+            raise bad_request(f"{name} must be a number", name)
+    elif isinstance(value, bool) and not boolean:
+        return int(value) if types & {inspect.IntType, inspect.FloatType} else value
+    elif isinstance(value, float) and boolean and value in (0.0, 1.0):
+        return bool(value)
+    return value
 
 
 @functools.cache

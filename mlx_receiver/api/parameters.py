@@ -12,7 +12,13 @@ from mlx_receiver.api.errors import bad_request
 from mlx_receiver.api.text import TextRules
 from mlx_receiver.api.tokenizer import Tokenizer
 from mlx_receiver.model import ModelSource
-from mlx_receiver.wire.messages import MAX_BAD_WORDS, MAX_INT, Sampling, clipped
+from mlx_receiver.wire.messages import (
+    MAX_BAD_WORDS,
+    MAX_BAD_WORDS_TOKENS,
+    MAX_INT,
+    Sampling,
+    clipped,
+)
 
 #: vLLM raises lower temperatures to this, except 0.
 _LOWEST_TEMPERATURE: Final = 0.01
@@ -152,6 +158,10 @@ def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
         spaced = tokenizer.encode(" " + word.lstrip(), special=False)
         if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
             found.append(spaced)
-        if len(found) > MAX_BAD_WORDS:
-            raise bad_request(f"more than {MAX_BAD_WORDS} bad words in tokens", "bad_words")
+        if len(found) > MAX_BAD_WORDS or sum(map(len, found)) > MAX_BAD_WORDS_TOKENS:
+            raise bad_request(
+                f"bad_words are more than {MAX_BAD_WORDS} sequences or {MAX_BAD_WORDS_TOKENS} "
+                "tokens",
+                "bad_words",
+            )
     return found

@@ -335,3 +335,53 @@ def test_other_machines_need_a_key(tiny_llama_path: Path) -> None:
         Settings(**open_to_all).check()
     Settings(**open_to_all, api_key="k").check()
     Settings(**open_to_all, http_port=None).check()
+
+
+def test_chat_echo(base: str) -> None:
+    """The last message is repeated where its author goes on."""
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Well, "}]
+    body = {"messages": said, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+    def ask(**fields: Any) -> dict[str, Any]:
+        answer = httpx.post(f"{base}/v1/chat/completions", json=body | fields, timeout=60)
+        return answer.json()["choices"][0]["message"]
+
+    plain = ask()
+    assert ask(echo=True) == plain | {"content": "Well, " + plain["content"]}
+    assert ask(echo=True, messages=said[:1]) == ask(messages=said[:1])
+    parts = chunks(base, "chat/completions", **body | {"echo": True})
+    deltas = [part["choices"][0]["delta"] for part in parts]
+    assert [delta["content"] for delta in deltas[:2]] == ["", "Well, "]
+    assert "".join(delta["content"] for delta in deltas) == "Well, " + plain["content"]
+    goes_on = ask(echo=True, messages=said[:1], add_generation_prompt=False)
+    assert goes_on["role"] == "user" and goes_on["content"].startswith("Hello")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
+        ({"seed": 2**63}, "`$.seed`"),
+        ({"n": 2}, "greedy"),
+        ({"stop": ["a"] * 5}, "`$.stop`"),
+        ({"bad_words": ["a"] * 129}, "`$.bad_words`"),
+        ({"prompt": ["x"] * 65, "n": 2, "temperature": 1}, "65 prompts times n = 2"),
+        ({"logit_bias": {"7": 1, "x7": 2}}, "'x7'"),
+        ({"repetition_detection": {"min_count": 2}}, "repetition_detection"),
+        ({"prompt_embeds": "AA"}, "prompt_embeds"),
+    ],
+)
+def test_what_vllm_refuses_is_refused(base: str, fields: dict[str, Any], said: str) -> None:
+    error = complete(base, 400, **fields)["error"]
+    assert said in error["message"] and error["param"] in {*fields, "n"}
+
+
+def test_what_vllm_accepts_is_accepted(base: str) -> None:
+    usage = {"include_usage": None, "continuous_usage_stats": None}
+    assert chunks(base, max_tokens=1, stream_options=usage)[-1]["choices"]
+    assert complete(base, max_tokens="1", echo="yes")["choices"][0]["text"].startswith(PROMPT)
+    said = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "logprobs": "true"}
+    answer = httpx.post(f"{base}/v1/chat/completions", json=said, timeout=60)
+    assert answer.json()["choices"][0]["logprobs"]["content"]
+    seeded = {"seed": 2**63 - 1, "n": 2, "temperature": 1, "max_tokens": 2}
+    assert len(complete(base, **seeded)["choices"]) == 2

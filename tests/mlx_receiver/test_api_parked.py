@@ -191,3 +191,39 @@ def test_nonsense_is_refused(receiver: Receiver) -> None:
     # Another connector's parameters mean nothing here.
     body = {"prompt": "x", "max_tokens": 1, "kv_transfer_params": {"do_remote_prefill": True}}
     assert httpx.post(url(receiver, "/v1/completions"), json=body).status_code == 200
+
+
+def test_another_prompt_than_the_one_that_was_prefilled_is_refused(
+    receiver: Receiver, prefill: Prefill
+) -> None:
+    kv, other = prefill(33), prefill(34)
+
+    def post(**fields: Any) -> httpx.Response:
+        body = {"max_tokens": 2, "temperature": 0, "return_token_ids": True} | fields
+        return httpx.post(url(receiver, "/v1/completions"), json=body, timeout=60)
+
+    transfer = params(kv, None)
+    for prompt in (other.prompt, "another text", [other.prompt, "x"]):
+        answer = post(prompt=prompt, kv_transfer_params=transfer)
+        assert answer.status_code == 400 and "prompt is another" in answer.text
+    for prompt in (None, "", kv.prompt, [kv.prompt]):
+        answer = post(prompt=prompt, kv_transfer_params=transfer)
+        assert answer.json()["choices"][0]["prompt_token_ids"] == kv.prompt
+    both = transfer | {"prompt_token_ids": other.prompt}
+    answer = post(kv_transfer_params=both)
+    assert answer.status_code == 400 and "another prompt" in answer.text
+    assert post(prompt="").status_code == 400 and post().status_code == 400
+
+
+def test_a_forwarded_prompt_stands_for_the_bodys(receiver: Receiver, prefill: Prefill) -> None:
+    """As in vLLM: a prefilling server's token ids, without a session of ours."""
+    kv = prefill(33)
+    shared = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, "return_token_ids": True,
+              "kv_transfer_params": {"prompt_token_ids": kv.prompt}}  # fmt: skip
+    text = httpx.post(
+        url(receiver, "/v1/completions"), json=shared | {"prompt": "not this"}, timeout=60
+    ).json()
+    assert text["choices"][0]["prompt_token_ids"] == kv.prompt and tokens(text) == kv.tokens[:4]
+    said = {"messages": [{"role": "user", "content": "not this"}]}
+    chat = httpx.post(url(receiver, "/v1/chat/completions"), json=shared | said, timeout=60).json()
+    assert chat["prompt_token_ids"] == kv.prompt and tokens(chat) == kv.tokens[:4]
