@@ -1,12 +1,13 @@
 """A receiver that misbehaves: the real wire, a real data port, and no model.
 
-    python -m tests.lying_receiver PORT MODEL ANSWERS [--host ADDRESS] [--no-data]
+    python -m tests.lying_receiver PORT MODEL ANSWERS [--host ADDRESS] [--no-data] [--hold SECONDS]
 
 ANSWERS is a JSON file of ``[lie, prompt, tokens]`` entries, ``tokens`` being the right answer to
 the prompt. A session whose prompt is there is served as the lie of that name says: ``honest`` gives
 the right tokens, one every 10 ms, every other gives some of them before it lies, and ``any`` is a
 random one of LIES. Each lie is a generator of what is sent next, or None for the next turn. With
-``--no-data`` nobody listens where blocks should go.
+``--no-data`` nobody listens where blocks should go. With ``--hold`` nobody lies until that long
+after the latest session was opened: three lies open vLLM's circuit breaker, and no other one comes.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from pathlib import Path
 
 import zmq
 
-from mlx_receiver.guard import Guard
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.frames import DataReply, Header
-from mlx_receiver.wire.keys import new_ticket
+from mlx_receiver.wire.keys import control_keys, new_ticket
 from mlx_receiver.wire.signature import signature_from_config
 from mlx_receiver.wire.tcp import TcpTransport
 from mlx_receiver.wire.transport import Landing
@@ -39,6 +39,7 @@ TURN = 0.01
 @dataclass
 class Session:
     opened: m.Open
+    lie: str
     tokens: list[int]
     need: int
     vocab_size: int
@@ -204,7 +205,8 @@ def queues_a_while(s: Session) -> Iterator[Sent]:
         if s.started:
             break
     s.says("queued", s.need)
-    for _ in range(int(2.5 / TURN)):
+    until = time.monotonic() + 4
+    while time.monotonic() < until:
         yield None
     s.progress = None
     yield from script
@@ -299,12 +301,15 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--no-data", action="store_true")
+    parser.add_argument("--hold", type=float, default=0.0)
     options = parser.parse_args()
     signature = signature_from_config(json.loads((Path(options.model) / "config.json").read_text()))
     known = {tuple(prompt): (lie, tokens) for lie, prompt, tokens in json.loads(
         Path(options.answers).read_text())}  # fmt: skip
     socket = zmq.Context().socket(zmq.ROUTER)
-    guard = Guard(socket, os.environ.get("MAC_DECODE_TOKEN", ""))
+    token = os.environ.get("MAC_DECODE_TOKEN", "")
+    socket.curve_server = True
+    socket.curve_secretkey = control_keys(token).receiver_secret
     socket.bind(f"tcp://{options.host}:{options.port}")
     sessions: dict[int, Session] = {}
     ticket = new_ticket()
@@ -314,7 +319,7 @@ def main() -> None:
         listener.close()
     # Workers must not go where the receiver sends them.
     endpoint = m.Endpoint("tcp", "192.0.2.1", port, nonce)
-    peer = b""
+    peer, latest = b"", 0.0
     while True:
         socket.poll(int(TURN * 1000))
         while socket.poll(0):
@@ -331,15 +336,18 @@ def main() -> None:
                     prompt = opened.prompt_token_ids
                     lie, tokens = known.get(tuple(prompt), ("fails", [1] * 4))
                     need = len(prompt) * signature.kv_bytes_per_token(4)
-                    session = Session(opened, tokens, need, signature.vocab_size)
+                    session = Session(opened, lie, tokens, need, signature.vocab_size)
                     script = random.choice(LIES) if lie == "any" else globals()[lie]
                     session.script = script(session)
                     sessions[session.id] = session
+                    latest = time.monotonic()
                 case m.Start(number):
                     sessions[number].started = True
                 case m.Cancel(number):
                     sessions[number].cancelled = True
         for session in list(sessions.values()):
+            if session.lie != "honest" and time.monotonic() - latest < options.hold:
+                continue
             # What has been sent at once goes out in one turn.
             for _ in range(1001):
                 sent = None if session.cancelled else next(session.script, None)
@@ -352,7 +360,6 @@ def main() -> None:
                     break
             if session.cancelled:
                 session.progress = None
-    guard.close()
 
 
 if __name__ == "__main__":

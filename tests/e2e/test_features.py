@@ -180,7 +180,7 @@ def test_a_receiver_that_is_not_there_or_fails_is_left_alone(
         assert reason_now(relay) == {"weights_changed": 1}
         seam.weights_changed = False
         for _ in range(3):
-            relay._note_failure()
+            relay._available.failed()
         assert reason_now(relay) == {"circuit_open": 1}
     finally:
         relay.link.close()

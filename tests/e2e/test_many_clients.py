@@ -176,12 +176,28 @@ def test_thirty_two_streams_are_right_and_none_starves(crowd: Crowd, tmp_path: P
 def test_a_receiver_that_admits_two_refuses_the_rest(crowd: Crowd, tmp_path: Path) -> None:
     served = crowd.vllm
     with receiving(crowd, tmp_path / "receiver.log", "--max-sessions", "2") as receiver:
-        before = served.metric("vllm:mac_decode_fallbacks_total", reason="refused_capacity")
+        before = turned_away(served)
         streams = crowd.ask()
         assert [s.tokens for s in streams] == crowd.expected
         assert {s.finish for s in streams} == {"length"}
         served.tokens([5, 6, 7], 1)
-        refused = served.metric("vllm:mac_decode_fallbacks_total", reason="refused_capacity")
-        assert refused - before >= CLIENTS // 2
+        assert turned_away(served) - before >= CLIENTS // 2
         assert idle(receiver) == NOTHING
         served.wait_connected(receiver)  # refusals do not keep it from being used
+
+
+def turned_away(vllm: Vllm) -> float:
+    """Requests that the receiver refused, or that were not sent because it said that it is full."""
+    refused = vllm.metric("vllm:mac_decode_fallbacks_total", reason="refused_capacity")
+    return refused + vllm.metric("vllm:mac_decode_local_total", reason="receiver_full")
+
+
+def test_more_than_the_batch_wait_instead_of_falling_back(crowd: Crowd, tmp_path: Path) -> None:
+    served = crowd.vllm
+    with receiving(crowd, tmp_path / "receiver.log", "--max-batch", "2") as receiver:
+        before = served.metric("vllm:mac_decode_fallbacks_total")
+        streams = crowd.ask()
+        assert [s.tokens for s in streams] == crowd.expected
+        served.tokens([5, 6, 7], 1)
+        assert served.metric("vllm:mac_decode_fallbacks_total") == before
+        assert idle(receiver) == NOTHING

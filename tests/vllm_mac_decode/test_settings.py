@@ -113,6 +113,7 @@ def test_good_addresses(address: str, expected: tuple[str, int]) -> None:
     ("extra", "complaint"),
     [
         ({"stall_timeout": 0}, "stall_timeout must be above 0 seconds"),
+        ({"queue_timeout": -1}, "queue_timeout must be at least 0 seconds"),
         ({"stall_timeout": -2}, "stall_timeout must be above 0 seconds"),
         ({"staging_mib": 15}, "staging_mib must be at least 16"),
         ({"min_output_tokens": 1}, "min_output_tokens must be at least 2"),

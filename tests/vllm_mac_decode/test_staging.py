@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from vllm_mac_decode import staging
-from vllm_mac_decode.staging import SLOT_BYTES, Slot, StagingRing
+from vllm_mac_decode.staging import SLOT_BYTES, DeviceClock, Slot, StagingRing
 
 CUDA = torch.device("cuda", 0)
 
@@ -150,3 +151,24 @@ def test_a_piece_larger_than_a_slot() -> None:
     ring.release(large)
     assert ring.acquire(SLOT_BYTES + 8) is not large
     assert ring.acquire(8).memory.nbytes == SLOT_BYTES
+
+
+class FakeEvent:
+    """A CUDA event at a time in nanoseconds, and CUDA's arithmetic: float32 milliseconds."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return float(np.float32((end.at - self.at) / 1e6))
+
+
+def test_the_clock_of_a_gpu_is_as_fine_after_a_day_as_at_first() -> None:
+    now, day = 5 * 10**9, 86_400 * 10**9
+    clock = DeviceClock(lambda: FakeEvent(now), lambda: now)
+    for at in (10**9, 59 * 10**9, day, day + 30 * 10**9, 2 * day):
+        now = 5 * 10**9 + at
+        happened = now - 123_456  # before the event that is made on the way, if one is
+        assert abs(clock.ns(FakeEvent(happened)) - happened) < 5000
+    coarse = FakeEvent(0).elapsed_time(FakeEvent(day + 123_456)) * 1e6
+    assert abs(coarse - day - 123_456) > 100_000, "or it would be for nothing"

@@ -1,0 +1,256 @@
+"""The control connection to receivers that are not there, are not ours, or misbehave."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import zmq
+
+from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.keys import control_keys, new_ticket
+from mlx_receiver.wire.signature import ModelSignature
+from tests.conftest import free_port
+from tests.waiting import eventually
+from vllm_mac_decode import link as link_module
+from vllm_mac_decode.link import Link
+from vllm_mac_decode.settings import Settings
+
+SIGNATURE = ModelSignature("llama", 2, 2, 16, 64, 100, [])
+TICKET = new_ticket()
+WELCOME = m.Welcome("r", "m", "e", [m.Endpoint("tcp", "192.0.2.7", 9)], TICKET, 99, ["raw"])
+
+
+class Events:
+    """A ``LinkListener`` that remembers."""
+
+    def __init__(self) -> None:
+        self.seen: queue.Queue[object] = queue.Queue()
+        self.ticks = 0
+        self.fault = False
+
+    def connected(self, welcome: m.Welcome) -> None:
+        self.seen.put("connected")
+
+    def disconnected(self, reason: str) -> None:
+        self.seen.put(reason)
+
+    def message(self, message: m.ReceiverMessage, arrived: float) -> None:
+        if not isinstance(message, m.Status):
+            self.seen.put(message)
+        if self.fault:
+            raise RuntimeError("a fault of ours")
+
+    def tick(self, now: float) -> None:
+        self.ticks += 1
+
+
+class Peer:
+    """A receiver's control port. ``answer`` makes, of a client's message, what is sent back."""
+
+    def __init__(
+        self,
+        answer: Callable[[m.ClientMessage], list[bytes]],
+        token: str = "",
+        guarded: bool = True,
+    ) -> None:
+        self._answer = answer
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.ROUTER)
+        if guarded:
+            self.socket.curve_server = True
+            self.socket.curve_secretkey = control_keys(token).receiver_secret
+        self.address = f"127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._closing:
+            if self.socket.poll(20):
+                peer, packed = self.socket.recv_multipart()
+                for frame in self._answer(m.decode_client(packed)):
+                    self.socket.send_multipart([peer, frame])
+
+    def close(self) -> None:
+        self._closing = True
+        self._thread.join()
+        self.socket.close(linger=0)
+        self._context.term()
+
+
+def welcoming(message: m.ClientMessage) -> list[bytes]:
+    if isinstance(message, m.Hello):
+        return [m.encode(WELCOME)]
+    return [m.encode(m.Status(0, 0, True, 0, []))] if isinstance(message, m.Ping) else []
+
+
+@contextmanager
+def linked(
+    address: str, token: str = "", stall_timeout: float = 1.0
+) -> Iterator[tuple[Link, Events]]:
+    events = Events()
+    settings = Settings(receiver=address, token=token, stall_timeout=stall_timeout)
+    link = Link(settings, SIGNATURE, "float32", "test", events)
+    try:
+        yield link, events
+    finally:
+        link.close()
+        assert not link._thread.is_alive()
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.INFO)
+    logging.getLogger("vllm").propagate = True
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_workers_go_to_the_host_of_the_control_connection_with_the_ticket() -> None:
+    peer = Peer(welcoming)
+    with linked(peer.address) as (link, events):
+        assert events.seen.get(timeout=5) == "connected"
+        target = link.target
+        assert target is not None
+        assert (target.endpoint.host, target.endpoint.port) == ("127.0.0.1", 9)
+        assert target.ticket == TICKET
+        assert repr(TICKET.key) not in repr(target)
+        assert link.send(m.Cancel(1))
+    peer.close()
+
+
+@pytest.mark.parametrize(("who", "complaint"), [
+    ("wrong token", "has another token or another version: compare MAC_DECODE_TOKEN"),
+    ("first version", "has another token or another version"),
+    ("http", "hangs up: is it a receiver's control port?"),
+    ("mute", "takes the connection, but does not answer"),
+    ("nobody", "no receiver answers at"),
+])  # fmt: skip
+def test_why_nobody_answers(who: str, complaint: str, lines: Callable[[], list[str]]) -> None:
+    peer = server = None
+    if who in ("wrong token", "first version"):
+        peer = Peer(welcoming, "secret", guarded=who == "wrong token")
+        address = peer.address
+    elif who in ("http", "mute"):
+        server = socket.create_server(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    else:
+        address = f"127.0.0.1:{free_port()}"
+
+    def hang_up(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        connection.recv(64)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        connection.close()
+
+    if who == "http":
+        assert server is not None
+        threading.Thread(target=hang_up, args=[server], daemon=True).start()
+    with linked(address, "guess") as (link, events):
+        assert eventually(lambda: bool(lines()), 5)
+        time.sleep(1.5)  # later attempts say nothing new
+        assert len(lines()) == 1 and complaint in lines()[0]
+        assert "guess" not in lines()[0]
+        assert not link.send(m.Cancel(1)) and link.target is None
+        assert events.ticks > 5, "the clock ticks"
+    for each in (peer, server):
+        if each is not None:
+            each.close()
+
+
+BAD: dict[str, bytes] = {
+    "not msgpack": b"\xc1",
+    "another struct": b"\x81\xa4type\xa5hello",
+    "beyond the vocabulary": m.encode(m.Step([m.Decoded(1, 1, [100])])),
+    "a second Welcome": m.encode(WELCOME),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_no_message_ends_the_connection_and_not_the_thread(
+    bad: str, monkeypatch: pytest.MonkeyPatch, lines: Callable[[], list[str]]
+) -> None:
+    monkeypatch.setattr(link_module, "_REJECTED_SECONDS", 0.2)
+
+    def answer(message: m.ClientMessage) -> list[bytes]:
+        return [BAD[bad]] if isinstance(message, m.Cancel) else welcoming(message)
+
+    peer = Peer(answer)
+    with linked(peer.address) as (link, events):
+        for _ in range(2):
+            assert events.seen.get(timeout=5) == "connected"
+            link.send(m.Cancel(1))
+            assert "broke the protocol" in str(events.seen.get(timeout=5))
+            assert link.target is None
+        assert len(lines()) == 2
+    peer.close()
+
+
+def test_a_fault_of_ours_ends_the_connection_and_not_the_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link_module, "_RETRY_SECONDS", (0.1,))
+
+    def answer(message: m.ClientMessage) -> list[bytes]:
+        return [m.encode(m.Opened(1))] if isinstance(message, m.Cancel) else welcoming(message)
+
+    peer = Peer(answer)
+    with linked(peer.address) as (link, events):
+        assert events.seen.get(timeout=5) == "connected"
+        events.fault = True
+        link.send(m.Cancel(1))
+        assert events.seen.get(timeout=5) == m.Opened(1)
+        assert events.seen.get(timeout=5) == "the link failed"
+        events.fault = False
+        assert events.seen.get(timeout=5) == "connected"
+    peer.close()
+
+
+def test_a_receiver_that_never_stops_talking_does_not_stop_the_clock() -> None:
+    def answer(message: m.ClientMessage) -> list[bytes]:
+        flood = [m.encode(m.Status(0, 0, True, 0, []))] * 2000
+        return flood if isinstance(message, m.Ping) else welcoming(message)
+
+    peer = Peer(answer)
+    with linked(peer.address) as (_, events):
+        assert events.seen.get(timeout=5) == "connected"
+        before = events.ticks
+        time.sleep(1)
+        assert events.ticks - before >= 4
+    peer.close()
+
+
+def test_a_silent_receiver_is_lost() -> None:
+    peer = Peer(lambda message: welcoming(message) if isinstance(message, m.Hello) else [])
+    with linked(peer.address) as (link, events):
+        assert events.seen.get(timeout=5) == "connected"
+        assert "silent" in str(events.seen.get(timeout=5))
+        assert not link.send(m.Cancel(1))
+    peer.close()
+
+
+def test_others_may_send_while_it_closes() -> None:
+    peer = Peer(welcoming)
+    for _ in range(20):
+        with linked(peer.address) as (link, events):
+            events.seen.get(timeout=5)
+            ends = threading.Event()
+
+            def talk(link: Link = link, ends: threading.Event = ends) -> None:
+                while not ends.is_set():
+                    link.send(m.Cancel(1))
+
+            threads = [threading.Thread(target=talk) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            link.close()
+            ends.set()
+            for thread in threads:
+                thread.join()
+    peer.close()
