@@ -279,6 +279,9 @@ def _configure_logging(level: str) -> None:
     if number is None:
         _give_up(SettingsError(f"--log-level {level} is not one of debug, info, warning, error"))
     logging.basicConfig(level=number, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if number > logging.DEBUG:
+        for library in ("httpx", "httpx2"):  # a line for each request, to the hub, say
+            logging.getLogger(library).setLevel(max(number, logging.WARNING))
 
 
 def _give_up(error: Exception) -> NoReturn:
