@@ -9,6 +9,7 @@ expected.toml, and 2 when the tests could not be run.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,12 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.lab import record
-from tests.conftest import cached_model
-from tests.models import tiny_llama
-from tests.upstream import source, targets
+from tests.upstream import models, source, targets
 from tests.upstream.outcome import Outcomes, Result, differences, page, unneeded
 from tests.upstream.selection import TARGETS, Selection, read_expected, read_selection
-from vllm_mac_decode.demo.model import ModelUnavailable, fetch_smollm2
+from vllm_mac_decode.demo.model import ModelUnavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "upstream.md"
@@ -33,6 +32,8 @@ RESULTS = Path(__file__).with_name("results.json")
 
 def main() -> int:
     """Run what the arguments name, print the differences, and write the page if that is all."""
+    # An end from outside must stop the servers, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(stderr=True)
     wanted = sys.argv[1:]
     selection, expected = read_selection(), read_expected()
@@ -71,10 +72,7 @@ def run(selection: Selection, version: str, wanted: list[str], console: Console)
     Raises GateError, SourceUnavailable or ModelUnavailable.
     """
     outcomes: Outcomes = {target: {} for target in TARGETS}
-    models = {
-        "tiny": lambda: cached_model("tiny-llama", tiny_llama),
-        "real": fetch_smollm2,
-    }
+    made = {"wandering": models.wandering, "ending": models.ending}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -93,7 +91,7 @@ def run(selection: Selection, version: str, wanted: list[str], console: Console)
             ]
             if not files:
                 continue
-            model = models[name]()
+            model = made[name]()
             source.place_model(folder / "cwd", model)
             console.print(f"Starting vLLM twice, and the receiver, with the {name} model")
             with targets.servers(model, folder, group.vllm) as urls:

@@ -43,6 +43,11 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         _send({"broken": report.nodeid, "message": _reason(report)})
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """No engine runs in this process, so there is nothing to clean up after a test."""
+    item.add_marker("skip_global_cleanup")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """How many tests there will be."""
     _send({"total": len(session.items)})
