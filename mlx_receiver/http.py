@@ -130,10 +130,14 @@ def routes(receiver: Receiver) -> list[BaseRoute]:
         code = 200 if status == "ok" else 503
         if not request.state.trusted:
             return JSONResponse({"status": status}, code)
+        from mlx_receiver.receiver import engine_name, machine_name
+
         store = receiver.store
         body = {
             "status": status,
             "version": __version__,
+            "engine": engine_name(),
+            "machine": machine_name(),
             "model": receiver.source.name,
             "dtype": loaded.dtype if loaded is not None else None,
             "sessions": len(store.sessions()),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import xml.etree.ElementTree
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from mlx_receiver.settings import Settings
 from tests.conftest import free_port
 from tests.servers import pair
 from tests.vllm_mac_decode.test_cli import mac_decode
-from vllm_mac_decode.bench_command import picture, record
+from vllm_mac_decode.bench_command import picture, record, run
 from vllm_mac_decode.bench_command.run import BenchError, Options, measure
 from vllm_mac_decode.bench_command.servers import Pair, Server
 
@@ -62,6 +64,7 @@ def test_three_ways_on_two_real_servers(tiny_llama_path: Path, tmp_path: Path) -
     assert result["handoff"]["gap_ms"]["p50"] > 0
     assert result["link"]["gb_per_s"] > 0
     assert result["receiver"]["engine"].startswith("mlx ")
+    assert "GiB" in result["receiver"]["machine"]
     assert result["vllm"]["hardware"]["cores"]
     assert result["model"] == "m"
     assert result["receiver_model"] == tiny_llama_path.name
@@ -122,6 +125,24 @@ def test_a_prompt_that_does_not_fit(alone: str) -> None:
     with pytest.raises(BenchError, match="answers 400"):
         server.look()
         server.complete([5] * 9000, 4)
+
+
+def test_the_receiver_says_what_it_runs_on(alone: str) -> None:
+    health = Server(alone, "--receiver-http").document("/health")
+    assert health["engine"] == f"mlx {metadata.version('mlx')}"
+    assert re.fullmatch(r".+, \d+ GiB", health["machine"])
+
+
+def test_a_link_that_is_not_timed_names_no_address(alone: str, tiny_llama_path: Path) -> None:
+    vllm = Server(alone, "--vllm", model=str(tiny_llama_path))
+    port = free_port()
+    options = Options(alone, alone, receiver=f"127.0.0.1:{port}")
+    link = run._link(options, vllm)
+    assert link["gb_per_s"] is None
+    assert "address" in link["why"]
+    assert str(port) not in link["why"]
+    vllm.document = lambda path: {"data": [{"id": "x", "root": "/no/such"}]}  # type: ignore[method-assign]
+    assert "config.json" in run._link(options, vllm)["why"]
 
 
 def test_a_request_that_was_not_handed_off(alone: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import threading
@@ -277,6 +278,24 @@ def test_a_model_that_cannot_be_handed_off(tiny_llama_path: Path) -> None:
     assert "'gemma3' are not supported" in check_model("m", gemma, dtype).seen
     sliding = msgspec.structs.replace(signature, sliding_window=512)
     assert "sliding-window" in check_model("m", sliding, dtype).seen
+
+
+def test_nothing_is_tried_with_a_model_that_cannot_be_handed_off(
+    tiny_llama_path: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_llama_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma3"}))
+    started: list[str] = []
+
+    def start(model: str) -> EngineFacts:
+        started.append(model)
+        return EngineFacts(hooks=True)
+
+    settings = Settings(receiver=f"127.0.0.1:{free_port()}")
+    *_, report = run_checks(settings, str(tmp_path), start)
+    assert isinstance(report, Report)
+    assert not report.ready
+    assert started == [""]
 
 
 def test_a_model_that_cannot_be_read(tmp_path: Path) -> None:

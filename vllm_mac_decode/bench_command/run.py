@@ -51,7 +51,7 @@ def measure(options: Options, show: Show) -> dict[str, Any]:
     pair.look()
     health = receiver.document("/health")
     show("link")
-    link, engine = _link(options, vllm)
+    link = _link(options, vllm)
     runs: dict[str, list[list[float]]] = {way: [] for way in record.WAYS}
     handoffs: list[timeline.Handoff] = []
     for turn in range(options.repeats + 1):
@@ -88,36 +88,35 @@ def measure(options: Options, show: Show) -> dict[str, Any]:
         },
         "receiver": {
             "version": health.get("version"),
-            "engine": health.get("engine") or engine,
+            "engine": health.get("engine"),
             "dtype": health.get("dtype"),
             "machine": health.get("machine"),
         },
     }
 
 
-def _link(options: Options, vllm: Server) -> tuple[dict[str, Any], str | None]:
-    """How fast KV reaches the receiver, and what decodes there; why that is not known."""
+def _link(options: Options, vllm: Server) -> dict[str, Any]:
+    """How fast KV reaches the receiver over each of its addresses, or why that is not known."""
     listed = vllm.document("/v1/models")["data"][0]
     try:
         known = read_model(str(listed.get("root") or vllm.model))
-        checks = ReceiverChecks(_settings(options), known)
-        found = list(checks.findings())
+        found = list(ReceiverChecks(_settings(options), known).findings())
     except (OSError, ValueError):
-        return {"gb_per_s": None, "why": "the model's config.json cannot be read here"}, None
-    engines = [f.figures["engine"] for f in found if "engine" in f.figures]
-    engine = str(engines[0]) if engines else None
+        return {"gb_per_s": None, "why": "the model's config.json cannot be read here"}
     timed = [finding.figures for finding in found if finding.figures.get("seconds")]
     if not timed:
         # Not the finding's own words: they name addresses.
         failed = next((finding.name for finding in found if finding.state != "fine"), "")
-        return {"gb_per_s": None, "why": f"not timed, see `mac-decode check`: {failed}"}, engine
-    rates = [float(f["bytes"]) / float(f["seconds"]) / 1e9 for f in timed]
+        return {"gb_per_s": None, "why": f"not timed, see `mac-decode check`: {failed}"}
     ways = [
-        {"gb_per_s": round(rate, 3), "interface": figures["interface"]}
-        for rate, figures in zip(rates, timed, strict=True)
+        {
+            "gb_per_s": round(float(figures["bytes"]) / float(figures["seconds"]) / 1e9, 3),
+            "interface": figures["interface"],
+        }
+        for figures in timed
     ]
     # vLLM takes the first of the name's addresses that works.
-    return {"gb_per_s": ways[0]["gb_per_s"], "addresses": ways}, engine
+    return {"gb_per_s": ways[0]["gb_per_s"], "addresses": ways}
 
 
 def _settings(options: Options) -> Settings:

@@ -206,7 +206,6 @@ class ReceiverChecks:
                     "model",
                     f"The receiver ({answer.engine}) serves the same model, {answer.model}, up to "
                     f"{answer.max_tokens} tokens; protocol {m.PROTOCOL_VERSION}",
-                    engine=answer.engine,
                 )
             case _:
                 return wrong(
