@@ -158,10 +158,10 @@ ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_one_client_does_not_slow_down_the_others(live: Receiver, name: str) -> None:
     path, body = ATTACKS[name]
     raw = json.dumps(body).encode()
-    until = time.monotonic() + 2.0
 
     def attack() -> list[int]:
         found = []
+        until = time.monotonic() + 2.0
         while time.monotonic() < until:
             found.append(post(live, path, raw).status_code)
         return found
@@ -265,7 +265,7 @@ def test_requests_under_way_are_bounded(live: Receiver) -> None:
             connection = raw_connection(live, head)
             connection.__enter__().sendall(raw)
             waiting.append(connection)
-        assert eventually(lambda: post(live, "completions", GREEDY).status_code == 503, 20)
+        assert eventually(lambda: sum(map(live.health().get, ("decoding", "waiting"))) >= 1024, 30)
         answer = post(live, "completions", GREEDY)
         assert answer.headers["retry-after"] == "1" and "samples are under way" in answer.text
         assert httpx.get(f"{live.url}/health").status_code == 200
