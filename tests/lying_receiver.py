@@ -65,6 +65,10 @@ class Session:
         yield m.Complete(self.id, self.kv_bytes)
         while not self.started:
             yield None
+        yield from self.steps(count)
+
+    def steps(self, count: int) -> Iterator[Sent]:
+        """The receiver's own tokens, one a turn."""
         for position in range(1, count):
             last = position + 1 == len(self.tokens)
             yield self.step(position, finish="length" if last else "")
@@ -199,17 +203,13 @@ def queues_off_and_on(s: Session) -> Iterator[Sent]:
 
 def queues_a_while(s: Session) -> Iterator[Sent]:
     """Legitimate: for longer than a stall may last."""
-    script = s.upto(len(s.tokens))
-    for sent in script:
-        yield sent
-        if s.started:
-            break
+    yield from s.upto(1)
     s.says("queued", s.need)
     until = time.monotonic() + 4
     while time.monotonic() < until:
         yield None
     s.progress = None
-    yield from script
+    yield from s.steps(len(s.tokens))
 
 
 def context_is_full(s: Session) -> Iterator[Sent]:
