@@ -85,6 +85,7 @@ class Guard:
     def close(self) -> None:
         """Close the socket and stop the authenticating thread; before the context ends."""
         self._router.disable_monitor()
+        self.events.close()
         self._router.close()
         self._authenticator.stop()
 
