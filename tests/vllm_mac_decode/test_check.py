@@ -454,7 +454,8 @@ def test_the_layout_of_the_backend_that_vllm_takes_here(
     shutil.copytree(tiny_llama_path, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
     facts = engine.ask_child(str(tmp_path / "m"))
     assert (facts.error, facts.problem, facts.hooks) == ("", "", True)
-    assert (facts.backend, facts.kv_dtype, facts.early) == ("CPU_ATTN", "float32", True)
+    # vLLM's "auto" takes a float32 model as bfloat16.
+    assert (facts.backend, facts.kv_dtype, facts.early) == ("CPU_ATTN", "bfloat16", True)
 
 
 # --- all of it ----------------------------------------------------------------------------------
