@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 #: How often progress is logged where there is no terminal to draw it on.
 _PROGRESS_SECONDS: Final = 10.0
 
+_CAFFEINATE: Final = "/usr/bin/caffeinate"
+
 
 class Interruption:
     """SIGINT or SIGTERM, as something to wait for.
@@ -140,7 +142,7 @@ def _keep_awake() -> bool:
     """Have a Mac not fall asleep for want of a user while this process lives."""
     if sys.platform != "darwin":
         return False
-    command = ["/usr/bin/caffeinate", "-i", "-w", str(os.getpid())]
+    command = [_CAFFEINATE, "-i", "-w", str(os.getpid())]
     quiet = subprocess.DEVNULL
     try:
         # In a session of its own: Ctrl-C is for this process.

@@ -56,7 +56,26 @@ def test_other_machines_need_a_token() -> None:
     code, text = run("start", "--model", "any", "--host", "0.0.0.0")
     assert code == 2
     assert "--host 0.0.0.0 is reachable from other machines" in text
-    assert "--token" in text
+    assert '--token "$(openssl rand -hex 16)"' in text
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--port", "99999"], "--port 99999 is no port"),
+        (["--port", "-1"], "--port -1 is no port"),
+        (["--data-port", "70000"], "--data-port 70000 is no port"),
+        (["--http-port", "99999"], "--http-port 99999 is no port"),
+        (["--data-port", "65535", "--transport", "tcp,zmq"], "transports 65536 is no port"),
+        (["--host", "nonsense.invalid"], "--host nonsense.invalid cannot be listened on"),
+        (["--host", "203.0.113.9"], "Cannot assign requested address): 0.0.0.0 is every address"),
+    ],
+)
+def test_ports_and_hosts_that_cannot_be(options: list[str], names: str) -> None:
+    code, text = run("start", "--model", "any", "--token", "t", "--api-key", "k", *options)
+    assert code == 2
+    assert len(text.splitlines()) == 1
+    assert names in text
 
 
 @pytest.mark.parametrize("option", ["--port", "--data-port", "--http-port"])
@@ -139,7 +158,7 @@ def test_generate_is_mlx_alone(tiny_llama_path: Path, prefill: Prefill) -> None:
 def test_a_started_receiver_serves_and_stops_on_a_signal(
     tiny_llama_path: Path, number: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "mlx_receiver.cli", "start", "--model", str(tiny_llama_path)]
+    command = [sys.executable, "-m", "mlx_receiver", "start", "--model", str(tiny_llama_path)]
     ports = ["--port", "0", "--http-port", "0"]
     process = subprocess.Popen(
         [*command, *ports], stderr=subprocess.PIPE, text=True, env=_env(MLX_RECEIVER_MAX_BATCH="3")
@@ -147,12 +166,15 @@ def test_a_started_receiver_serves_and_stops_on_a_signal(
     assert process.stderr is not None
     try:
         said = ""
-        while "--kv-connector" not in said:
+        while "For another one:" not in said:
             line = process.stderr.readline()
             assert line, said
             said += line
         assert "3 of them decoding" in said
         assert re.search(r"MAC_DECODE_RECEIVER=127.0.0.1:\d+", said)
+        # On this machine vLLM finds the model where it is.
+        assert f"vllm serve {tiny_llama_path} --kv-connector mac_decode\n" in said
+        assert "--host 0.0.0.0 --token" in said.splitlines()[-1]
         found = re.search(r"http://\S+/health", said)
         assert found
         answer = httpx.get(found.group(0))

@@ -19,8 +19,17 @@ import httpx
 import pytest
 
 from mlx_receiver import hub as hub_client
-from mlx_receiver import weights
-from mlx_receiver.interfaces import Interface, check_host, of_macos, ordered, reachable_at, usable
+from mlx_receiver import serve, weights
+from mlx_receiver.announcement import wifi_warning
+from mlx_receiver.interfaces import (
+    Interface,
+    check_host,
+    interfaces,
+    of_macos,
+    ordered,
+    reachable_at,
+    usable,
+)
 from mlx_receiver.model import ModelError, find_model, load_model
 from mlx_receiver.settings import SettingsError
 from mlx_receiver.weights import Memory, refusal, weights_nbytes
@@ -123,6 +132,27 @@ def test_a_port_in_use_ends_it_before_anything_large_is_fetched(
 
 
 @pytest.mark.server
+def test_what_is_printed_works_on_another_machine(tiny_llama_path: Path) -> None:
+    """Its interfaces' addresses, never the one that means all of them, and no path of this one."""
+    every = [(a, i) for i in interfaces() for a in i.addresses if ":" not in a]
+    options = ("--host", "0.0.0.0", "--token", "secret", "--api-key", "key")
+    receiver = Started(
+        "--model", str(tiny_llama_path), "--port", "0", "--http-port", "0", *options, env={}
+    )
+    try:
+        receiver.wait_for(r"vllm serve MODEL --kv-connector mac_decode\n")
+        receiver.wait_for(r"MODEL is what vLLM calls the model of ")
+        assert receiver.end(signal.SIGTERM)[0] == 0
+    finally:
+        receiver.process.kill()
+    assert "0.0.0.0" not in receiver.said and "secret" not in receiver.said
+    best = every[0][0] if every else "127.0.0.1"
+    assert re.search(rf"MAC_DECODE_TOKEN=\.\.\. MAC_DECODE_RECEIVER={best}:\d+ ", receiver.said)
+    for address, interface in every:
+        assert re.search(rf"Listening on {address}:\d+ \({interface.text}\)", receiver.said)
+
+
+@pytest.mark.server
 def test_a_model_of_the_hub_is_fetched_and_served_under_its_name(
     tiny_llama_path: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +230,31 @@ def test_what_vllm_calls_the_model(tiny_llama_path: Path, tmp_path: Path) -> Non
         (snapshot / "README.md").write_text(f"---\nlicense: other\n{said}\ntags: [mlx]\n---\nText")
         assert find_model(str(snapshot)).vllm_name == "Qwen/Qwen3-0.6B"
     assert hub_client.name_of(tiny_llama_path) is None
+
+
+def test_a_mac_is_kept_awake_while_the_process_lives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert serve._keep_awake() is False  # no Mac
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(serve, "_CAFFEINATE", str(tmp_path / "missing"))
+    assert serve._keep_awake() is False
+    script, heard = tmp_path / "caffeinate", tmp_path / "heard"
+    script.write_text(f'#!/bin/sh\necho "$@" > {heard}.part; mv {heard}.part {heard}\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(serve, "_CAFFEINATE", str(script))
+    assert serve._keep_awake() is True
+    until = time.monotonic() + 30
+    while not heard.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert heard.read_text() == f"-i -w {os.getpid()}\n"
+
+
+def test_wifi_is_said_to_be_slow_in_numbers() -> None:
+    said = wifi_warning(Interface("en1", "wifi", ("192.168.1.7",)), 131_072)  # an 8B model
+    assert "en1 is Wi-Fi" in said
+    assert "8,192 tokens (1.07 GB) takes some 11 to 43 s, 0.9 s on a 10 Gbit/s cable" in said
 
 
 # --- memory -------------------------------------------------------------------------------------
