@@ -6,6 +6,9 @@ What differs between their times to the first token is what exporting costs.
 
     python -m bench.overlap_gpu --receiver-gpu 1     # a machine with two GPUs
     python -m bench.overlap_gpu --hollow             # with one, see bench/hollow.py
+    python -m bench.overlap_gpu --hollow --add       # once more, pooled with what --out holds
+
+One process is one sample of what differs between processes: run several, on several machines.
 
 The model has Llama-3.1-8B's shape and random weights, written once to ``--model``. The link is TCP
 over loopback; what two plain programs get out of it is measured beside it.
@@ -173,7 +176,7 @@ class Engine:
     """vLLM, stepped by hand so that the first token's time is seen."""
 
     def __init__(
-        self, model: Path, connector: bool, receiver: str, streams: int = 1, **options: Any
+        self, model: Path, connector: bool, receiver: str, streams: str = "auto", **options: Any
     ) -> None:
         from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import EngineArgs
@@ -186,7 +189,10 @@ class Engine:
             options["kv_transfer_config"] = KVTransferConfig(
                 kv_connector="mac_decode",
                 kv_role="kv_producer",
-                kv_connector_extra_config={"receiver": receiver, "streams": streams},
+                kv_connector_extra_config={
+                    "receiver": receiver,
+                    "streams": int(streams) if streams.isdigit() else streams,
+                },
             )
         arguments = EngineArgs(model=str(model), skip_tokenizer_init=True, **options)
         self.engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=True)
@@ -219,20 +225,37 @@ def prompt_of(length: int, seed: int) -> list[int]:
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median and range in milliseconds."""
-    ms = [1000 * value for value in values]
+    """Median, 90th percentile and range of milliseconds."""
+    ordered = sorted(values)
     return {
-        "median": round(statistics.median(ms), 2),
-        "min": round(min(ms), 2),
-        "max": round(max(ms), 2),
+        "median": round(statistics.median(ordered), 2),
+        "p90": round(ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))], 2),
+        "min": round(ordered[0], 2),
+        "max": round(ordered[-1], 2),
+    }
+
+
+def pooled(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with figures over the samples of all its processes, and each process's median gap."""
+    runs = [process["samples"] for process in row["processes"]]
+    figures = {
+        name: summary([value for run in runs for value in run.get(name, ())]) for name in runs[0]
+    }
+    local, handed = figures["first_token_local_ms"], figures["first_token_handed_off_ms"]
+    return {
+        **row,
+        **figures,
+        "samples": sum(len(run["handoff_gap_ms"]) for run in runs),
+        "slowdown_percent": round(100 * (handed["median"] / local["median"] - 1), 2),
+        "process_gaps_ms": [round(statistics.median(run["handoff_gap_ms"]), 2) for run in runs],
     }
 
 
 def measure(
     engine: Engine, receiver: ReceiverProcess | None, length: int, tokens: int, repeats: int
-) -> dict[str, Any]:
+) -> dict[str, list[float]]:
     """Alternate local and handed-off requests of one length; short ones more often, because what
-    else the machine does is a larger part of them."""
+    else the machine does is a larger part of them. Milliseconds of each kind."""
     repeats *= max(1, min(8, 8192 // length))
     local, handed, gaps, local_tpot, remote_tpot, seconds, lags = [], [], [], [], [], [], []
     for i in range(repeats + 1):
@@ -249,24 +272,19 @@ def measure(
             seconds.append(b["times"][2] - b["times"][1])  # it joins the batch for this one
         if receiver is not None:
             lags.append(exposed(receiver))
-    result = {
-        "prompt_tokens": length,
-        "repeats": repeats,
-        "first_token_local_ms": summary(local),
-        "first_token_handed_off_ms": summary(handed),
-        "slowdown_percent": round(
-            100 * (statistics.median(handed) / statistics.median(local) - 1), 2
-        ),
-        "handoff_gap_ms": summary(gaps),
+    samples = {
+        "first_token_local_ms": local,
+        "first_token_handed_off_ms": handed,
+        "handoff_gap_ms": gaps,
     }
     if tokens > 2:
-        result["local_ms_per_token"] = summary(local_tpot)
-        result["receiver_ms_per_token"] = summary(remote_tpot)
-        result["receiver_second_token_ms"] = summary(seconds)
+        samples["local_ms_per_token"] = local_tpot
+        samples["receiver_ms_per_token"] = remote_tpot
+        samples["receiver_second_token_ms"] = seconds
     known = [lag for lag in lags if lag is not None]
     for name in known[0] if known else ():
-        result[f"{name}_ms"] = summary([lag[name] for lag in known])
-    return result
+        samples[f"{name}_ms"] = [lag[name] for lag in known]
+    return {name: [round(1000 * value, 3) for value in values] for name, values in samples.items()}
 
 
 def latest_timeline(receiver: ReceiverProcess) -> Any:
@@ -310,7 +328,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chunk", type=int, default=None, help="max tokens of one step")
-    parser.add_argument("--streams", type=int, default=1, help="connections to the receiver")
+    parser.add_argument("--streams", default="auto", help="connections to the receiver")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--no-connector", action="store_true", help="plain vLLM, for comparison")
     parser.add_argument("--memory", type=float, default=0.6)
@@ -372,13 +390,24 @@ def main() -> None:
             warm = engine.run(prompt_of(256, 99), 8, local=False)  # compiles MLX's kernels
             result["warm_gap_s"] = round(warm["times"][1] - warm["times"][0], 2)
         for length in options.lengths:
-            row = measure(engine, receiver, length, options.tokens, options.repeats)
-            if options.streams > 1:
-                row["streams"] = options.streams
-            if options.chunk:
-                row["step_tokens"] = options.chunk
-            result["rows"].append(row)
-            print(json.dumps(row), flush=True)
+            samples = measure(engine, receiver, length, options.tokens, options.repeats)
+            what = {
+                "prompt_tokens": length,
+                "streams": options.streams,
+                "step_tokens": options.chunk,
+            }
+            process = {
+                "date": result["date"],
+                "loopback_gb_per_s": result.get("loopback", {}).get("gb_per_s"),
+                "samples": samples,
+            }
+            same = [r for r in result["rows"] if what.items() <= r.items()]
+            row = pooled({**what, "processes": [*(same[0]["processes"] if same else ()), process]})
+            if same:
+                result["rows"][result["rows"].index(same[0])] = row
+            else:
+                result["rows"].append(row)
+            print(json.dumps({k: v for k, v in row.items() if k != "processes"}), flush=True)
             save(result, options.out)
             if receiver is not None:
                 timeline = options.out.with_suffix(f".{length}.timeline.json")

@@ -136,17 +136,10 @@ def context(result: dict[str, Any]) -> Figure:
 
 def overlap(result: dict[str, Any]) -> Figure:
     """On a GPU: the first token with the export on and off, and the receiver's first behind it."""
-    rows = sorted(result["rows"], key=lambda row: row["prompt_tokens"])
-    curves = {
-        (streams, stepped): [
-            row
-            for row in rows
-            if row.get("streams", 1) == streams and ("step_tokens" in row) == stepped
-        ]
-        for streams in (1, 2)
-        for stepped in (False, True)
-    }
-    whole = curves[1, False]
+    rows = sorted(result["rows"], key=lambda row: (row["step_tokens"] or 0, row["prompt_tokens"]))
+    chosen = [row for row in rows if row["streams"] == "auto"]
+    single = {(r["prompt_tokens"], r["step_tokens"]): r for r in rows if r["streams"] == "1"}
+    whole = [row for row in chosen if row["step_tokens"] is None]
     figure, (first, gap) = plt.subplots(1, 2, figsize=(10.4, 3.6), layout="constrained")
     kinds = (
         ("first_token_local_ms", "kept local", PALE),
@@ -163,21 +156,26 @@ def overlap(result: dict[str, Any]) -> Figure:
     first.set_ylabel("ms to the first token")
     first.set_yscale("log")
     first.legend(frameon=False, fontsize=8)
-    lengths = [row["prompt_tokens"] for row in whole]
-    for (streams, stepped), part in curves.items():
-        label = "in steps of 2,048 tokens" if stepped else "prefill in one step"
-        gap.plot(
-            [row["prompt_tokens"] for row in part],
-            [row["handoff_gap_ms"]["median"] for row in part],
-            color=DECODE if stepped else PREFILL, linestyle="-" if streams == 2 else ":",
-            label=f"{label}, {'two connections' if streams == 2 else 'one connection'}",
-            marker="o", markersize=4,
-        )  # fmt: skip
-    gap.set_xscale("log", base=2)
-    gap.set_ylim(bottom=0)
-    gap.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    for at, row in enumerate(chosen):
+        other = single.get((row["prompt_tokens"], row["step_tokens"]))
+        for shown, place, colour in ((other, at - 0.19, PALE), (row, at + 0.19, DECODE)):
+            if shown is None:
+                continue
+            middle, high = shown["handoff_gap_ms"]["median"], shown["handoff_gap_ms"]["p90"]
+            bars = gap.bar(
+                place, middle, 0.36, color=colour,
+                yerr=[[0.0], [high - middle]], capsize=3, ecolor="#555555",
+            )  # fmt: skip
+            gap.bar_label(bars, [f"{middle:.0f}"], label_type="center", fontsize=8)
+    gap.bar(0, 0, color=PALE, label="one connection")
+    gap.bar(0, 0, color=DECODE, label="connections chosen by itself")
+    names = [
+        f"{r['prompt_tokens'] // 1024}k" + ("\n(2k steps)" if r["step_tokens"] else "")
+        for r in chosen
+    ]
+    gap.set_xticks(range(len(chosen)), names)
     gap.set_xlabel("prompt tokens")
-    gap.set_ylabel("ms from vLLM's first token to the\nreceiver's, its decode step taken as 0")
+    gap.set_ylabel("ms of hand-off gap beyond a decode\nstep: median, and p90 as a line")
     gap.legend(frameon=False, fontsize=8)
     for axis in (first, gap):
         _bare(axis, grid="y")
