@@ -57,9 +57,8 @@ def main() -> int:
             console.print(f"No longer differs, take it out of expected.toml: {entry.tests}")
     for difference in found:
         state = f"expected: {difference.reason}" if difference.reason else "NOT EXPECTED"
-        console.print(
-            f"{difference.target}: {difference.test}: {difference.message} ({state})", markup=False
-        )
+        line = f"{difference.target}: {difference.test}: {difference.message} ({state})"
+        console.print(line, markup=False, soft_wrap=True)
     for target, tests in outcomes.items():
         passed = sum(outcome.outcome == "passed" for outcome in tests.values())
         console.print(f"{target}: {passed} of {len(tests)} passed")
@@ -83,6 +82,7 @@ def run(selection: Selection, version: str, wanted: list[str], console: Console)
         folder = Path(scratch)
         console.print(f"Fetching the tests of vLLM {version}")
         source.unpack(source.fetch(version), folder)
+        source.add_own_tests(folder)
         for name, group in selection.groups.items():
             files = [
                 file

@@ -149,7 +149,7 @@ def run(
         finally:
             pytest.terminate()
             pytest.wait()
-    if broken or total != len(outcomes):
+    if broken or not outcomes or total != len(outcomes):
         reason = "; ".join(broken) or f"{len(outcomes)} of {total} tests ran"
         raise GateError(f"{target}: {reason}\n{log.read_text(errors='replace')[-3000:]}")
     return outcomes
