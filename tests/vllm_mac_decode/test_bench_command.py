@@ -66,7 +66,7 @@ def test_three_ways_on_two_real_servers(tiny_llama_path: Path, tmp_path: Path) -
     assert result["receiver"]["engine"].startswith("mlx ")
     assert "GiB" in result["receiver"]["machine"]
     assert result["vllm"]["hardware"]["cores"]
-    assert result["model"] == "m"
+    assert result["model"] == tiny_llama_path.name  # not the name it is served under
     assert result["receiver_model"] == tiny_llama_path.name
     drawing = (tmp_path / "out" / "result.svg").read_text()
     for written in (text, drawing):
@@ -134,14 +134,14 @@ def test_the_receiver_says_what_it_runs_on(alone: str) -> None:
 
 
 def test_a_link_that_is_not_timed_names_no_address(alone: str, tiny_llama_path: Path) -> None:
-    vllm = Server(alone, "--vllm", model=str(tiny_llama_path))
+    vllm = Server(alone, "--vllm", root=str(tiny_llama_path))
     port = free_port()
     options = Options(alone, alone, receiver=f"127.0.0.1:{port}")
     link = run._link(options, vllm)
     assert link["gb_per_s"] is None
     assert "address" in link["why"]
     assert str(port) not in link["why"]
-    vllm.document = lambda path: {"data": [{"id": "x", "root": "/no/such"}]}  # type: ignore[method-assign]
+    vllm.root = "/no/such"
     assert "config.json" in run._link(options, vllm)["why"]
 
 

@@ -87,7 +87,7 @@ def _machines(result: dict[str, Any]) -> str:
     receiver = result["receiver"]
     mac = receiver.get("machine") or "the receiver"
     link = result["link"].get("gb_per_s")
-    through = f"{link} GB/s between them" if link else ""
+    through = f"{link:.2f} GB/s between them" if link else ""
     engines = f"vLLM {result['vllm']['version']}, {receiver.get('engine') or 'MLX'}"
     return "  ·  ".join(filter(None, [f"{spark[0]} + {mac}", engines, through]))
 

@@ -73,8 +73,8 @@ def measure(options: Options, show: Show) -> dict[str, Any]:
     return {
         "format": record.FORMAT,
         "date": record.now(),
-        "model": record.public_model(vllm.model),
-        "receiver_model": record.public_model(receiver.model),
+        "model": record.public_model(vllm.root),
+        "receiver_model": record.public_model(receiver.root),
         "prompt_tokens": options.prompt_tokens,
         "output_tokens": options.output_tokens,
         "repeats": options.repeats,
@@ -97,9 +97,8 @@ def measure(options: Options, show: Show) -> dict[str, Any]:
 
 def _link(options: Options, vllm: Server) -> dict[str, Any]:
     """How fast KV reaches the receiver over each of its addresses, or why that is not known."""
-    listed = vllm.document("/v1/models")["data"][0]
     try:
-        known = read_model(str(listed.get("root") or vllm.model))
+        known = read_model(vllm.root)
         found = list(ReceiverChecks(_settings(options), known).findings())
     except (OSError, ValueError):
         return {"gb_per_s": None, "why": "the model's config.json cannot be read here"}

@@ -44,6 +44,8 @@ class Server:
     option: str
     api_key: str = ""
     model: str = ""
+    #: What was loaded under that name, where the server says so: a folder or a Hugging Face id.
+    root: str = ""
     max_model_len: int | None = None
     http: httpx.Client = field(init=False)
 
@@ -78,6 +80,7 @@ class Server:
         try:
             listed = self.document("/v1/models")["data"][0]
             self.model = str(listed["id"])
+            self.root = str(listed.get("root") or self.model)
             self.max_model_len = listed.get("max_model_len")
         except (LookupError, TypeError):
             raise BenchError(f"{self.url} lists no model: is it {self.option}?") from None
