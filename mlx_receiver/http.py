@@ -27,6 +27,7 @@ from mlx_receiver.api.routes import api_routes
 from mlx_receiver.connections import Connection
 from mlx_receiver.session import Ended, Session
 from mlx_receiver.settings import SettingsError
+from mlx_receiver.wire import addresses
 
 if TYPE_CHECKING:
     from mlx_receiver.receiver import Receiver
@@ -46,15 +47,17 @@ class HttpServer:
         """Bind the port. Raises SettingsError when it cannot be used."""
         settings = receiver.settings
         try:
-            self._socket = socket.create_server((settings.host, settings.http_port or 0))
+            self._sockets = addresses.listening(settings.host, settings.http_port or 0)
         except OSError as error:
+            at = addresses.spelled(settings.host, settings.http_port or 0)
             raise SettingsError(
-                f"the HTTP port {settings.host}:{settings.http_port} cannot be used "
-                f"({os.strerror(error.errno or 0)}): choose another with --http-port"
+                f"the HTTP port {at} cannot be used ({os.strerror(error.errno or 0)}): "
+                "choose another with --http-port"
             ) from None
-        self.port: int = self._socket.getsockname()[1]
-        # Connections inherit it; by itself the system holds megabytes for each slow reader.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        self.port: int = self._sockets[0].getsockname()[1]
+        for listener in self._sockets:
+            # Connections inherit it; by itself the system holds megabytes for each slow reader.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         config = uvicorn.Config(
             application(receiver),
             http=Connection,
@@ -83,10 +86,11 @@ class HttpServer:
         self._server.should_exit = True
         if self._thread.is_alive():
             self._thread.join(timeout=1.5)
-        self._socket.close()
+        for listener in self._sockets:
+            listener.close()
 
     def _run(self) -> None:
-        self._server.run(sockets=[self._socket])
+        self._server.run(sockets=self._sockets)
 
 
 def application(receiver: Receiver) -> Starlette:

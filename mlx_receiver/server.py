@@ -22,7 +22,7 @@ from mlx_receiver.guard import Guard
 from mlx_receiver.handover import Client, Handover
 from mlx_receiver.seldom import SeldomLogger
 from mlx_receiver.settings import SettingsError
-from mlx_receiver.wire import keys
+from mlx_receiver.wire import addresses, keys
 from mlx_receiver.wire.frames import DTYPES
 from mlx_receiver.wire.messages import (
     E_MODEL,
@@ -113,16 +113,29 @@ class ControlServer:
     def bind(self, host: str, port: int) -> int:
         """Listen; the port, also where 0 was asked for. Raises SettingsError when it cannot."""
         try:
-            if port:
-                self._socket.bind(f"tcp://{host}:{port}")
-            else:
-                port = self._socket.bind_to_random_port(f"tcp://{host}")
-        except zmq.ZMQError as error:
+            port = self._bind(host, port)
+        except OSError as error:
             raise SettingsError(
-                f"the control port {host}:{port} cannot be used ({os.strerror(error.errno or 0)}): "
-                "choose another with --port"
+                f"the control port {addresses.spelled(host, port)} cannot be used "
+                f"({os.strerror(error.errno or 0)}): choose another with --port"
             ) from None
         self._thread.start()
+        return port
+
+    def _bind(self, host: str, port: int) -> int:
+        """Every address of the host, on one port. Raises OSError."""
+        # Plain sockets find out which addresses are there and, for 0, which port all have free.
+        probes = addresses.listening(host, port)
+        port = probes[0].getsockname()[1]
+        found = [(probe.family, probe.getsockname()) for probe in probes]
+        for probe in probes:
+            probe.close()
+        for family, sockaddr in found:
+            self._socket.setsockopt(zmq.IPV6, int(family == socket.AF_INET6))
+            at = addresses.Address(family, sockaddr).text
+            # With IPv6 on, "*" is both versions.
+            everywhere = addresses.bare(host) in addresses.EVERYWHERE
+            self._socket.bind(f"tcp://*:{port}" if everywhere else f"tcp://{at}")
         return port
 
     def start(self, model: str, engine: str, endpoints: list[Endpoint], max_tokens: int) -> None:

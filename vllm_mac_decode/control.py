@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import Final, Literal
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from mlx_receiver.wire import keys, trust
+from mlx_receiver.wire import addresses, keys, trust
 from mlx_receiver.wire import messages as m
 from vllm_mac_decode.settings import Settings
 
@@ -53,10 +54,13 @@ class ControlSocket:
         keys.guard_client(self._socket, settings.token)
         # ZeroMQ would reconnect silently, to a receiver that knows nothing of us.
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
-        host, port = settings.address()
-        bracketed = f"[{host}]" if ":" in host else host
         try:
-            self._socket.connect(f"tcp://{bracketed}:{port}")
+            #: The receiver's address that answers, of those that its name has.
+            self.address = _answering(settings)
+            self._socket.connect(f"tcp://{self.address.text}")
+        except NoAnswer:
+            self.close()
+            raise
         except zmq.ZMQError as error:
             self.close()
             raise NoAnswer("address", f"cannot use {settings.receiver}: {error}") from None
@@ -121,3 +125,22 @@ class ControlSocket:
         if not self._monitor.poll(0):
             return 0
         return int(recv_monitor_message(self._monitor)["event"])
+
+
+def _answering(settings: Settings) -> addresses.Address:
+    """The first address of the receiver's name that takes a connection: ZeroMQ would try one only,
+    and of a name with both IP versions that of version 6. Raises NoAnswer."""
+
+    def attempt(address: addresses.Address, until: float) -> addresses.Address:
+        with socket.socket(address.family, socket.SOCK_STREAM) as probe:
+            probe.settimeout(max(until - time.monotonic(), 0.01))
+            probe.connect(address.sockaddr)
+        return address
+
+    host, port = settings.address()
+    try:
+        return addresses.try_each(host, port, settings.stall_timeout, attempt)
+    except socket.gaierror as error:
+        raise NoAnswer("address", f"cannot use {settings.receiver}: {error.strerror}") from None
+    except (OSError, UnicodeError):
+        raise NoAnswer("nobody", f"no receiver answers at {settings.receiver}") from None

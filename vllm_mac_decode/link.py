@@ -222,7 +222,7 @@ class Link:
     def _serve(self, control: ControlSocket, welcome: m.Welcome) -> None:
         while not self._outbox.empty():
             self._outbox.get()  # what was for the last conversation
-        target = self._target_of(welcome)
+        target = self._target_of(control.address.host, welcome)
         self._complaint = ""
         logger.info(
             "connected to the receiver at %s (%s, %s)",
@@ -265,9 +265,8 @@ class Link:
             self._listener.message(message, time.perf_counter())
         return _AT_ONCE
 
-    def _target_of(self, welcome: m.Welcome) -> BulkTarget:
-        # Blocks go to the host of this connection, whatever the receiver says.
-        host = self._settings.address()[0]
+    def _target_of(self, host: str, welcome: m.Welcome) -> BulkTarget:
+        """Blocks go to the address of this connection, whatever the receiver says. Raises _Lost."""
         for endpoint in welcome.endpoints:
             if endpoint.transport == self._settings.transport:
                 at = m.Endpoint(endpoint.transport, host, endpoint.port, endpoint.nonce)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import socket
@@ -145,10 +146,12 @@ def test_why_nobody_answers(who: str, complaint: str, lines: Callable[[], list[s
         address = f"127.0.0.1:{free_port()}"
 
     def hang_up(server: socket.socket) -> None:
-        connection, _ = server.accept()
-        connection.recv(64)
-        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        connection.close()
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                if connection.recv(64):
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.close()
 
     if who == "http":
         assert server is not None
@@ -163,6 +166,21 @@ def test_why_nobody_answers(who: str, complaint: str, lines: Callable[[], list[s
     for each in (peer, server):
         if each is not None:
             each.close()
+
+
+def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of both IP versions, of which the receiver has version 4 only."""
+    peer = Peer(welcoming)
+    port = int(peer.address.rpartition(":")[2])
+    both = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    with linked(f"mac.example:{port}", "") as (link, _):
+        assert eventually(lambda: link.target is not None, 5)
+        assert link.target is not None and link.target.endpoint.host == "127.0.0.1"
+    peer.close()
 
 
 BAD: dict[str, bytes] = {
