@@ -1,7 +1,7 @@
 """Runs vLLM's own tests against vLLM, vLLM with the connector, and the receiver.
 
     python -m tests.upstream             # all; writes docs/upstream.md and results.json
-    python -m tests.upstream test_chat   # files with this in their path; writes nothing
+    python -m tests.upstream test_chat   # files with this in their path; replaces their outcomes
 
 The exit status is 1 when plain vLLM passes a test that another target fails without a reason in
 expected.toml, and 2 when the tests could not be run.
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.lab import record
 from tests.upstream import models, source, targets
-from tests.upstream.outcome import Outcomes, Result, differences, page, unneeded
+from tests.upstream.outcome import Outcomes, Result, differences, page, replaced, unneeded
 from tests.upstream.selection import TARGETS, Selection, read_expected, read_selection
 from vllm_mac_decode.demo.model import ModelUnavailable
 
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).with_name("results.json")
 
 
 def main() -> int:
-    """Run what the arguments name, print the differences, and write the page if that is all."""
+    """Run what the arguments name, write the page, and print the differences."""
     # An end from outside must stop the servers, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(stderr=True)
@@ -44,17 +44,27 @@ def main() -> int:
     except (targets.GateError, source.SourceUnavailable, ModelUnavailable) as error:
         console.print(str(error), style="red", markup=False)
         return 2
-    found = list(differences(outcomes, selection, expected))
-    if not wanted:
-        minutes = (time.monotonic() - started) / 60
-        origin = record("vLLM's own tests")
-        machine = f"{origin['machine']['cores']} cores of {origin['machine']['cpu']}"
-        date = origin["date"].partition(" ")[0]
-        result = Result(version, date, round(minutes, 1), machine, origin["versions"], outcomes)
-        RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-        PAGE.write_text(page(result, selection, expected))
-        for entry in unneeded(found, expected):
-            console.print(f"No longer differs, take it out of expected.toml: {entry.tests}")
+    origin = record("vLLM's own tests")
+    result = Result(
+        vllm=version,
+        date=origin["date"].partition(" ")[0],
+        minutes=round((time.monotonic() - started) / 60, 1),
+        machine=f"{origin['machine']['cores']} cores of {origin['machine']['cpu']}",
+        versions=origin["versions"],
+        outcomes=outcomes,
+    )
+    if wanted:
+        whole = msgspec.json.decode(RESULTS.read_bytes(), type=Result)
+        try:
+            result = replaced(whole, result, selection)
+        except ValueError as error:
+            console.print(str(error), style="red")
+            return 2
+    RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    PAGE.write_text(page(result, selection, expected))
+    found = list(differences(result.outcomes, selection, expected))
+    for entry in unneeded(found, expected):
+        console.print(f"No longer differs, take it out of expected.toml: {entry.tests}")
     for difference in found:
         state = f"expected: {difference.reason}" if difference.reason else "NOT EXPECTED"
         line = f"{difference.target}: {difference.test}: {difference.message} ({state})"

@@ -23,7 +23,7 @@ Outcomes = dict[str, dict[str, Outcome]]
 
 
 class Result(msgspec.Struct):
-    """A whole run; `date` in ISO form, `minutes` of wall clock."""
+    """A run; `date` in ISO form, `minutes` of wall clock, which are those of the last whole run."""
 
     vllm: str
     date: str
@@ -60,6 +60,32 @@ def differences(
                 yield Difference(target, test, found.message, next(iter(reasons), ""))
 
 
+def replaced(whole: Result, part: Result, selection: Selection) -> Result:
+    """A whole run with the outcomes of a part, file by file, and without what no longer runs.
+
+    Raises ValueError when they are of different releases of vLLM.
+    """
+    if whole.vllm != part.vllm:
+        raise ValueError(f"the last whole run was of vLLM {whole.vllm}: run all of {part.vllm}")
+    files = {file.path: file for file in selection.files}
+    fresh = {file_of(test) for tests in part.outcomes.values() for test in tests}
+
+    def runs(test: str) -> bool:
+        path, _, name = test.partition("::")
+        return path in files and not name.startswith(tuple(files[path].left_out))
+
+    outcomes = {
+        target: {
+            test: outcome
+            for test, outcome in whole.outcomes[target].items()
+            if runs(test) and file_of(test) not in fresh
+        }
+        | part.outcomes[target]
+        for target in TARGETS
+    }
+    return msgspec.structs.replace(part, minutes=whole.minutes, outcomes=outcomes)
+
+
 def unneeded(found: list[Difference], expected: list[Expected]) -> list[Expected]:
     """The expected differences of which none was found."""
     return [
@@ -91,7 +117,8 @@ def _page(result: Result, selection: Selection, expected: list[Expected]) -> Ite
         "model's name. What vLLM passes and another fails is an error unless "
         "[expected.toml](../tests/upstream/expected.toml) gives a reason; "
         "[selection.toml](../tests/upstream/selection.toml) says what runs. This page is what "
-        f"it wrote on {result.date}, in {result.minutes:.0f} minutes on {result.machine}."
+        f"it wrote on {result.date}; all of it takes {result.minutes:.0f} minutes on "
+        f"{result.machine}."
     )
     yield ""
     yield "Passed / failed / skipped:"

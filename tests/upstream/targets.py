@@ -25,6 +25,7 @@ TEST_SECONDS = 100
 _VLLM_OPTIONS = (
     *("--served-model-name", MODEL_NAME),
     *("--max-num-seqs", "128", "--seed", "0", "--enable-tokenizer-info-endpoint"),
+    "--enable-scale-out",
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 )
 _VLLM_ENVIRONMENT = {

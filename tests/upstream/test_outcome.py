@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from tests.upstream.outcome import Outcome, Result, differences, page, unneeded
+from tests.upstream.outcome import Outcome, Result, differences, page, replaced, unneeded
 from tests.upstream.selection import Expected, File, Selection, read_expected, read_selection
 from tests.upstream.source import MODEL_NAME, adapt, unpack
 
@@ -76,6 +76,26 @@ def test_the_page_counts_and_names_differences() -> None:
     assert "**vLLM with the connector, not expected**: `b.py::test_b`: `assert 1 == 2`" in text
     assert "- the receiver: `a.py::test_one` (1): because" in text
     assert "- `a.py::test_lora`: LoRA" in text
+
+
+def test_a_part_replaces_its_files() -> None:
+    """Outcomes of files that ran again are new, those of tests that no longer run are gone."""
+    old = {target: {**tests, "a.py::test_lora[1]": FAILED} for target, tests in OUTCOMES.items()}
+    old["plain"]["gone.py::test_x"] = PASSED
+    part = {
+        "plain": {"b.py::test_c": PASSED},
+        "connector": {"b.py::test_c": PASSED},
+        "receiver": {},
+    }
+    whole = Result("0.0", "2026-01-01", 20.0, "a machine", {}, old)
+    run = Result("0.0", "2026-01-02", 1.0, "a machine", {}, part)
+    result = replaced(whole, run, SELECTION)
+    assert set(result.outcomes["plain"]) == {*OUTCOMES["plain"], "b.py::test_c"} - {"b.py::test_b"}
+    assert result.outcomes["receiver"] == OUTCOMES["receiver"]
+    assert (result.date, result.minutes) == ("2026-01-02", 20.0)
+    run.vllm = "0.1"
+    with pytest.raises(ValueError, match="run all"):
+        replaced(whole, run, SELECTION)
 
 
 def test_the_lists_are_valid() -> None:
