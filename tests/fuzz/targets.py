@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -45,6 +46,11 @@ TARGETS = {
     "headers": Target(decoders.header_fields, decoders.headers, 10, 60),
     "receiver's sessions": Target(receiving.events, receiving.sessions, 1, 60),
 }
+
+if importlib.util.find_spec("vllm") is not None:
+    from tests.fuzz import relaying
+
+    TARGETS["relay's sessions"] = Target(st.integers(0, 2**32), relaying.orders, 5, 40)
 
 
 def fuzz(name: str, examples: int, seed: int | None = None) -> int:

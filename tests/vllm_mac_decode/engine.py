@@ -1,0 +1,148 @@
+"""An engine and a receiver for the relay's tests: they note what reaches them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
+
+from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.keys import new_ticket
+from vllm_mac_decode.policy import EngineRules
+from vllm_mac_decode.relay import Relay
+from vllm_mac_decode.settings import Settings
+
+VOCABULARY, CONTEXT, MODEL_LEN, BYTES = 100, 60, 80, 64
+PROMPT = [1, 2, 3]
+
+
+@dataclass
+class Seam:
+    """Notes what reaches vLLM's queues: ``out`` for clients, ``resumed`` for the engine."""
+
+    max_model_len: int = MODEL_LEN
+    rules: EngineRules = field(default_factory=EngineRules)
+    draining: bool = False
+    weights_changed: bool = False
+    broken: bool = False
+    out: list[tuple[str, list[int], str]] = field(default_factory=list)
+    resumed: list[tuple[str, str, list[int], int]] = field(default_factory=list)
+
+    def wake(self) -> None: ...
+
+    def is_length(self, output: EngineCoreOutput) -> bool:
+        return output.finish_reason == FinishReason.LENGTH
+
+    def emit(self, client: int, outputs: list[EngineCoreOutput]) -> None:
+        for o in outputs:
+            self.out.append((o.request_id, list(o.new_token_ids), str(o.finish_reason or "")))
+
+    def emit_aborted(self, request: Request) -> None:
+        self.out.append((request.request_id, [], "abort"))
+
+    def emit_decoded(self, decoded: list[tuple[Request, m.Decoded]]) -> None:
+        for request, tokens in decoded:
+            self.out.append((request.request_id, list(tokens.token_ids), tokens.finish))
+
+    def resume(self, request: Request, as_id: str, tokens: list[int], max_tokens: int) -> bool:
+        if self.broken:
+            raise RuntimeError("no")
+        if len(tokens) >= max_tokens:
+            self.out.append((request.request_id, [], "length"))
+            return False
+        self.resumed.append((request.request_id, as_id, list(tokens), max_tokens))
+        return True
+
+    def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:
+        output.request_id = request_id
+
+
+@dataclass
+class Link:
+    """What is said to the receiver; ``up``: whether it can be."""
+
+    up: bool = True
+    said: list[m.ClientMessage] = field(default_factory=list)
+
+    def send(self, message: m.ClientMessage) -> bool:
+        if self.up:
+            self.said.append(message)
+        return self.up
+
+
+class Engine:
+    """A relay between a stand-in for vLLM's engine and one for the receiver."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.relay = Relay(Settings(**settings))
+        self.seam, self.link = Seam(), Link()
+        self.relay.seam, self.relay.link = self.seam, self.link  # type: ignore[assignment]
+        self.relay.vocab_size, self.relay.kv_bytes_per_token = VOCABULARY, BYTES
+        self.requests: dict[str, Request] = {}
+        self.connect()
+
+    def connect(self, max_tokens: int = CONTEXT) -> None:
+        self.link.up = True
+        self.relay.connected(m.Welcome("r", "m", "e", [], new_ticket(), max_tokens, ["raw"]))
+
+    def lose(self) -> None:
+        self.link.up = False
+        self.relay.disconnected("it is gone")
+
+    def add(self, name: str = "a", max_tokens: int = 8, **params: Any) -> Request:
+        prompt = params.pop("prompt", PROMPT)
+        request = Request(
+            request_id=name,
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(temperature=0, max_tokens=max_tokens, **params),
+            pooling_params=None,
+        )
+        self.requests[name] = request
+        self.relay.on_new_request(request)
+        return request
+
+    def schedule(self, name: str = "a") -> int:
+        """Returns the session's number, 0 if the request decodes locally."""
+        session = self.relay.scheduled(name)
+        return session.session if session is not None else 0
+
+    def step(self, name: str = "a", token: int = 7, finished: bool | None = None) -> Any:
+        """vLLM's engine has sampled a token; returns what goes out with the step."""
+        finished = self.requests[name].max_tokens == 1 if finished is None else finished
+        reason = FinishReason.LENGTH if finished else None
+        outputs = EngineCoreOutputs(
+            outputs=[EngineCoreOutput(name, [token], finish_reason=reason)],
+            scheduler_stats=SchedulerStats(),
+        )
+        self.relay.rewrite({0: outputs})
+        return outputs
+
+    def say(self, *messages: m.ReceiverMessage) -> None:
+        for message in messages:
+            self.relay.message(message, time.perf_counter())
+
+    def complete(self, number: int, prompt: int = len(PROMPT)) -> None:
+        self.say(m.Opened(number), m.Complete(number, prompt * BYTES))
+
+    def started(self, name: str = "a", **params: Any) -> int:
+        """A hand-off up to the first token."""
+        self.add(name, **params)
+        number = self.schedule(name)
+        self.complete(number)
+        self.step(name)
+        return number
+
+    def decode(self, number: int, position: int, *tokens: int, **fields: Any) -> None:
+        self.say(m.Step([m.Decoded(number, position, list(tokens), **fields)]))
+
+    def counts(self) -> Any:
+        return self.relay.take_counts()
+
+    def tokens(self, name: str = "a") -> list[int]:
+        return [token for request, tokens, _ in self.seam.out if request == name
+                for token in tokens]  # fmt: skip
