@@ -10,9 +10,10 @@ from typing import Any, get_args
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from mlx_receiver.api.parked import HandOff
 from mlx_receiver.wire import frames
 from mlx_receiver.wire import messages as m
-from tests.fuzz import decoders, receiving
+from tests.fuzz import decoders, http_bodies, receiving
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ TARGETS = {
         20,
     ),
     "headers": Target(decoders.header_fields, decoders.headers, 10, 60),
+    "HTTP bodies": Target(decoders.tagged(http_bodies.BODIES), http_bodies.bodies, 20, 12),
+    "hand-offs over HTTP": Target(decoders.tagged((HandOff,)), http_bodies.hand_offs, 5, 15),
     "receiver's sessions": Target(receiving.events, receiving.sessions, 1, 60),
 }
 

@@ -1,0 +1,74 @@
+"""Bodies of the receiver's HTTP API, and what a router's request carries of a hand-off.
+
+Each is refused with an ApiError or read; what is read may be relied on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from mlx_receiver.api import parked
+from mlx_receiver.api.bodies import ChatBody, CompletionBody, SamplingBody, parse
+from mlx_receiver.api.errors import ApiError
+from tests.fuzz.structures import VOCABULARY, variants
+
+BODIES = (CompletionBody, ChatBody)
+
+
+def bodies(drawn: tuple[Any, Any]) -> int:
+    """Completions and chats: every field at, beyond and outside its range."""
+    kind, value = drawn
+    count = 0
+    for variant in variants(kind, value):
+        count += 1
+        try:
+            raw = json.dumps(variant, default=lambda other: other.decode("latin1")).encode()
+        except (TypeError, ValueError):
+            continue  # what JSON cannot say
+        try:
+            body = parse(raw, kind, VOCABULARY)
+            parked.hand_off(body.kv_transfer_params, VOCABULARY)
+        except ApiError as error:
+            assert 400 <= error.status < 500, f"{error.status}: {error.message}"
+            continue
+        _rely(body)
+    return count
+
+
+def hand_offs(drawn: tuple[Any, Any]) -> int:
+    """``kv_transfer_params["mac_decode"]``."""
+    kind, value = drawn
+    count = 0
+    for variant in variants(kind, value):
+        count += 1
+        try:
+            found = parked.hand_off({parked.KEY: variant}, VOCABULARY)
+        except ApiError as error:
+            assert error.status == 400
+            continue
+        if found is None:
+            continue
+        for token in (found.first_token, *found.prompt_token_ids):
+            assert type(token) is int and 0 <= token < VOCABULARY
+        if found.logprobs is not None:
+            assert found.logprobs.token_ids and found.logprobs.values
+            assert not any(map(math.isnan, found.logprobs.values))
+        assert found.session_id is None or 0 <= found.session_id < 1 << 63
+    return count
+
+
+def _rely(body: SamplingBody) -> None:
+    ids = [*(body.allowed_token_ids or ()), *(body.stop_token_ids or ())]
+    if isinstance(body, CompletionBody) and isinstance(body.prompt, list):
+        for prompt in body.prompt:
+            ids += prompt if isinstance(prompt, list) else []
+    for token in ids:
+        assert not isinstance(token, int) or token >= 0
+    assert body.n is None or 1 <= body.n <= 16384
+    assert body.seed is None or -(1 << 63) <= body.seed < 1 << 63
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    assert len(stops) <= 4 and all(stops)
+    for number in (body.temperature, body.top_p, body.min_p, body.repetition_penalty):
+        assert number is None or math.isfinite(number)
