@@ -118,7 +118,8 @@ def _page(result: Result, selection: Selection, expected: list[Expected]) -> Ite
         "[expected.toml](../tests/upstream/expected.toml) gives a reason; "
         "[selection.toml](../tests/upstream/selection.toml) says what runs. This page is what "
         f"it wrote on {result.date}; all of it takes {result.minutes:.0f} minutes on "
-        f"{result.machine}."
+        f"{result.machine}. `make upstream ARGS=test_chat` runs files with that in their path "
+        "again and replaces their rows."
     )
     yield ""
     yield "Passed / failed / skipped:"
