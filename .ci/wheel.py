@@ -1,6 +1,6 @@
 """Build the source archive and the wheel into dist/, and try the wheel in a bare environment.
 
-`make wheel` runs it. The environment holds nothing but the wheel and what it requires: neither engine.
+`make wheel` runs it. The environment holds the wheel and what it requires: neither engine.
 """
 
 import shutil

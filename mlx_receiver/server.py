@@ -20,7 +20,6 @@ import zmq
 
 from mlx_receiver.guard import Guard
 from mlx_receiver.handover import Client, Handover
-from mlx_receiver.seldom import SeldomLogger
 from mlx_receiver.settings import SettingsError
 from mlx_receiver.wire import addresses, keys
 from mlx_receiver.wire.frames import DTYPES
@@ -50,6 +49,7 @@ from mlx_receiver.wire.messages import (
     encode,
     opened_session,
 )
+from mlx_receiver.wire.seldom import Seldom
 from mlx_receiver.wire.signature import ModelSignature
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class ControlServer:
         # Other threads append here and wake the socket's thread through a pair of sockets.
         self._outbox: deque[tuple[bytes, ReceiverMessage]] = deque()
         self._unsent: dict[bytes, _Unsent] = {}
-        self._complaints = SeldomLogger(logger)
+        self._complaints = Seldom(logger)
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)

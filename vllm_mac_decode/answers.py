@@ -11,8 +11,8 @@ import msgspec
 from vllm.logger import init_logger
 
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.seldom import Seldom, printable
 from vllm_mac_decode.promise import BrokenPromise
-from vllm_mac_decode.seldom import Seldom, printable
 from vllm_mac_decode.session import Session
 from vllm_mac_decode.sessions import Sessions
 from vllm_mac_decode.settings import Settings
@@ -107,9 +107,11 @@ class Answers(Sessions):
         self._give_up(session, cause, breaker)
 
     def _broken(self, session: Session, error: BrokenPromise) -> None:
-        self._complaints.warn(
-            f"the receiver broke the protocol in the session of {session.request_id}: {error}; "
-            "the response goes on locally"
+        self._complaints.warning(
+            "the receiver broke the protocol in the session of %s: %s; "
+            "the response goes on locally",
+            session.request_id,
+            error,
         )
         self._give_up(session, "failed_protocol")
 

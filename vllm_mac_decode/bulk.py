@@ -14,10 +14,10 @@ from vllm.logger import init_logger
 from mlx_receiver.wire.frames import DataReply, Header, Kind
 from mlx_receiver.wire.hooks import transport
 from mlx_receiver.wire.landing import checksum
+from mlx_receiver.wire.seldom import printable
 from mlx_receiver.wire.transport import Sender, TransportError
 from vllm_mac_decode.bottleneck import Bottleneck
 from vllm_mac_decode.metadata import BulkTarget
-from vllm_mac_decode.seldom import printable
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.staging import DeviceClock, Slot, StagingRing
 

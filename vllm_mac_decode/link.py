@@ -22,10 +22,10 @@ import zmq
 from vllm.logger import init_logger
 
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.seldom import printable
 from mlx_receiver.wire.signature import ModelSignature
 from vllm_mac_decode.control import ControlSocket, NoAnswer
 from vllm_mac_decode.metadata import BulkTarget
-from vllm_mac_decode.seldom import printable
 from vllm_mac_decode.settings import Settings
 
 logger = init_logger("vllm.mac_decode.link")

@@ -26,7 +26,6 @@ import msgspec
 
 from mlx_receiver.wire.addresses import announced, listening, spelled
 from mlx_receiver.wire.bulk_socket import recv_into, recv_payload, tune
-from mlx_receiver.wire.complaints import Complaints
 from mlx_receiver.wire.frames import (
     HEADER_BYTES,
     DataChallenge,
@@ -47,9 +46,12 @@ from mlx_receiver.wire.messages import (
     Endpoint,
     WireError,
 )
+from mlx_receiver.wire.seldom import Seldom
 from mlx_receiver.wire.transport import BlockSink, TransportError
 
 logger = logging.getLogger(__name__)
+
+_CLOSED: Final = "bulk connection from %s closed: %s"
 
 #: Largest payload of a frame of the handshake, in bytes.
 MAX_HANDSHAKE_PAYLOAD: Final = 1024
@@ -198,7 +200,7 @@ class TcpListener:
         self._selector = selectors.DefaultSelector()
         #: Oldest first; the door's alone.
         self._strangers: dict[_Stranger, None] = {}
-        self._complaints = Complaints(logger)
+        self._complaints = Seldom(logger)
         self._next_look = 0.0
         self._lock = threading.Lock()
         self._connections: dict[_Connection, threading.Thread] = {}
@@ -254,7 +256,7 @@ class TcpListener:
         except OSError as error:
             # Too few descriptors or buffers, which stays so for a while, or a connection that was
             # reset already.
-            self._complaints.closed("somebody", f"accepting failed: {error}")
+            self._complaints.warning(_CLOSED, "somebody", f"accepting failed: {error}")
             time.sleep(0.05)
             return
         try:
@@ -272,7 +274,7 @@ class TcpListener:
             self._selector.register(sock, selectors.EVENT_READ, stranger)
             self._strangers[stranger] = None
         except Exception as error:
-            self._complaints.closed(str(address), error)
+            self._complaints.warning(_CLOSED, str(address), error)
             sock.close()
 
     def _make_room(self, host: str) -> None:
@@ -343,7 +345,7 @@ class TcpListener:
                 thread.start()
                 self._connections[connection] = thread
         except Exception as error:
-            self._complaints.closed(connection.peer, error)
+            self._complaints.warning(_CLOSED, connection.peer, error)
             connection.sock.close()
 
     def _expire(self, now: float) -> None:
@@ -376,14 +378,14 @@ class TcpListener:
             connection.cut = True
             # Under the lock, or the descriptor might be another's by now.
             _shut(connection.sock)
-        self._complaints.closed(connection.peer, reason)
+        self._complaints.warning(_CLOSED, connection.peer, reason)
 
     def _dismiss(self, stranger: _Stranger, reason: object = None) -> None:
         del self._strangers[stranger]
         self._selector.unregister(stranger.sock)
         stranger.sock.close()
         if reason is not None:
-            self._complaints.closed(stranger.peer, reason)
+            self._complaints.warning(_CLOSED, stranger.peer, reason)
 
     # --- a connection's thread ------------------------------------------------------------------
 
@@ -397,7 +399,7 @@ class TcpListener:
                 carrier.close()
         except (TransportError, WireError) as error:
             if not self._closing and not connection.cut:
-                self._complaints.closed(connection.peer, error)
+                self._complaints.warning(_CLOSED, connection.peer, error)
         except Exception:
             logger.exception("bulk connection from %s failed", connection.peer)
         finally:

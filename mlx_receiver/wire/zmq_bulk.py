@@ -37,7 +37,6 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from mlx_receiver.wire.addresses import Address, announced, listening, spelled, try_each
-from mlx_receiver.wire.complaints import Complaints
 from mlx_receiver.wire.frames import (
     HEADER_BYTES,
     MAX_SMALL_PAYLOAD,
@@ -57,9 +56,12 @@ from mlx_receiver.wire.messages import (
     Endpoint,
     WireError,
 )
+from mlx_receiver.wire.seldom import Seldom
 from mlx_receiver.wire.transport import BlockSink, Listener, Sender, TransportError
 
 logger = logging.getLogger(__name__)
+
+_CLOSED: Final = "bulk connection from %s closed: %s"
 
 #: What one sender may have on the way: enough for a 10 Gbit link and a receiver's pause of 20 ms.
 WINDOW_BYTES: Final = 32 << 20
@@ -270,7 +272,7 @@ class ZmqListener:
         self._nonce = new_nonce()
         self._lander = Lander(sink)
         self._refused: dict[bytes, None] = {}  # the oldest first
-        self._complaints = Complaints(logger)
+        self._complaints = Seldom(logger)
         self._outbox: deque[tuple[bytes, DataReply]] = deque()
         self._closing = False
         servers = listening(host, port)
@@ -362,7 +364,7 @@ class ZmqListener:
                 raise WireError(E_CREDENTIALS, "it does not know the ticket's key")
             status, text, client = b"200", b"OK", name
         except Exception as error:
-            self._complaints.closed(peer.decode(errors="replace"), error)
+            self._complaints.warning(_CLOSED, peer.decode(errors="replace"), error)
         # Always: without an answer the next handshake could not be asked about.
         self._doorman.send_multipart([version, number, status, text, client, b""])
 
@@ -380,7 +382,7 @@ class ZmqListener:
             if not isinstance(error, WireError | TransportError):
                 logger.exception("a zmq bulk message of client %s failed", client)
             # The connection cannot be closed from here; it gets no credits any more.
-            self._complaints.closed(f"client {client}", error)
+            self._complaints.warning(_CLOSED, f"client {client}", error)
             self._refused[identity] = None
             if len(self._refused) > _MAX_REFUSED:
                 del self._refused[next(iter(self._refused))]

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import Final
 
-_APART: Final = 2.0
+#: Seconds between two warnings of one kind; those in between are logged as DEBUG.
+_APART: Final = 1.0
 _LONGEST: Final = 400
 
 
 class Seldom:
-    """Warnings of one kind: one every two seconds, with the number left out. Thread-safe."""
+    """Warnings of one kind: one a second, with the number of those left out. Thread-safe."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._lock = threading.Lock()
-        self._next = 0.0
+        self._next = -math.inf
         self._unsaid = 0
 
-    def warn(self, text: str) -> None:
-        """Log it, unless another was logged just before."""
+    def warning(self, message: str, *arguments: object) -> None:
+        """``Logger.warning``, unless another was logged just before."""
         now = time.monotonic()
         with self._lock:
             if now < self._next:
                 self._unsaid += 1
-                return
-            unsaid, self._unsaid, self._next = self._unsaid, 0, now + _APART
-        self._logger.warning("%s%s", text, f" (and {unsaid} more like it)" if unsaid else "")
+                level, more = logging.DEBUG, ""
+            else:
+                level, more = logging.WARNING, f" (and {self._unsaid} more like it)"
+                more = more if self._unsaid else ""
+                self._next, self._unsaid = now + _APART, 0
+        self._logger.log(level, f"{message}%s", *arguments, more)
 
 
 def printable(text: str) -> str:
