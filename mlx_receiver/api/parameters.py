@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 import msgspec
@@ -33,6 +34,8 @@ _DEFAULTED: Final = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+
+_TOKEN_ID: Final = re.compile(r"[+-]?\d{1,20}")
 
 
 class Defaults:
@@ -133,15 +136,11 @@ def _logprobs(body: SamplingBody) -> int | None:
 def _logit_bias(body: SamplingBody) -> dict[int, float] | None:
     if not body.logit_bias:
         return None
-    found = {}
-    for key, value in body.logit_bias.items():
-        try:
-            found[int(key)] = min(100.0, max(-100.0, value))
-        except ValueError:
-            raise bad_request(
-                f"logit_bias has the key {clipped(key, 64)!r}, which is no token id", "logit_bias"
-            ) from None
-    return found
+    bad = [clipped(key, 64) for key in body.logit_bias if not _TOKEN_ID.fullmatch(key)]
+    if bad:
+        keys = clipped(", ".join(map(repr, bad)), 1024)
+        raise bad_request(f"logit_bias has keys that are no token ids: {keys}", "logit_bias")
+    return {int(key): min(100.0, max(-100.0, value)) for key, value in body.logit_bias.items()}
 
 
 def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
