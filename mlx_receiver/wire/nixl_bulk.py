@@ -250,7 +250,8 @@ class NixlCarrier:
         self._taken = 0  # slots
         self._arrived: set[int] = set()
         self._hangup = select.poll()
-        self._hangup.register(sock, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+        rdhup = getattr(select, "POLLRDHUP", 0)  # Linux's, as NIXL is
+        self._hangup.register(sock, rdhup | select.POLLHUP | select.POLLERR)
         metadata = self._memory.agent.get_agent_metadata()
         ring = Ring(metadata, self._memory.address, SLOTS, SLOT_BYTES)
         back.post(Kind.CREDIT, body=msgspec.msgpack.encode(ring))
