@@ -282,7 +282,8 @@ class Trials:
             host=self._mac.address,
             port=port,
             http_port=http_port,
-            args=("--token", TOKEN, "--api-key", TOKEN, "--max-batch", "3"),
+            args=("--token", TOKEN, "--max-batch", "3"),
+            key=TOKEN,
             inside=tuple(self._mac.command([])),
         )
 

@@ -79,6 +79,7 @@ class Receiver:
     port: int
     http_port: int
     host: str = "127.0.0.1"
+    key: str = ""
 
     @property
     def address(self) -> str:
@@ -92,17 +93,23 @@ class Receiver:
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
-        return metric(self.url, name)
+        return metric(self.url, name, self.key)
 
     def health(self) -> dict[str, Any]:
         """``GET /health``."""
-        return httpx.get(f"{self.url}/health").json()
+        return httpx.get(f"{self.url}/health", headers=_bearer(self.key)).json()
 
 
-def metric(base: str, name: str, **labels: str) -> float:
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def metric(base: str, name: str, key: str = "", /, **labels: str) -> float:
     """The sum of a Prometheus metric's samples that carry these labels."""
     total = 0.0
-    for line in httpx.get(f"{base}/metrics", timeout=30).text.splitlines():
+    answer = httpx.get(f"{base}/metrics", timeout=30, headers=_bearer(key))
+    assert answer.status_code == 200, answer.text
+    for line in answer.text.splitlines():
         if line.startswith((f"{name} ", f"{name}{{")) and all(
             f'{key}="{value}"' in line for key, value in labels.items()
         ):
@@ -119,14 +126,18 @@ def start_receiver(
     http_port: int = 0,
     args: tuple[str, ...] = (),
     inside: tuple[str, ...] = (),
+    key: str = "",
 ) -> Receiver:
-    """Start a receiver in fp32 and wait until it is ready; ``inside`` precedes its command."""
+    """Start a receiver in fp32 and wait until it is ready; ``inside`` precedes its command, ``key``
+    is its API key, if it has one."""
     port, http_port = port or free_port(), http_port or free_port()
     command = [
         *inside, str(BIN / "mlx-receiver"), "start", "--model", str(model), "--dtype", "float32",
         "--host", host, "--port", str(port), "--http-port", str(http_port), *args,
     ]  # fmt: skip
-    receiver = Receiver(Server(command, log), port, http_port, host)
+    if key:
+        command += ["--api-key", key]
+    receiver = Receiver(Server(command, log), port, http_port, host, key)
     try:
         receiver.server.wait_healthy(f"{receiver.url}/health", 120)
     except BaseException:
