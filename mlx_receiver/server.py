@@ -155,9 +155,9 @@ class ControlServer:
         """Tell every client, then close."""
         self._stopping.set()
         self._wake()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join(timeout)
-        else:
+        elif not self._context.closed:
             self._close()
 
     @property

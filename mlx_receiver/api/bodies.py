@@ -213,9 +213,33 @@ def _check_chat(body: ChatBody) -> None:
         raise bad_request(f"tools: {clipped(str(error), 1024)}", "tools") from None
 
 
+@functools.cache
+def _shapeless(kind: type[SamplingBody]) -> tuple[str, ...]:
+    """The fields that may hold anything; the types of the others say how deep they are."""
+
+    def is_open(info: inspect.Type) -> bool:
+        match info:
+            case inspect.AnyType():
+                return True
+            case inspect.Metadata():
+                return is_open(info.type)
+            case inspect.UnionType():
+                return any(map(is_open, info.types))
+            case inspect.ListType():
+                return is_open(info.item_type)
+            case inspect.DictType():
+                return is_open(info.value_type)
+            case _:
+                return False
+
+    found = inspect.type_info(kind)
+    assert isinstance(found, inspect.StructType)
+    return tuple(field.name for field in found.fields if is_open(field.type))
+
+
 def _check_depth(body: SamplingBody) -> None:
     """Raise ApiError where objects and lists nest too deeply: templates recurse."""
-    level: list[Any] = [[getattr(body, name) for name in body.__struct_fields__]]
+    level: list[Any] = [[getattr(body, name) for name in _shapeless(type(body))]]
     for _ in range(MAX_DEPTH):
         level = [
             child

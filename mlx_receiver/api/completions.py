@@ -196,7 +196,7 @@ def _prepare(service: Service, raw: bytes, http: Request) -> _Request:
 def _prompts(service: Service, body: CompletionBody, handoff: HandOff | None) -> list[_Prompt]:
     """Every prompt as token ids. Raises ApiError for anything but OpenAI's four forms."""
     given = body.prompt
-    many: list[Any] = given if isinstance(given, list) and not _are_ids(given) else [given]
+    many: list[Any] = given if isinstance(given, list) and not _is_prompt(given) else [given]
     if len(many) * body.n > MAX_SAMPLES:
         raise bad_request(
             f"{len(many)} prompts times n = {body.n} are more than {MAX_SAMPLES} samples", "prompt"
@@ -234,6 +234,11 @@ def _prompt(
             "prompt",
         )
     return _Prompt(given, service.tokenizer.decode(given) if body.echo else None, handoff)
+
+
+def _is_prompt(given: list[Any]) -> bool:
+    """Whether a list is one prompt's token ids, judged by its first entry."""
+    return bool(given) and isinstance(given[0], int)
 
 
 def _are_ids(prompt: Any) -> bool:

@@ -264,7 +264,7 @@ def test_the_openai_client_completes(client: openai.OpenAI, model: str) -> None:
         ({"suffix": "x"}, "suffix"),
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"a": 1}}, "logit_bias has the key 'a'"),
+        ({"logit_bias": {"a": 1}}, "logit_bias has keys that are no token ids: 'a'"),
         ({"temperature": "hot"}, r"\$.temperature"),
         ({"prompt": [20] * 8192}, "8192 tokens"),
     ],

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from mlx_receiver import cache
 from mlx_receiver.cache import PlainKV, PlainKVBuffers
 from mlx_receiver.cuda import Staging
-from mlx_receiver.session import Session
+from mlx_receiver.memory import Budget
+from mlx_receiver.session import Session, coverage_bytes
 from mlx_receiver.wire.frames import Header, Kind, Plane
 from mlx_receiver.wire.messages import Open, Sampling, WireError
 from mlx_receiver.wire.signature import ModelSignature
@@ -68,7 +69,10 @@ def staged(driver: LateDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Late
 
 def session(buffers: PlainKVBuffers) -> Session:
     opened = Open(7, "r", list(range(TOKENS)), Sampling(max_tokens=9))
-    made = Session(opened, None, SIGNATURE, "float32", 0)
+    budget = Budget(PlainKV(), SIGNATURE)
+    budget.configure("float32", 1 << 20)
+    reservation = budget.reserve(TOKENS, 9, "float32", coverage_bytes(SIGNATURE, TOKENS))
+    made = Session(opened, None, SIGNATURE, "float32", reservation)
     assert made.give_memory(buffers)
     return made
 

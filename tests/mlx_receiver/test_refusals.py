@@ -361,6 +361,8 @@ def test_stopping_tells_the_clients(tiny_llama_path: Path) -> None:
     assert client.failed(session).code == "shutdown"
     assert client.wait(lambda m: isinstance(m, Rejected)).code == "shutdown"
     client.close()
+    # The control thread closes its sockets itself, and may have done so before it is looked at.
+    receiver.stop()
 
 
 def raw_bulk(client: FakeVllm) -> socket.socket:

@@ -405,7 +405,7 @@ def test_endless_talk_is_read_slowly(
     over = threading.Event()
 
     def chatter() -> None:
-        many = b"".join(Header(Kind.ATTACH, number, 0).pack() for number in range(1000))
+        many = b"".join(Header(Kind.ATTACH, number, 0).pack() for number in range(1, 400))
         with contextlib.suppress(OSError):
             while not over.is_set():
                 sock.sendall(many)
@@ -422,7 +422,7 @@ def test_endless_talk_is_read_slowly(
     heard = len(sink.attachments)
     works(worker, sink)
     over.set()
-    sock.shutdown(socket.SHUT_RDWR)
+    sock.shutdown(socket.SHUT_RDWR)  # it is still connected: fast talk is no fault
     for thread in threads:
         thread.join(10)
     assert 200 < heard <= 3 * tcp_listener.MAX_IDLE_TALK
