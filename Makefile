@@ -22,7 +22,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 VENV=.venv ARGS='-k wire -x' PROMPT='...' MODEL=path"
-	@echo "  VLLM=0.31.0 MLX_LM=0.31.3 VENV=.venv-old"
+	@echo "  VLLM=0.31.0 MLX_LM=0.32.0 VENV=.venv-old"
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer, with venv, is needed." >&2; exit 1; }

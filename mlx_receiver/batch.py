@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import mlx.core as mx
-import mlx_lm
 from mlx_lm.generate import BatchGenerator, generation_stream
 
 from mlx_receiver.cache import mlx_dtype
@@ -54,10 +53,6 @@ class Batch:
         self._rows = rows
         self._model = Float32Logits(loaded.model)
         self._active: dict[int, Job] = {}
-        # Filtering in mlx-lm 0.31 leaves empty processor lists in place, and the next request to
-        # join would get another row's: there every request carries a processor.
-        version = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
-        self._least_processors: list[Any] = [_unchanged] if version < (0, 32) else []
         self._generator = self._make_generator()
 
     def _make_generator(self) -> BatchGenerator:
@@ -135,7 +130,7 @@ class Batch:
             caches=[row.caches],
             all_tokens=[row.held],
             samplers=[job.sampler.sampler],
-            logits_processors=[job.sampler.processors or self._least_processors],
+            logits_processors=[job.sampler.processors],
         )
         self._active[uid] = job
 
@@ -221,7 +216,3 @@ class Float32Logits:
 
     def __call__(self, inputs: Any, cache: Any = None) -> Any:
         return self._model(inputs, cache=cache).astype(mx.float32)
-
-
-def _unchanged(_context: Any, logits: Any) -> Any:
-    return logits

@@ -210,7 +210,6 @@ class JoinableKVCache(KVCache):
     @classmethod
     def holding(cls, keys: mx.array, values: mx.array, tokens: int) -> JoinableKVCache:
         """A cache over ``keys`` and ``values`` ``[1, heads, capacity, head_dim]``."""
-        # Attributes rather than ``from_state``: the state tuple changed between 0.31 and 0.32.
         cache = cls()
         cache.keys, cache.values, cache.offset = keys, values, tokens
         return cache

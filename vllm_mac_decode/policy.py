@@ -102,6 +102,8 @@ def sampling(request: Request, max_tokens: int) -> Sampling:
     """The request's sampling parameters for the receiver; ``max_tokens`` is the client's."""
     params = request.sampling_params
     assert params is not None
+    # Each once: the receiver takes no more than its vocabulary has.
+    allowed = params.allowed_token_ids and list(dict.fromkeys(params.allowed_token_ids))
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=params.min_tokens,
@@ -114,7 +116,7 @@ def sampling(request: Request, max_tokens: int) -> Sampling:
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         logit_bias=params.logit_bias,
-        allowed_token_ids=params.allowed_token_ids,
+        allowed_token_ids=allowed,
         bad_words_token_ids=params.bad_words_token_ids,
         eos_token_id=params.eos_token_id,
         stop_token_ids=sorted(params.stop_token_ids or ()),

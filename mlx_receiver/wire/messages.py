@@ -133,7 +133,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[TokenId, float] | None = None
+    logit_bias: Annotated[dict[TokenId, float], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
     bad_words_token_ids: (
         Annotated[
@@ -354,11 +354,6 @@ def client_decoder(max_tokens: int, vocab_size: int) -> msgspec.msgpack.Decoder[
             (
                 "allowed_token_ids",
                 Annotated[list[TokenId], Meta(min_length=1, max_length=vocab_size)] | None,
-                None,
-            ),
-            (
-                "logit_bias",
-                Annotated[dict[TokenId, float], Meta(max_length=MAX_LOGIT_BIAS)] | None,
                 None,
             ),
         ],

@@ -236,9 +236,11 @@ def test_a_context_shorter_than_vllms(engine: Engine) -> None:
 
 @pytest.mark.parametrize("params", [
     {"stop_token_ids": [10**9]}, {"stop_token_ids": [-1]}, {"stop_token_ids": list(range(2000))},
-    {"logit_bias": {99: float("inf")}}, {"bad_words": None, "presence_penalty": float("nan")},
+    {"logit_bias": {99: float("inf")}}, {"logit_bias": dict.fromkeys(range(9000), 1.0)},
+    {"bad_words": None, "presence_penalty": float("nan")},
 ])  # fmt: skip
 def test_what_is_out_of_range_stays_local(engine: Engine, params: dict[str, Any]) -> None:
+    engine.relay.vocab_size = 10_000
     bad = {name: value for name, value in params.items() if name != "presence_penalty"}
     request = Request("a", PROMPT, SamplingParams(max_tokens=8, **bad), None)
     if "presence_penalty" in params:
@@ -247,6 +249,14 @@ def test_what_is_out_of_range_stays_local(engine: Engine, params: dict[str, Any]
     engine.relay.on_new_request(request)
     assert request.max_tokens == 8
     assert engine.counts().local == {"out_of_range": 1}
+
+
+def test_tokens_allowed_twice_are_said_once(engine: Engine) -> None:
+    """The receiver hangs up on a list that is longer than its vocabulary."""
+    params = SamplingParams(max_tokens=8, allowed_token_ids=[5, 6] * 1000)
+    engine.relay.on_new_request(Request("a", PROMPT, params, None))
+    engine.schedule("a")
+    assert engine.link.said[0].sampling.allowed_token_ids == [5, 6]
 
 
 def test_a_clients_long_request_id_does_no_harm(engine: Engine) -> None:
