@@ -45,11 +45,12 @@ demo: install ## Hand one request from vLLM to MLX and show it (PROMPT, MODEL)
 	if [ -n "$$MODEL" ]; then set -- "$$@" --model "$$MODEL"; fi; \
 	exec "$(VENV)/bin/mac-decode" demo "$$@"
 
-lint: install ## Check style and types
+lint: install ## Check style, types and who imports whom
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
 	"$(VENV)/bin/mypy"
 	"$(VENV)/bin/mypy" --platform darwin
+	"$(VENV)/bin/lint-imports"
 
 wheel: install ## Build dist/ and try the wheel in a bare environment
 	"$(VENV)/bin/python" .ci/wheel.py

@@ -15,7 +15,7 @@ DIST = ROOT / "dist"
 
 TRY = """
 from importlib.metadata import entry_points
-import mlx_receiver.wire.tcp, mlx_receiver.wire.zmq_bulk
+import mlx_receiver.transports.tcp, mlx_receiver.transports.zmq
 assert {p.name for p in entry_points(group="mac_decode")} >= {"tcp", "mlx"}
 assert [p.load() for p in entry_points(group="vllm.general_plugins", name="mac_decode")]
 """

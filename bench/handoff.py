@@ -76,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     model = options.model
     if model is None:
-        from vllm_mac_decode.demo.model import fetch_smollm2
+        from vllm_mac_decode.tools.demo.model import fetch_smollm2
 
         model = fetch_smollm2()
     source = random.Random(11)

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.base import BaseModelArgs
 
-from mlx_receiver import cache
+from mlx_receiver.caches import plain as cache
 from mlx_receiver.cli import main
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 from bench import transport
 from bench.lab import LOOPBACK, RESULTS, record, save
-from vllm_mac_decode.demo.services import free_ports
+from vllm_mac_decode.tools.demo.services import free_ports
 
 SHAPE_8B = {
     "architectures": ["LlamaForCausalLM"],

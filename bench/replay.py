@@ -187,8 +187,8 @@ def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
     """
     import torch
 
-    from vllm_mac_decode.exporter import ExportedLayer
-    from vllm_mac_decode.paged_layout import PagedLayout, PlaneMap
+    from vllm_mac_decode.worker.exporter import ExportedLayer
+    from vllm_mac_decode.worker.paged_layout import PagedLayout, PlaneMap
 
     blocks = -(-tokens // BLOCK)
     block = HEADS * BLOCK * HEAD_DIM
@@ -226,15 +226,15 @@ def spark(told_json: str, control: int, tokens: int) -> None:
     """ "Prefills" at the published pace through the real exporter and collects the tokens."""
     import torch
 
-    from vllm_mac_decode.exporter import Exporter
-    from vllm_mac_decode.metadata import BulkTarget, ExportSpan
+    from vllm_mac_decode.export import DataTarget, ExportSpan
     from vllm_mac_decode.settings import Settings
+    from vllm_mac_decode.worker.exporter import Exporter
 
     torch.set_num_threads(1)  # on the real machine the GPU gathers
     receiver = json.loads(told_json)
     endpoint = msgspec.convert(receiver["endpoint"], Endpoint)
     ticket = msgspec.convert(receiver["ticket"], DataTicket)
-    target = BulkTarget(endpoint, "receiver", ticket)
+    target = DataTarget(endpoint, "receiver", ticket)
     layers, gather_rate = paged_cache(tokens)
     exporter = Exporter(layers, BLOCK, Settings(transport=endpoint.transport, stall_timeout=30.0))
     lines = Lines(socket.create_connection((endpoint.host, control)))

@@ -46,11 +46,11 @@ from bench.lab import (
     shaped_link,
     tell,
 )
-from mlx_receiver.wire import hooks
-from mlx_receiver.wire.bulk_socket import tune
+from mlx_receiver import plugins
+from mlx_receiver.transports.data_socket import tune
+from mlx_receiver.transports.landing import checksum
 from mlx_receiver.wire.frames import Header, Kind, Plane
 from mlx_receiver.wire.keys import new_ticket
-from mlx_receiver.wire.landing import checksum
 from mlx_receiver.wire.messages import DataTicket, Endpoint, Open, Sampling
 from mlx_receiver.wire.signature import ModelSignature
 
@@ -87,9 +87,9 @@ class Receiving:
     """The receiver's store, one listener and one client: a ``SessionEvents`` and an ``Owner``."""
 
     def __init__(self, transport: str, host: str, layers: int) -> None:
-        from mlx_receiver.cache import PlainKV
+        from mlx_receiver.caches.plain import PlainKV
         from mlx_receiver.metrics import Metrics
-        from mlx_receiver.store import SessionStore
+        from mlx_receiver.sessions.store import SessionStore
 
         self._layers = layers
         self._done = threading.Event()
@@ -101,7 +101,7 @@ class Receiving:
         self.id = self.ticket.client
         self.store.admit(self.ticket)
         self.store.configure("bfloat16", 64 << 30)
-        self.listener = hooks.transport(transport).listen(host, 0, self.store)
+        self.listener = plugins.transport(transport).listen(host, 0, self.store)
 
     def opened(self, session: Any) -> None:
         pass
@@ -218,7 +218,7 @@ def send(layers: int, tokens: int, frame_bytes: int) -> None:
             else:
                 planes = [[plane_data(i, p, tokens) for p in range(2)] for i in range(layers)]
                 ticket = msgspec.convert(order["ticket"], DataTicket)
-                sender = hooks.transport(endpoint.transport).connect(endpoint, ticket, 30.0)
+                sender = plugins.transport(endpoint.transport).connect(endpoint, ticket, 30.0)
             tell(connected=True)
         elif sock is not None:
             message = memoryview(bytearray(MESSAGE))
@@ -363,7 +363,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def available() -> list[str]:
     """The transports that are installed, ``tcp`` first and with checksums, too."""
-    return ["tcp", "tcp" + CHECKED, *sorted(hooks.transports().keys() - {"tcp"})]
+    return ["tcp", "tcp" + CHECKED, *sorted(plugins.transports().keys() - {"tcp"})]
 
 
 def main() -> None:

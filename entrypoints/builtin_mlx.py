@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_receiver.wire.hooks import hookimpl
+from mlx_receiver.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from mlx_receiver.cache import CacheAdapter
+    from mlx_receiver.caches.plain import CacheAdapter
 
 
 @hookimpl
 def mac_decode_cache_adapters() -> list[CacheAdapter]:
     """Plain keys and values of every token (``mlx_lm``'s ``KVCache``)."""
-    from mlx_receiver.cache import PlainKV
+    from mlx_receiver.caches.plain import PlainKV
 
     return [PlainKV()]

@@ -6,21 +6,21 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
-from mlx_receiver.wire.hooks import hookimpl
+from mlx_receiver.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from mlx_receiver.wire.transport import Transport
+    from mlx_receiver.transports.transport import Transport
 
 
 @hookimpl
 def mac_decode_transports() -> list[Transport]:
     """``tcp``, ``zmq``, and ``nixl`` where the package is installed (it is imported when used)."""
-    from mlx_receiver.wire.tcp import TcpTransport
-    from mlx_receiver.wire.zmq_bulk import ZmqTransport
+    from mlx_receiver.transports.tcp import TcpTransport
+    from mlx_receiver.transports.zmq import ZmqTransport
 
     transports: list[Transport] = [TcpTransport(), ZmqTransport()]
     if sys.platform == "linux" and importlib.util.find_spec("nixl") is not None:
-        from mlx_receiver.wire.nixl_bulk import NixlTransport
+        from mlx_receiver.transports.nixl import NixlTransport
 
         transports.append(NixlTransport())
     return transports

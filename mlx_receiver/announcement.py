@@ -11,7 +11,7 @@ from mlx_receiver.wire.addresses import spelled
 from mlx_receiver.wire.frames import ITEMSIZE
 
 if TYPE_CHECKING:
-    from mlx_receiver.model import ModelSource
+    from mlx_receiver.decode.model import ModelSource
     from mlx_receiver.receiver import Receiver
 
 #: The prompt whose transfer times are named, in tokens.

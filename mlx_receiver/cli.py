@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from mlx_receiver import __version__
-from mlx_receiver.blas import use_fast_blas
+from mlx_receiver.decode.blas import use_fast_blas
 from mlx_receiver.settings import Settings, SettingsError, check_ports, parse_bytes
 
 app = typer.Typer(
@@ -162,8 +162,8 @@ def start(
     ] = "info",
 ) -> None:
     """Serve a model until interrupted."""
+    from mlx_receiver.decode.model import ModelError
     from mlx_receiver.interfaces import check_host
-    from mlx_receiver.model import ModelError
     from mlx_receiver.serve import Interruption, serve
 
     _configure_logging(log_level)
@@ -234,9 +234,9 @@ def generate(
 ) -> None:
     """Prefill and decode one prompt greedily on MLX alone: the reference for a hand-off."""
     use_fast_blas()
-    from mlx_receiver.engine import DecodeEngine
-    from mlx_receiver.local import generate_tokens
-    from mlx_receiver.model import ModelError, find_model
+    from mlx_receiver.decode.engine import DecodeEngine
+    from mlx_receiver.decode.local import generate_tokens
+    from mlx_receiver.decode.model import ModelError, find_model
     from mlx_receiver.wire.messages import Sampling, WireError
 
     try:
@@ -267,7 +267,7 @@ def generate(
 
 
 def _checked_dtype(dtype: str) -> str:
-    from mlx_receiver.model import DTYPE_CHOICES
+    from mlx_receiver.decode.model import DTYPE_CHOICES
 
     if dtype not in DTYPE_CHOICES:
         raise SettingsError(f"--dtype {dtype} is not one of {', '.join(DTYPE_CHOICES)}")

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import resource
 import time
-from importlib import metadata
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal
 
-from mlx_receiver import weights
-from mlx_receiver.engine import DecodeEngine
-from mlx_receiver.handover import Handover
+from mlx_receiver import plugins
+from mlx_receiver.control.server import ControlServer
+from mlx_receiver.decode import weights
+from mlx_receiver.decode.device import engine_name
+from mlx_receiver.decode.engine import DecodeEngine
+from mlx_receiver.decode.model import LoadedModel, ModelSource, Progress, find_model
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.model import LoadedModel, ModelSource, Progress, find_model
-from mlx_receiver.server import ControlServer
+from mlx_receiver.sessions.service import Handover
+from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.settings import Settings, SettingsError
-from mlx_receiver.store import SessionStore
-from mlx_receiver.wire import hooks
+from mlx_receiver.transports.tcp import TcpTransport
+from mlx_receiver.transports.transport import Listener, Transport
 from mlx_receiver.wire.messages import Endpoint
-from mlx_receiver.wire.tcp import TcpTransport
-from mlx_receiver.wire.transport import Listener, Transport
 
 if TYPE_CHECKING:
-    from mlx_receiver.http import HttpServer
+    from mlx_receiver.http.server import HttpServer
 
 #: Files and connections that may be open: a Mac's OPEN_MAX.
 _FILES: Final = 10_240
@@ -108,7 +107,7 @@ class Receiver:
                 ) from None
             self._listeners.append(listener)
         if settings.http_port is not None:
-            from mlx_receiver.http import HttpServer
+            from mlx_receiver.http.server import HttpServer
 
             self.http = HttpServer(self)
             self.http.start()
@@ -159,23 +158,6 @@ class Receiver:
         self.stop()
 
 
-def engine_name() -> str:
-    """The decoding engine and its version, e.g. "mlx 0.32.4"."""
-    return f"mlx {metadata.version('mlx')}"
-
-
-def machine_name() -> str:
-    """What decodes, and its memory, e.g. "Apple M3 Ultra, 96 GiB"."""
-    import mlx.core as mx
-
-    info = mx.device_info()
-    name = str(info.get("device_name") or platform.machine())
-    memory = int(
-        info.get("memory_size") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    )
-    return f"{name}, {memory / 2**30:.0f} GiB"
-
-
 def default_kv_memory(loaded: LoadedModel) -> int:
     """Bytes that sessions may reserve on this machine when nobody said otherwise."""
     memory = weights.memory()
@@ -207,9 +189,9 @@ def _limit_mlx_cache(nbytes: int) -> None:
 
 
 def _transport(name: str) -> Transport:
-    if name == "tcp" and name not in hooks.transports():
+    if name == "tcp" and name not in plugins.transports():
         return TcpTransport()
     try:
-        return hooks.transport(name)
+        return plugins.transport(name)
     except ValueError as error:
         raise SettingsError(str(error)) from None

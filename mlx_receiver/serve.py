@@ -14,13 +14,13 @@ from concurrent.futures import Future
 from threading import Thread
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from mlx_receiver.blas import use_fast_blas
+from mlx_receiver.decode.blas import use_fast_blas
 from mlx_receiver.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlx_receiver.model import Progress
+    from mlx_receiver.decode.model import Progress
     from mlx_receiver.receiver import Receiver
 
 logger = logging.getLogger(__name__)

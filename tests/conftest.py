@@ -9,9 +9,9 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from mlx_receiver.blas import use_fast_blas
+from mlx_receiver.decode.blas import use_fast_blas
 from tests.models import GENERATOR_VERSION, tiny_llama, tiny_qwen3
-from vllm_mac_decode.demo.model import fetch_smollm2
+from vllm_mac_decode.tools.demo.model import fetch_smollm2
 
 use_fast_blas()  # before any test imports MLX
 

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import zmq
 
+from mlx_receiver.transports.tcp import TcpTransport
+from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.frames import DataReply, Header
 from mlx_receiver.wire.keys import control_keys, new_ticket
 from mlx_receiver.wire.signature import signature_from_config
-from mlx_receiver.wire.tcp import TcpTransport
-from mlx_receiver.wire.transport import Landing
 
 #: Prompt and output together; vLLM's own is longer.
 CONTEXT = 300

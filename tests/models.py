@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_mac_decode.demo.model import fetch_smollm2, lift_rope_theta
+from vllm_mac_decode.tools.demo.model import fetch_smollm2, lift_rope_theta
 
 GENERATOR_VERSION = 2
 """Raise it with every change that changes what is written: caches are keyed by it."""

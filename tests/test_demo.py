@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import eventually
-from vllm_mac_decode.demo.run import Options, run
+from vllm_mac_decode.tools.demo.run import Options, run
 
 pytest.importorskip("mlx.core")
 pytest.importorskip("vllm")

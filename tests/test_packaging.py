@@ -76,7 +76,7 @@ def imported_names(package: str) -> Iterator[tuple[Path, str]]:
         (
             "console_scripts",
             {
-                "mac-decode": "vllm_mac_decode.cli:main",
+                "mac-decode": "vllm_mac_decode.tools.cli:main",
                 "mlx-receiver": "mlx_receiver.cli:main",
             },
         ),

@@ -26,15 +26,17 @@ from vllm.version import __version__ as vllm_version
 
 from mlx_receiver.wire.frames import ITEMSIZE
 from mlx_receiver.wire.signature import PLAIN_KV_ARCHITECTURES, signature_from_config
-from vllm_mac_decode import engine_seam, policy, settings
-from vllm_mac_decode.export_plan import ExportPlan
-from vllm_mac_decode.exporter import Exporter
-from vllm_mac_decode.link import Link
+from vllm_mac_decode import settings
+from vllm_mac_decode.engine import adapter
 from vllm_mac_decode.metadata import StepExports, WorkerNews, WorkerReport
-from vllm_mac_decode.paged_layout import LayoutError
-from vllm_mac_decode.relay import ROUTER_KEY, Relay
+from vllm_mac_decode.scheduler import eligibility
+from vllm_mac_decode.scheduler.export_plan import ExportPlan
+from vllm_mac_decode.scheduler.link import Link
+from vllm_mac_decode.scheduler.relay import ROUTER_KEY, Relay
 from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_from
-from vllm_mac_decode.worker_layers import exported_layers, updates_before_hook
+from vllm_mac_decode.worker.exporter import Exporter
+from vllm_mac_decode.worker.layers import exported_layers, updates_before_hook
+from vllm_mac_decode.worker.paged_layout import LayoutError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -86,7 +88,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self._plan: ExportPlan | None = None
         self._kept: set[str] = set()  # finished requests that vLLM keeps until workers report them
         if role is KVConnectorRole.SCHEDULER:
-            engine_seam.install()
+            adapter.install()
             self.relay = Relay(self._settings)
             self._plan = ExportPlan(_block_size(kv_cache_config))
 
@@ -252,7 +254,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         if not self._settings.enabled:
             raise ValueError("mac_decode is switched off (enabled=false)")
         dtype = reports[0].kv_dtype
-        self.relay.seam = engine_seam.EngineSeam(core)
+        self.relay.engine = adapter.EngineAdapter(core)
         self.relay.vocab_size = signature.vocab_size
         self.relay.kv_bytes_per_token = signature.kv_bytes_per_token(ITEMSIZE[dtype])
         self.relay.link = Link(self._settings, signature, dtype, f"vllm {vllm_version}", self.relay)
@@ -303,7 +305,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         relay, reason = self.relay, str(request.get_finished_reason())
         if relay is not None and reason == "abort":
             relay.aborted(request.request_id)
-        elif relay is not None and reason in ("stop", "length") and policy.is_routed(request):
+        elif relay is not None and reason in ("stop", "length") and eligibility.is_routed(request):
             # What the decoding server of a router is told, beside what such servers expect.
             params = {
                 "do_remote_prefill": True,
@@ -322,9 +324,9 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         session that ended, for the workers and the metrics, and while it waits for every response
         to end."""
         relay = self.relay
-        if relay is None or relay.seam is None or self._fault:
+        if relay is None or relay.engine is None or self._fault:
             return False
-        return relay.has_news() or (relay.seam.draining and relay.busy())
+        return relay.has_news() or (relay.engine.draining and relay.busy())
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

@@ -10,34 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from mlx_receiver.wire.messages import DataTicket, Endpoint
-
-
-@dataclass(frozen=True)
-class ExportSpan:
-    """Tokens ``start`` to ``end`` of one request, to be exported in every layer of this step.
-
-    ``block_ids`` are the scheduler's blocks that hold them: the first one holds token
-    ``start - start % block_size``.
-    """
-
-    session: int
-    request_id: str
-    start: int
-    end: int
-    block_ids: list[int]
-
-
-@dataclass(frozen=True)
-class BulkTarget:
-    """Where blocks go, and what opens the door; another ``receiver`` means a restart.
-
-    The ticket is a secret, and vLLM logs a step's metadata when its engine dies.
-    """
-
-    endpoint: Endpoint
-    receiver: str
-    ticket: DataTicket = field(repr=False)
+from vllm_mac_decode.export import DataTarget, ExportSpan
 
 
 @dataclass
@@ -46,7 +19,7 @@ class StepExports(KVConnectorMetadata):
 
     spans: list[ExportSpan] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
-    target: BulkTarget | None = None
+    target: DataTarget | None = None
 
 
 @dataclass

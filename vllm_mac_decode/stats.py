@@ -9,8 +9,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from vllm_mac_decode.relay import Relay
-from vllm_mac_decode.session import KEPT_TIMES
+from vllm_mac_decode.scheduler.handoff import KEPT_TIMES
+from vllm_mac_decode.scheduler.relay import Relay
 
 #: name -> help, for the counters without a reason label.
 _COUNTERS = {

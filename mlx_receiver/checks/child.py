@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from mlx_receiver.blas import use_fast_blas
 from mlx_receiver.checks.finding import Finding, unchecked
+from mlx_receiver.decode.blas import use_fast_blas
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
@@ -43,7 +43,7 @@ def lines(model: str) -> Iterator[Line]:
     """Every line; ``model`` is a folder or a Hugging Face id, or empty."""
     from mlx_receiver.checks import decoding, transfer
     from mlx_receiver.checks.small_model import PROMPT, write
-    from mlx_receiver.model import ModelError, find_model, load_model
+    from mlx_receiver.decode.model import ModelError, find_model, load_model
 
     yield from _guarded("Metal", decoding.check_device)
     yield from _guarded("threads", decoding.check_threads)

@@ -16,9 +16,9 @@ from mlx_receiver.checks.finding import Finding, unchecked
 from mlx_receiver.wire.signature import ModelSignature
 
 if TYPE_CHECKING:
-    from mlx_receiver.cache import CacheAdapter
-    from mlx_receiver.engine import DecodeEngine
-    from mlx_receiver.model import ModelSource
+    from mlx_receiver.caches.plain import CacheAdapter
+    from mlx_receiver.decode.engine import DecodeEngine
+    from mlx_receiver.decode.model import ModelSource
 
 #: Logits of one step's tokens scatter by rounding. A choice that is further than this share of
 #: their spread from the best one is another choice.
@@ -56,7 +56,7 @@ def check_device(system: str = sys.platform) -> Finding:
 
 def check_threads(adapter: CacheAdapter | None = None) -> Finding:
     """KV that one thread has written is, byte for byte and in place, what another decodes from."""
-    from mlx_receiver.cache import PlainKV
+    from mlx_receiver.caches.plain import PlainKV
 
     seen: list[Finding] = []
     adapter = adapter or PlainKV()
@@ -211,8 +211,8 @@ def check_recovery(source: ModelSource, break_engine: Callable[[DecodeEngine], s
     ``break_engine`` provokes the failure, and returns what it was called; "" if nothing failed.
     """
     from mlx_receiver.checks.small_model import PROMPT
-    from mlx_receiver.engine import DecodeEngine
-    from mlx_receiver.local import generate_tokens
+    from mlx_receiver.decode.engine import DecodeEngine
+    from mlx_receiver.decode.local import generate_tokens
     from mlx_receiver.wire.messages import Sampling, WireError
 
     name = "recovery"
@@ -260,7 +260,7 @@ def provoke_error(engine: DecodeEngine) -> str:
 def _caches(engine: DecodeEngine, heads_too_many: int = 0) -> list[Any]:
     import mlx.core as mx
 
-    from mlx_receiver.cache import JoinableKVCache
+    from mlx_receiver.caches.plain import JoinableKVCache
 
     signature = engine.source.signature
     shape = (1, signature.kv_heads + heads_too_many, 256, signature.head_dim)
@@ -274,7 +274,7 @@ def _failing_job(engine: DecodeEngine, build_cache: Callable[[Any], list[Any]]) 
     """Why a job over those caches fails; "" if it does not."""
     import queue
 
-    from mlx_receiver.engine import Job
+    from mlx_receiver.decode.jobs import Job
     from mlx_receiver.wire.messages import Sampling
 
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()

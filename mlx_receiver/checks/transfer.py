@@ -10,12 +10,12 @@ from typing import Any, Final
 import numpy as np
 
 from mlx_receiver.checks.finding import Finding
+from mlx_receiver.transports.tcp import TcpTransport
+from mlx_receiver.transports.transport import Landing, Sender, TransportError
 from mlx_receiver.wire.frames import DataReply, Header, Kind, Plane
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import E_CREDENTIALS, Code, WireError
 from mlx_receiver.wire.signature import ModelSignature
-from mlx_receiver.wire.tcp import TcpTransport
-from mlx_receiver.wire.transport import Landing, Sender, TransportError
 
 #: The shape of an 8B model's KV, of fewer layers, and blocks as vLLM's side sends them.
 _SIGNATURE: Final = ModelSignature("llama", 8, 8, 128, 4096, 100, [])
@@ -68,7 +68,7 @@ def check_loopback(transport: Any = None) -> Finding:
     """Every byte arrives, and faster than a 10 Gbit/s cable carries it."""
     import mlx.core as mx
 
-    from mlx_receiver.cache import PlainKV
+    from mlx_receiver.caches.plain import PlainKV
 
     name = "loopback"
     transport = transport or TcpTransport()

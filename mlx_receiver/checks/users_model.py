@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from mlx_receiver import weights
 from mlx_receiver.checks.decoding import check_tokens
 from mlx_receiver.checks.finding import Finding, unchecked
-from mlx_receiver.model import ModelSource, load_model
+from mlx_receiver.decode import weights
+from mlx_receiver.decode.model import ModelSource, load_model
 
 #: Prompt and output of the comparison: the CPU is slow.
 _PROMPT_TOKENS: Final = 16

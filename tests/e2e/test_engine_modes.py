@@ -266,10 +266,10 @@ def test_offline_inference(
 @pytest.mark.parametrize(
     ("method", "calls"),
     [
-        ("relay.Relay.scheduled", 2),
-        ("export_plan.ExportPlan.forget", 0),
-        ("exporter.Exporter.layer_written", 9),
-        ("paged_layout.PagedLayout.gather", 9),
+        ("scheduler.relay.Relay.scheduled", 2),
+        ("scheduler.export_plan.ExportPlan.forget", 0),
+        ("worker.exporter.Exporter.layer_written", 9),
+        ("worker.paged_layout.PagedLayout.gather", 9),
     ],
 )
 def test_a_fault_of_ours_leaves_the_engine_serving(

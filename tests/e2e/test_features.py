@@ -21,13 +21,15 @@ from vllm.v1.request import Request
 
 from tests.e2e.equality_cases import CASES, HANDED_OFF, NOT_DECODED
 from tests.servers import Receiver, start_receiver
-from vllm_mac_decode import policy
-from vllm_mac_decode.availability import Availability
-from vllm_mac_decode.check import read_model
-from vllm_mac_decode.link import Link
-from vllm_mac_decode.policy import EngineRules, engine_rules, local_reason
-from vllm_mac_decode.relay import Relay
+from vllm_mac_decode.engine.adapter import engine_rules
+from vllm_mac_decode.scheduler import eligibility
+from vllm_mac_decode.scheduler.availability import Availability
+from vllm_mac_decode.scheduler.eligibility import local_reason
+from vllm_mac_decode.scheduler.link import Link
+from vllm_mac_decode.scheduler.port import EngineRules
+from vllm_mac_decode.scheduler.relay import Relay
 from vllm_mac_decode.settings import Settings
+from vllm_mac_decode.tools.check import read_model
 
 FEATURES = Path(__file__).parents[2] / "docs" / "features.md"
 
@@ -77,7 +79,7 @@ def _embeddings() -> Any:
 
 def returned() -> set[str]:
     """Every label that the policy and the relay can give."""
-    decide = (policy, Availability.local_reason, Relay._decide)
+    decide = (eligibility, Availability.local_reason, Relay._decide)
     sources = [inspect.getsource(part) for part in decide]
     found = re.findall(r'(?:return|everything =) "(\w+)"', "".join(sources))
     assert len(found) > 15
@@ -173,7 +175,7 @@ def test_a_receiver_that_is_not_there_or_fails_is_left_alone(
     signature, dtype = read_model(str(tiny_llama_path))
     # vLLM's engine is not needed to decide.
     seam = SimpleNamespace(rules=EngineRules(), weights_changed=False, max_model_len=2048)
-    relay.seam = seam  # type: ignore[assignment]
+    relay.engine = seam  # type: ignore[assignment]
     relay.vocab_size = signature.vocab_size
     relay.link = Link(settings, signature, dtype, "test", relay)
     try:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_receiver.model import find_model
+from mlx_receiver.decode.model import find_model
 from mlx_receiver.wire import messages as m
 from tests.servers import Receiver, start_receiver
-from vllm_mac_decode.link import Link
+from vllm_mac_decode.scheduler.link import Link
 from vllm_mac_decode.settings import Settings
 
 pytestmark = pytest.mark.server

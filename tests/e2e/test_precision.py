@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.server, pytest.mark.real_model]
 
 BF16 = ("--dtype", "bfloat16")
 TOP = 20
-#: Any plugin's argument keeps a request local, see `vllm_mac_decode.policy`.
+#: Any plugin's argument keeps a request local, see `vllm_mac_decode.scheduler.eligibility`.
 LOCAL = {"vllm_xargs": {"keep": "local"}}
 
 _STORY = (

@@ -9,9 +9,9 @@ import json
 import math
 from typing import Any
 
-from mlx_receiver.api import parked
-from mlx_receiver.api.bodies import ChatBody, CompletionBody, SamplingBody, parse
-from mlx_receiver.api.errors import ApiError
+from mlx_receiver.http.errors import ApiError
+from mlx_receiver.http.openai import parked
+from mlx_receiver.http.openai.bodies import ChatBody, CompletionBody, SamplingBody, parse
 from tests.fuzz.structures import VOCABULARY, variants
 
 BODIES = (CompletionBody, ChatBody)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from mlx_receiver.handover import Client
 from mlx_receiver.receiver import Receiver
+from mlx_receiver.sessions.service import Client
 from mlx_receiver.settings import Settings
 from mlx_receiver.wire import keys
 from mlx_receiver.wire import messages as m

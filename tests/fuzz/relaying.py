@@ -54,8 +54,8 @@ def orders(seed: int) -> int:
             case _ if numbers:
                 engine.say(message(source.choice(list(numbers.values()))))
     engine.lose()
-    ended = {name for name, _, finish in engine.seam.out if finish}
-    resumed = {name: tokens for name, _, tokens, _ in engine.seam.resumed}
+    ended = {name for name, _, finish in engine.port.out if finish}
+    resumed = {name: tokens for name, _, tokens, _ in engine.port.resumed}
     for name in stepped:
         if engine.tokens(name) or name in ended:  # the relay has it, not vLLM alone
             assert (name in ended) != (name in resumed), name

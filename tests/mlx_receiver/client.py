@@ -16,6 +16,8 @@ import numpy as np
 import zmq
 
 from mlx_receiver.receiver import Receiver
+from mlx_receiver.transports.tcp import TcpTransport
+from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.frames import Header, Kind, Plane
 from mlx_receiver.wire.messages import (
@@ -39,8 +41,6 @@ from mlx_receiver.wire.messages import (
     decode_receiver,
     encode,
 )
-from mlx_receiver.wire.tcp import TcpTransport
-from mlx_receiver.wire.transport import Sender
 
 _sessions = itertools.count(1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_receiver.model import find_model, load_model
+from mlx_receiver.decode.model import find_model, load_model
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
 from tests.mlx_receiver.client import FakeVllm, Prefilled, connected

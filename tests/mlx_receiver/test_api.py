@@ -15,9 +15,9 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from mlx_receiver.api.completions import completions
-from mlx_receiver.api.replies import DONE
-from mlx_receiver.api.service import Service
+from mlx_receiver.http.openai.completions import completions
+from mlx_receiver.http.openai.replies import DONE
+from mlx_receiver.http.openai.service import Service
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from tests.mlx_receiver.conftest import Prefill

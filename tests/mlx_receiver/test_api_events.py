@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from mlx_receiver.api.decoding import Events
+from mlx_receiver.http.openai.decoding import Events
 from mlx_receiver.wire.messages import Decoded, WireError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mlx_receiver.api import prefill as api_prefill
+from mlx_receiver.http.openai import prefill as api_prefill
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from tests.conftest import free_port

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from mlx_receiver.api.bodies import ChatBody, CompletionBody, SamplingBody, parse
-from mlx_receiver.api.errors import ApiError
-from mlx_receiver.api.parameters import Defaults, sampling
-from mlx_receiver.api.tokenizer import Tokenizer
-from mlx_receiver.model import find_model
-from mlx_receiver.sampling import check_sampling
+from mlx_receiver.decode.model import find_model
+from mlx_receiver.decode.sampling import check_sampling
+from mlx_receiver.http.errors import ApiError
+from mlx_receiver.http.openai.bodies import ChatBody, CompletionBody, SamplingBody, parse
+from mlx_receiver.http.openai.parameters import Defaults, sampling
+from mlx_receiver.http.openai.tokenizer import Tokenizer
 from mlx_receiver.wire.messages import MAX_LOGPROBS, Sampling, WireError
 
 pytest.importorskip("vllm")

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from mlx_receiver import store
 from mlx_receiver.receiver import Receiver
+from mlx_receiver.sessions import store
 from mlx_receiver.wire.messages import Complete, Opened, Sampling
 from tests.mlx_receiver.client import FakeVllm, Prefilled
 from tests.mlx_receiver.conftest import Prefill

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_receiver.api.text import OutputText, TextRules
-from mlx_receiver.api.tokenizer import Tokenizer
-from mlx_receiver.api.tools import ToolStream
-from mlx_receiver.model import find_model
+from mlx_receiver.decode.model import find_model
+from mlx_receiver.http.openai.text import OutputText, TextRules
+from mlx_receiver.http.openai.tokenizer import Tokenizer
+from mlx_receiver.http.openai.tools import ToolStream
 
 TEXT = " Grüße aus Zürich: 你好, мир! 👩‍👩‍👧‍👦 and 🦙\n\n  indented — done."
 

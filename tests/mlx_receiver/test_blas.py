@@ -9,7 +9,7 @@ import sys
 PROGRAM = """
 import sys
 {before}
-from mlx_receiver.blas import use_fast_blas
+from mlx_receiver.decode.blas import use_fast_blas
 found = use_fast_blas()
 import mlx.core as mx
 import numpy as np

@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 
 from mlx_receiver import __version__
-from mlx_receiver.cache import PlainKV
+from mlx_receiver.caches.plain import PlainKV
 from mlx_receiver.checks import decoding, machine, report, transfer
 from mlx_receiver.checks.child import Begin, Facts, Found
 from mlx_receiver.checks.finding import Finding
 from mlx_receiver.checks.report import Report
 from mlx_receiver.checks.users_model import check_fit
-from mlx_receiver.engine import DecodeEngine
+from mlx_receiver.decode.engine import DecodeEngine
+from mlx_receiver.decode.model import find_model, load_model
+from mlx_receiver.decode.weights import Memory
 from mlx_receiver.interfaces import Interface
-from mlx_receiver.model import find_model, load_model
-from mlx_receiver.weights import Memory
+from mlx_receiver.transports.tcp import TcpTransport
+from mlx_receiver.transports.transport import TransportError
 from mlx_receiver.wire.frames import Header
-from mlx_receiver.wire.tcp import TcpTransport
-from mlx_receiver.wire.transport import TransportError
 
 WIRED = Interface("en0", "wired", ("10.0.0.2",), 10_000, "Ethernet")
 SLOW = Interface("en5", "wired", ("10.0.0.3",), 1000, "USB LAN")

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
-from mlx_receiver.batch import Float32Logits
-from mlx_receiver.cache import PlainKV, PlainKVBuffers
-from mlx_receiver.engine import DecodeEngine, Job, Output
-from mlx_receiver.local import LocalJob, generate_tokens
+from mlx_receiver.caches.plain import PlainKV, PlainKVBuffers
+from mlx_receiver.decode.batch import Float32Logits
+from mlx_receiver.decode.engine import DecodeEngine, Job, Output
+from mlx_receiver.decode.local import LocalJob, generate_tokens
+from mlx_receiver.decode.model import ModelError, Progress, find_model
+from mlx_receiver.decode.warmup import WARM_UP_JOBS
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.model import ModelError, Progress, find_model
-from mlx_receiver.warmup import WARM_UP_JOBS
 from mlx_receiver.wire.messages import Sampling, WireError
 from mlx_receiver.wire.signature import ModelSignature
 from tests.mlx_receiver.conftest import Prefill
@@ -353,12 +353,12 @@ def test_long_prefills_leave_time_for_running_responses(
     monkeypatch.setattr(Float32Logits, "__call__", watched)
     kv = prefill(257)
     assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
-    monkeypatch.setattr("mlx_receiver.batch.PREFILL_SECONDS", 1e-6)
+    monkeypatch.setattr("mlx_receiver.decode.batch.PREFILL_SECONDS", 1e-6)
     assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
     chunks.clear()
     assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
     assert max(chunks) == 16
-    monkeypatch.setattr("mlx_receiver.batch.PREFILL_SECONDS", 100)
+    monkeypatch.setattr("mlx_receiver.decode.batch.PREFILL_SECONDS", 100)
     chunks.clear()
     generate_tokens(engine, [30] * 400, GREEDY)
     assert chunks[:4] == [16, 32, 64, 128]
@@ -367,7 +367,7 @@ def test_long_prefills_leave_time_for_running_responses(
 def test_a_hand_off_does_not_wait_for_others_prefills(
     tiny_llama_path: Path, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.batch.PREFILL_SECONDS", 1e-6)
+    monkeypatch.setattr("mlx_receiver.decode.batch.PREFILL_SECONDS", 1e-6)
     engine = DecodeEngine(find_model(str(tiny_llama_path)), max_batch=16)
     engine.start()
     engine.wait_loaded()

@@ -18,9 +18,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from mlx_receiver import hub as hub_client
-from mlx_receiver import serve, weights
+from mlx_receiver import serve
 from mlx_receiver.announcement import wifi_warning
+from mlx_receiver.decode import hub as hub_client
+from mlx_receiver.decode import weights
+from mlx_receiver.decode.model import ModelError, find_model, load_model
+from mlx_receiver.decode.weights import Memory, refusal, weights_nbytes
 from mlx_receiver.interfaces import (
     Interface,
     check_host,
@@ -30,9 +33,7 @@ from mlx_receiver.interfaces import (
     reachable_at,
     usable,
 )
-from mlx_receiver.model import ModelError, find_model, load_model
 from mlx_receiver.settings import SettingsError
-from mlx_receiver.weights import Memory, refusal, weights_nbytes
 from tests.conftest import free_port
 from tests.mlx_receiver.hub import COMMIT, NAME, Hub, hub
 
@@ -209,7 +210,7 @@ def test_the_download_shows_its_progress(tiny_llama_path: Path, tmp_path: Path) 
 
 
 def with_hub(server: Hub, home: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Run code that calls ``mlx_receiver.hub``, whose library reads its variables once."""
+    """Run code that calls ``mlx_receiver.decode.hub``, whose library reads its variables once."""
     return subprocess.run(
         [sys.executable, "-c", f"from mlx_receiver import hub\n{code}"], capture_output=True,
         text=True, check=False, timeout=120, env={**os.environ, **server.environment(home)},

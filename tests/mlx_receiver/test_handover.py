@@ -9,7 +9,7 @@ import mlx.core as mx
 import msgspec
 import pytest
 
-from mlx_receiver.local import LocalJob, generate_tokens
+from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.wire.messages import Opened, Sampling
 from tests.mlx_receiver.client import FakeVllm, block, blocks, connected
@@ -29,7 +29,7 @@ def test_decoded_tokens_equal_mlx_alone(client: FakeVllm, prefill: Prefill, toke
 def test_decoding_past_the_reserved_headroom(
     client: FakeVllm, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.memory.HEADROOM", 1)
+    monkeypatch.setattr("mlx_receiver.caches.memory.HEADROOM", 1)
     kv = prefill(250, decode=20)
     sampling = msgspec.structs.replace(GREEDY, max_tokens=20)
     session = client.open(kv.prompt, sampling)

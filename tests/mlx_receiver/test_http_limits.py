@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mlx_receiver.model import find_model
+from mlx_receiver.decode.model import find_model
 from tests.servers import Receiver, start_receiver
 from tests.waiting import eventually
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mlx_receiver import cache
-from mlx_receiver.cache import PlainKV, PlainKVBuffers
-from mlx_receiver.cuda import Staging
-from mlx_receiver.memory import Budget
-from mlx_receiver.session import Session, coverage_bytes
+from mlx_receiver.caches import plain as cache
+from mlx_receiver.caches.cuda_staging import Staging
+from mlx_receiver.caches.memory import Budget
+from mlx_receiver.caches.plain import PlainKV, PlainKVBuffers
+from mlx_receiver.sessions.session import Session, coverage_bytes
 from mlx_receiver.wire.frames import Header, Kind, Plane
 from mlx_receiver.wire.messages import Open, Sampling, WireError
 from mlx_receiver.wire.signature import ModelSignature

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import zmq
 
-from mlx_receiver.local import LocalJob, generate_tokens
+from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
 from mlx_receiver.wire import keys
@@ -172,7 +172,7 @@ def _open(prompt: list[int], **sampling: Any) -> bytes:
 def test_a_client_that_reads_nothing_is_let_go(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch, beside: None
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.server._MAX_UNSENT_BYTES", 50_000)
+    monkeypatch.setattr("mlx_receiver.control.server._MAX_UNSENT_BYTES", 50_000)
     with connected(receiver) as client:
         client.silence()
         client._alive.join()
@@ -190,7 +190,7 @@ def test_a_client_that_reads_nothing_is_let_go(
 def test_a_client_that_leaves_is_no_warning(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "mlx_receiver.server")
+    caplog.set_level("INFO", "mlx_receiver.control.server")
     with connected(receiver) as client:
         ticket = client.ticket_id
     assert eventually(lambda: ticket not in receiver.store._keys, 2)
@@ -219,7 +219,7 @@ def test_other_clients_blocks_attaches_and_errors_reach_no_session(
 def test_one_clients_waiting_attaches_are_its_own(
     receiver: Receiver, client: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.store._MAX_WAITING", 3)
+    monkeypatch.setattr("mlx_receiver.sessions.store._MAX_WAITING", 3)
     with connected(receiver) as other:
         assert other.bulk is not None
         for session in range(5000, 5004):
@@ -235,7 +235,7 @@ def test_one_clients_waiting_attaches_are_its_own(
 def test_sessions_to_which_nothing_comes_are_given_up(
     client: FakeVllm, monkeypatch: pytest.MonkeyPatch, beside: None
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.store.IDLE_SECONDS", 0.3)
+    monkeypatch.setattr("mlx_receiver.sessions.store.IDLE_SECONDS", 0.3)
     session = opened(client, [5, 6])
     assert "no block and no Start came" in client.failed(session).reason
 
@@ -318,7 +318,7 @@ def test_memory_that_is_still_written_counts(
 def test_local_prompts_and_growth_stay_within_the_budget(
     tiny_llama_path: Path, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.memory.HEADROOM", 1)
+    monkeypatch.setattr("mlx_receiver.caches.memory.HEADROOM", 1)
     kv = prefill(17)
     with (
         started(tiny_llama_path, kv_memory=600 << 10) as receiver,
@@ -344,9 +344,9 @@ def test_local_prompts_and_growth_stay_within_the_budget(
 def test_a_receiver_that_cannot_decode_says_so_and_recovers(
     tiny_llama_path: Path, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_receiver.batch import Float32Logits
+    from mlx_receiver.decode.batch import Float32Logits
 
-    monkeypatch.setattr("mlx_receiver.engine._PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("mlx_receiver.decode.engine._PROBE_SECONDS", 0.1)
     kv = prefill(17)
 
     def explode(*_: object, **__: object) -> Any:

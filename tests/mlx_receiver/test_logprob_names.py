@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_receiver.api.logprobs import Names
-from mlx_receiver.api.tokenizer import Tokenizer
-from mlx_receiver.model import find_model
+from mlx_receiver.decode.model import find_model
+from mlx_receiver.http.openai.logprobs import Names
+from mlx_receiver.http.openai.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

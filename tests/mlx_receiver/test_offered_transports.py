@@ -9,15 +9,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from mlx_receiver import plugins
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
-from mlx_receiver.wire import hooks
+from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire.messages import Sampling, Welcome
-from mlx_receiver.wire.transport import Sender
 from tests.mlx_receiver.client import FakeVllm
 from tests.mlx_receiver.conftest import Prefill
 
-OFFERED = [name for name in ("zmq", "tcp", "nixl") if name in hooks.transports()]
+OFFERED = [name for name in ("zmq", "tcp", "nixl") if name in plugins.transports()]
 
 
 class OverTransport(FakeVllm):
@@ -29,7 +29,7 @@ class OverTransport(FakeVllm):
         (endpoint,) = (e for e in self.receiver.data_endpoints if e.transport == self.name)
         endpoint = msgspec.structs.replace(endpoint, host=endpoint.host or "127.0.0.1")
         assert self.ticket is not None
-        return hooks.transport(self.name).connect(endpoint, self.ticket, 5.0)
+        return plugins.transport(self.name).connect(endpoint, self.ticket, 5.0)
 
 
 @pytest.fixture(scope="module")

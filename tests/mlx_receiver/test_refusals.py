@@ -19,6 +19,7 @@ import pytest
 
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
+from mlx_receiver.transports.tcp import dial
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.messages import (
     Opened,
@@ -29,7 +30,6 @@ from mlx_receiver.wire.messages import (
     Status,
     Welcome,
 )
-from mlx_receiver.wire.tcp import dial
 from tests.mlx_receiver.client import FakeVllm, block, blocks, connected
 from tests.mlx_receiver.conftest import Prefill
 from tests.waiting import eventually
@@ -103,7 +103,7 @@ def test_conflicting_duplicate_names_the_place(
 def test_a_hole_is_named_when_nothing_fills_it(
     client: FakeVllm, prefill: Prefill, bystander: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.store.STALL_SECONDS", 0.3)
+    monkeypatch.setattr("mlx_receiver.sessions.store.STALL_SECONDS", 0.3)
     kv = prefill(17)
     session = opened(client, kv.prompt)
     assert client.bulk is not None
@@ -172,7 +172,7 @@ def test_blocks_of_unknown_and_ended_sessions_are_drained(
 def test_attach_waits_for_the_open_and_gives_up(
     client: FakeVllm, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.store.ATTACH_SECONDS", 1.0)
+    monkeypatch.setattr("mlx_receiver.sessions.store.ATTACH_SECONDS", 1.0)
     kv = prefill(17)
     assert client.bulk is not None
     early = client.open(kv.prompt, GREEDY) + 1
@@ -284,7 +284,7 @@ def test_nothing_is_served_before_hello(receiver: Receiver) -> None:
 
 
 def test_silent_clients_are_dropped(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_receiver.server.SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr("mlx_receiver.control.server.SILENCE_SECONDS", 1.0)
     with connected(receiver) as client:
         session = opened(client, [5, 6])
         time.sleep(1.3)

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from mlx_receiver.sampling import (
+from mlx_receiver.decode.sampling import (
     RequestSampler,
     check_sampling,
     greedy,

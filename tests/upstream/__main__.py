@@ -23,7 +23,7 @@ from bench.lab import record
 from tests.upstream import models, source, targets
 from tests.upstream.outcome import Outcomes, Result, differences, page, replaced, unneeded
 from tests.upstream.selection import TARGETS, Selection, read_expected, read_selection
-from vllm_mac_decode.demo.model import ModelUnavailable
+from vllm_mac_decode.tools.demo.model import ModelUnavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "upstream.md"

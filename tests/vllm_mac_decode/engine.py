@@ -13,8 +13,8 @@ from vllm.v1.request import Request
 
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.keys import new_ticket
-from vllm_mac_decode.policy import EngineRules
-from vllm_mac_decode.relay import Relay
+from vllm_mac_decode.scheduler.port import EngineRules
+from vllm_mac_decode.scheduler.relay import Relay
 from vllm_mac_decode.settings import Settings
 
 VOCABULARY, CONTEXT, MODEL_LEN, BYTES = 100, 60, 80, 64
@@ -22,7 +22,7 @@ PROMPT = [1, 2, 3]
 
 
 @dataclass
-class Seam:
+class Port:
     """Notes what reaches vLLM's queues: ``out`` for clients, ``resumed`` for the engine."""
 
     max_model_len: int = MODEL_LEN
@@ -80,8 +80,8 @@ class Engine:
 
     def __init__(self, **settings: Any) -> None:
         self.relay = Relay(Settings(**settings))
-        self.seam, self.link = Seam(), Link()
-        self.relay.seam, self.relay.link = self.seam, self.link  # type: ignore[assignment]
+        self.port, self.link = Port(), Link()
+        self.relay.engine, self.relay.link = self.port, self.link  # type: ignore[assignment]
         self.relay.vocab_size, self.relay.kv_bytes_per_token = VOCABULARY, BYTES
         self.requests: dict[str, Request] = {}
         self.connect()
@@ -144,5 +144,5 @@ class Engine:
         return self.relay.take_counts()
 
     def tokens(self, name: str = "a") -> list[int]:
-        return [token for request, tokens, _ in self.seam.out if request == name
+        return [token for request, tokens, _ in self.port.out if request == name
                 for token in tokens]  # fmt: skip

@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlx_receiver.cache import PlainKV
+from mlx_receiver.caches.plain import PlainKV
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.session import Session
-from mlx_receiver.store import SessionStore
+from mlx_receiver.sessions.session import Session
+from mlx_receiver.sessions.store import SessionStore
+from mlx_receiver.transports.tcp import TcpTransport
+from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire.frames import Header, Plane
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import Endpoint, Open, Sampling
 from mlx_receiver.wire.signature import ModelSignature
-from mlx_receiver.wire.tcp import TcpTransport
-from mlx_receiver.wire.transport import Landing
 from tests.waiting import eventually
-from vllm_mac_decode.exporter import ExportedLayer, Exporter
-from vllm_mac_decode.metadata import BulkTarget, ExportSpan
-from vllm_mac_decode.paged_layout import PagedLayout, PlaneMap
+from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
+from vllm_mac_decode.worker.exporter import ExportedLayer, Exporter
+from vllm_mac_decode.worker.paged_layout import PagedLayout, PlaneMap
 
 LAYERS, HEADS, DIM, BLOCK = 4, 4, 16, 16
 
@@ -51,7 +51,7 @@ class Store(SessionStore):
         self.admit(ticket)
         self.listener = TcpTransport().listen("127.0.0.1", 0, self)
         port = self.listener.endpoint.port
-        self.target = BulkTarget(Endpoint("tcp", "127.0.0.1", port), f"store-{port}", ticket)
+        self.target = DataTarget(Endpoint("tcp", "127.0.0.1", port), f"store-{port}", ticket)
 
     def opened(self, session: Session) -> None: ...
 
@@ -147,7 +147,7 @@ class Worker:
         self.caches[layer][slots] = torch.cat([part[0], part[1]], dim=-1).transpose(0, 1)
 
     def step(
-        self, work: list[tuple[Request, int, int]], target: BulkTarget, hooks: int = 1
+        self, work: list[tuple[Request, int, int]], target: DataTarget, hooks: int = 1
     ) -> None:
         """One forward pass; ``hooks`` says how often vLLM calls a layer's hook."""
         spans = [request.span(start, end, self.block_size) for request, start, end in work]

@@ -20,9 +20,9 @@ from mlx_receiver.settings import Settings
 from tests.conftest import free_port
 from tests.servers import pair
 from tests.vllm_mac_decode.test_cli import mac_decode
-from vllm_mac_decode.bench_command import picture, record, run
-from vllm_mac_decode.bench_command.run import BenchError, Options, measure
-from vllm_mac_decode.bench_command.servers import Pair, Server
+from vllm_mac_decode.tools.bench import picture, record, run
+from vllm_mac_decode.tools.bench.run import BenchError, Options, measure
+from vllm_mac_decode.tools.bench.servers import Pair, Server
 
 FEW = {"prompt_tokens": 24, "output_tokens": 4, "repeats": 2}
 

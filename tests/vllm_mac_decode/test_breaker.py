@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_mac_decode.breaker import CircuitBreaker
+from vllm_mac_decode.scheduler.breaker import CircuitBreaker
 
 
 def test_three_failures_in_the_window_open_it_and_pauses_double() -> None:

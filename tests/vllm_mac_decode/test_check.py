@@ -15,16 +15,16 @@ import msgspec
 import pytest
 import zmq
 
-from mlx_receiver.guard import Guard
+from mlx_receiver.control.guard import Guard
 from mlx_receiver.wire import keys
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address, resolve
 from tests.conftest import free_port
-from vllm_mac_decode.check import Report, engine, receiver, run_checks, software, transfer
-from vllm_mac_decode.check.engine import EngineFacts
-from vllm_mac_decode.check.finding import Finding
-from vllm_mac_decode.check.receiver import ReceiverChecks, check_model, read_model
 from vllm_mac_decode.settings import Settings
+from vllm_mac_decode.tools.check import Report, engine, receiver, run_checks, software, transfer
+from vllm_mac_decode.tools.check.engine import EngineFacts
+from vllm_mac_decode.tools.check.finding import Finding
+from vllm_mac_decode.tools.check.receiver import ReceiverChecks, check_model, read_model
 
 pytest.importorskip("mlx.core")
 
@@ -188,7 +188,7 @@ def test_another_model_is_named_field_by_field(real: Receiver, tiny_qwen3_path: 
 
 
 def test_a_receiver_that_still_loads(fake: FakeReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_mac_decode.check.conversation.ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("vllm_mac_decode.tools.check.conversation.ANSWER_SECONDS", 0.3)
     finding = only(ask(fake.port), "wrong")
     assert "still loading" in finding.seen
 

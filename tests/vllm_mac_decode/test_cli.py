@@ -17,8 +17,8 @@ import pytest
 
 from mlx_receiver.wire.messages import Sampling
 from tests.conftest import free_port
-from vllm_mac_decode.handoffs import fetch
-from vllm_mac_decode.timeline import TimelineError
+from vllm_mac_decode.tools.timeline import TimelineError
+from vllm_mac_decode.tools.timeline.fetch import fetch
 
 pytest.importorskip("mlx.core")
 
@@ -85,7 +85,7 @@ def test_help_names_every_command() -> None:
 
 def test_help_of_a_command_loads_nothing_heavy() -> None:
     program = (
-        "import sys; from vllm_mac_decode.cli import app\n"
+        "import sys; from vllm_mac_decode.tools.cli import app\n"
         "try: app(['demo', '--help'])\n"
         "except SystemExit: pass\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"

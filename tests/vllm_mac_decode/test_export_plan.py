@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from vllm_mac_decode.export_plan import ExportPlan
-from vllm_mac_decode.metadata import ExportSpan
+from vllm_mac_decode.export import ExportSpan
+from vllm_mac_decode.scheduler.export_plan import ExportPlan
 
 BLOCK = 16
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from mlx_receiver import store as store_module
-from mlx_receiver.store import SessionStore
+from mlx_receiver.sessions import store as store_module
+from mlx_receiver.sessions.store import SessionStore
+from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import Endpoint
-from mlx_receiver.wire.transport import Landing
 from tests.vllm_mac_decode.ranks import LAYERS, Request, Store, Worker, hand_over, workers
 from tests.waiting import eventually
-from vllm_mac_decode.metadata import BulkTarget
+from vllm_mac_decode.export import DataTarget
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_data_port_that_does_not_answer_holds_nobody_up(store: Store, worker: 
     # It takes connections, but not the handshake: as a firewall that drops packets.
     with socket.create_server(("127.0.0.1", 0)) as mute:
         at = Endpoint("tcp", "127.0.0.1", mute.getsockname()[1])
-        target = BulkTarget(at, "mute", new_ticket())
+        target = DataTarget(at, "mute", new_ticket())
         lost = [Request(16, [block]) for block in range(8)]
         began = time.monotonic()
         for request in lost:
@@ -308,7 +308,7 @@ def test_a_peer_that_answers_nonsense_is_given_up(store: Store, worker: Worker) 
     for nonsense in (b"HTTP/1.1 400 Bad Request\r\n" * 5, header + b"\xc1\xc1\xc1", b""):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-            target = BulkTarget(Endpoint("tcp", "127.0.0.1", port), f"other-{port}", new_ticket())
+            target = DataTarget(Endpoint("tcp", "127.0.0.1", port), f"other-{port}", new_ticket())
             request = Request(40, [9, 3, 4])
             worker.step([(request, 0, 40)], target)
             connection, _ = server.accept()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from vllm_mac_decode.launch import LaunchGate
+from vllm_mac_decode.worker.launch import LaunchGate
 
 LAYERS = 32
 

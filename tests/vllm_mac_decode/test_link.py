@@ -19,9 +19,9 @@ from mlx_receiver.wire.keys import control_keys, new_ticket
 from mlx_receiver.wire.signature import ModelSignature
 from tests.conftest import free_port
 from tests.waiting import eventually
-from vllm_mac_decode import link as link_module
-from vllm_mac_decode.control import ControlSocket
-from vllm_mac_decode.link import Link
+from vllm_mac_decode.scheduler import link as link_module
+from vllm_mac_decode.scheduler.control import ControlSocket
+from vllm_mac_decode.scheduler.link import Link
 from vllm_mac_decode.settings import Settings
 
 SIGNATURE = ModelSignature("llama", 2, 2, 16, 64, 100, [])

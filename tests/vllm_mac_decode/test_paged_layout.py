@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_mac_decode.paged_layout import (
+from vllm_mac_decode.worker.paged_layout import (
     CacheUpdate,
     LayoutError,
     PagedLayout,

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_receiver.wire.messages import Complete, Decoded, Logprobs, Opened, Progress, Refused
 from mlx_receiver.wire.messages import Sampling as S
-from vllm_mac_decode.promise import BrokenPromise, Promise
+from vllm_mac_decode.scheduler.promise import BrokenPromise, Promise
 
 PROMPT, BYTES, CONTEXT = 10, 6400, 20
 FIRST = [3]

@@ -25,7 +25,7 @@ def test_a_hand_off_from_beginning_to_end(engine: Engine) -> None:
     number = engine.started(max_tokens=4)
     engine.decode(number, 1, 10)
     engine.decode(number, 2, 11, 12, finish="length")
-    assert engine.seam.out == [("a", [7], ""), ("a", [10], ""), ("a", [11, 12], "length")]
+    assert engine.port.out == [("a", [7], ""), ("a", [10], ""), ("a", [11, 12], "length")]
     assert [type(message) for message in engine.link.said] == [m.Open, m.Start]
     assert not engine.relay.busy() and not engine.relay._by_request
     counts = engine.counts()
@@ -56,7 +56,7 @@ def test_lost_between_deciding_and_opening(engine: Engine, told: bool) -> None:
     assert engine.step(finished=False).outputs[0].new_token_ids == [7]
     engine.lose()
     assert engine.counts().fallbacks == {"lost": 1}
-    assert not engine.relay._sessions and not engine.seam.resumed
+    assert not engine.relay._sessions and not engine.port.resumed
 
 
 def test_lost_between_opening_and_the_first_token(engine: Engine) -> None:
@@ -66,7 +66,7 @@ def test_lost_between_opening_and_the_first_token(engine: Engine) -> None:
     assert request.max_tokens == 8
     # The step that was under way ended it by the limit of one.
     assert engine.step(finished=True).outputs == []
-    assert engine.seam.resumed == [("a", "a-local", [7], 8)]
+    assert engine.port.resumed == [("a", "a-local", [7], 8)]
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -77,7 +77,7 @@ def test_lost_just_before_start_is_said(engine: Engine, told: bool) -> None:
     engine.step()
     if told:
         engine.relay.disconnected("it is gone")
-    assert engine.seam.resumed == [("a", "a-local", [7], 8)]
+    assert engine.port.resumed == [("a", "a-local", [7], 8)]
     assert engine.tokens() == [7]
     assert engine.counts().fallbacks == {"lost": 1}
 
@@ -88,7 +88,7 @@ def test_lost_while_it_decodes(engine: Engine) -> None:
     engine.lose()
     engine.connect()
     engine.decode(number, 2, 11)  # nobody asked
-    assert engine.seam.resumed == [("a", "a-local", [7, 10], 8)]
+    assert engine.port.resumed == [("a", "a-local", [7, 10], 8)]
     assert engine.tokens() == [7, 10]
 
 
@@ -119,7 +119,7 @@ def test_lost_at_any_moment_of_many_requests() -> None:
         thread.join()
     engine.lose()
     assert not engine.relay._sessions
-    resumed = {name for name, *_ in engine.seam.resumed}
+    resumed = {name for name, *_ in engine.port.resumed}
     alive = {name for name, request in engine.requests.items() if request.max_tokens == 8}
     assert resumed | alive == engine.requests.keys()
 
@@ -127,7 +127,7 @@ def test_lost_at_any_moment_of_many_requests() -> None:
 def test_the_clock_gives_up_what_waits(engine: Engine) -> None:
     engine.started()
     engine.relay.tick(time.monotonic() + 1.9)
-    assert not engine.seam.resumed
+    assert not engine.port.resumed
     engine.relay.tick(time.monotonic() + 2.1)
     assert engine.counts().fallbacks == {"stalled": 1}
 
@@ -138,7 +138,7 @@ def test_queued_is_not_the_breakers_business() -> None:
         number = engine.started(f"r{i}")
         engine.say(m.Status(0, 0, True, 0, [m.Progress(number, "queued", 3 * BYTES, 0)]))
     engine.relay.tick(time.monotonic() + 4.9)
-    assert not engine.seam.resumed
+    assert not engine.port.resumed
     engine.relay.tick(time.monotonic() + 5.1)
     assert engine.counts().fallbacks == {"queued": 8}
     assert engine.add("next").max_tokens == 1, "hand-offs go on"
@@ -176,7 +176,7 @@ def test_nothing_of_a_lie_is_seen(engine: Engine, lie: str) -> None:
     engine.say(m.Step([*others, m.Decoded(beside, 1, [50])]))
     assert engine.tokens() == before
     assert engine.tokens("b") == [7, 50]
-    assert engine.seam.resumed == [("a", "a-local", before, 8)]
+    assert engine.port.resumed == [("a", "a-local", before, 8)]
     assert isinstance(engine.link.said[-1], m.Cancel)
     assert engine.counts().fallbacks == {"failed_protocol": 1}
 
@@ -185,24 +185,24 @@ def test_of_two_parts_of_a_step_the_first_counts(engine: Engine) -> None:
     number = engine.started()
     engine.say(m.Step([m.Decoded(number, 1, [10]), m.Decoded(number, 2, [11])]))
     assert engine.tokens() == [7, 10]
-    assert engine.seam.resumed == [("a", "a-local", [7, 10], 8)]
+    assert engine.port.resumed == [("a", "a-local", [7, 10], 8)]
 
 
 def test_what_ends_a_response_does_not_overtake_its_tokens(engine: Engine) -> None:
     number = engine.started(max_tokens=2)
     # Nothing is left for a continuation to do, so it is told that it has ended.
-    engine.seam.broken = True
+    engine.port.broken = True
     engine.say(m.Step([m.Decoded(number, 1, [10], "length"), m.Decoded(number, 2, [11])]))
-    assert engine.seam.out == [("a", [7], ""), ("a", [10], "length")]
+    assert engine.port.out == [("a", [7], ""), ("a", [10], "length")]
 
 
 def test_a_continuation_that_cannot_be_made_is_aborted(engine: Engine) -> None:
     numbers = [engine.started(name) for name in "ab"]
-    engine.seam.broken = True
+    engine.port.broken = True
     engine.decode(numbers[0], 5, 10)
-    assert engine.seam.out[-1] == ("a", [], "abort")
+    assert engine.port.out[-1] == ("a", [], "abort")
     engine.lose()
-    assert engine.seam.out[-1] == ("b", [], "abort")
+    assert engine.port.out[-1] == ("b", [], "abort")
     assert not engine.relay._by_request
 
 
@@ -226,8 +226,8 @@ def test_a_context_shorter_than_vllms(engine: Engine) -> None:
     engine.complete(number, CONTEXT - 2)
     engine.step()
     engine.decode(number, 1, 10, finish="length")
-    assert engine.seam.out == [("a", [7], ""), ("a", [10], "")]
-    assert engine.seam.resumed == [("a", "a-local", [7, 10], 8)]
+    assert engine.port.out == [("a", [7], ""), ("a", [10], "")]
+    assert engine.port.resumed == [("a", "a-local", [7, 10], 8)]
     assert engine.counts().fallbacks == {"context": 1}
 
 
@@ -286,7 +286,7 @@ def test_kv_for_a_router_that_never_completes_is_given_up(engine: Engine) -> Non
     engine.relay.tick(time.monotonic() + 50)
     assert engine.relay.busy()
     engine.relay.tick(time.monotonic() + 61)
-    assert not engine.relay.busy() and not engine.relay._sessions and not engine.seam.resumed
+    assert not engine.relay.busy() and not engine.relay._sessions and not engine.port.resumed
 
 
 # --- metrics ----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ time.sleep(600)
 DEMO = """
 import sys, time
 from pathlib import Path
-from vllm_mac_decode.demo.services import Service
+from vllm_mac_decode.tools.demo.services import Service
 service = Service("s", [sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]), patience=1)
 sys.stdin.readline()
 service.stop()

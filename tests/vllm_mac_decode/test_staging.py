@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_mac_decode import staging
-from vllm_mac_decode.staging import SLOT_BYTES, DeviceClock, Slot, StagingRing
+from vllm_mac_decode.worker import staging
+from vllm_mac_decode.worker.staging import SLOT_BYTES, DeviceClock, Slot, StagingRing
 
 CUDA = torch.device("cuda", 0)
 

@@ -6,13 +6,13 @@ import threading
 
 import pytest
 
-from mlx_receiver.store import SessionStore
+from mlx_receiver.sessions.store import SessionStore
+from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire.frames import Header
-from mlx_receiver.wire.transport import Landing
 from tests.vllm_mac_decode.ranks import Request, Store, workers
 from tests.waiting import eventually
-from vllm_mac_decode import bottleneck
-from vllm_mac_decode.bottleneck import FAST, WINDOW_BYTES, Bottleneck
+from vllm_mac_decode.worker import bottleneck
+from vllm_mac_decode.worker.bottleneck import FAST, WINDOW_BYTES, Bottleneck
 
 SHAPE = {"layers": range(8), "blocks": 64, "dim": 64}
 

@@ -17,8 +17,15 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from vllm_mac_decode import timeline_plot, timeline_text
-from vllm_mac_decode.timeline import Handoff, TimelineError, milestones, parse, trace_events
+from vllm_mac_decode.tools.timeline import (
+    Handoff,
+    TimelineError,
+    milestones,
+    parse,
+    trace_events,
+)
+from vllm_mac_decode.tools.timeline import plot as timeline_plot
+from vllm_mac_decode.tools.timeline import text as timeline_text
 
 RECORDED = Path(__file__).parent / "data" / "handoff.json"
 MS = 1_000_000

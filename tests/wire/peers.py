@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
+from mlx_receiver.transports.transport import Listener
 from mlx_receiver.wire import frames
 from mlx_receiver.wire.frames import HEADER_BYTES, Header, Kind
 from mlx_receiver.wire.keys import new_nonce, proof
 from mlx_receiver.wire.messages import DataTicket, Endpoint
-from mlx_receiver.wire.transport import Listener
 
 
 def call(listener: Listener, source: str = "127.0.0.1") -> socket.socket:

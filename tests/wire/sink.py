@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire.frames import DataReply, Header, Kind, Plane
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import E_CREDENTIALS, E_SESSION, DataTicket, WireError
-from mlx_receiver.wire.transport import Landing
 
 #: Two clients that every ``MemorySink`` knows.
 TICKET, OTHER = new_ticket(), new_ticket()

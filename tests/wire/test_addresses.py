@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from mlx_receiver.wire import addresses, hooks
+from mlx_receiver import plugins
+from mlx_receiver.transports.transport import Transport, TransportError
+from mlx_receiver.wire import addresses
 from mlx_receiver.wire.addresses import Address
-from mlx_receiver.wire.transport import Transport, TransportError
 from tests.wire.sink import TICKET, MemorySink, make_block
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
@@ -45,7 +46,7 @@ needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv
 @pytest.fixture(params=["tcp", "zmq"])
 def transport(request: pytest.FixtureRequest) -> Transport:
     """Both that open connections themselves."""
-    return hooks.transport(request.param)
+    return plugins.transport(request.param)
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mlx_receiver.wire import nixl_bulk, tcp_listener
-from mlx_receiver.wire.nixl_bulk import NixlTransport
-from mlx_receiver.wire.transport import Listener
+from mlx_receiver.transports import nixl, tcp_listener
+from mlx_receiver.transports.nixl import NixlTransport
+from mlx_receiver.transports.transport import Listener
 from tests.wire import peers
 from tests.wire.sink import TICKET, MemorySink, make_block
 
@@ -49,7 +49,7 @@ def test_a_payload_that_never_comes(
 def test_writes_that_nobody_asked_for(listener: Listener, sink: MemorySink, said: str) -> None:
     sender: Any = NixlTransport().connect(listener.endpoint, TICKET, 10.0)
     agent = sender._memory.agent
-    for number in range(nixl_bulk.SLOTS + 5):
+    for number in range(nixl.SLOTS + 5):
         note = str(number + 1000) if said == "numbers" else "slot"
         agent.send_notif(sender._peer, note.encode())
     sender._control.send(make_block(1, 0)[0])

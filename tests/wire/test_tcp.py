@@ -10,15 +10,16 @@ import time
 import msgspec
 import pytest
 
-from mlx_receiver.wire import frames, hooks
+from mlx_receiver import plugins
+from mlx_receiver.transports.transport import TransportError
+from mlx_receiver.wire import frames
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import Endpoint, WireError
-from mlx_receiver.wire.transport import TransportError
 from tests.wire import peers
 from tests.wire.sink import TICKET
 
-TCP = hooks.transport("tcp")
+TCP = plugins.transport("tcp")
 
 
 @pytest.mark.parametrize("says", ["wrong proof", "HTTP", "too much", "nothing", "goodbye"])
@@ -105,7 +106,7 @@ def test_replies_that_never_end_hold_nobody_up() -> None:
 @pytest.mark.parametrize("name", ["tcp", "nixl"])
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.CREDIT])
 def test_a_large_reply_is_refused_unread(name: str, kind: Kind) -> None:
-    if name not in hooks.transports():
+    if name not in plugins.transports():
         pytest.skip("the package nixl is not installed (Linux only)")
 
     def talk(sock: socket.socket) -> None:
@@ -117,7 +118,7 @@ def test_a_large_reply_is_refused_unread(name: str, kind: Kind) -> None:
         peers.receiver(TICKET, talk) as endpoint,
         pytest.raises((WireError, TransportError), match="33554432 bytes"),
     ):
-        sender = hooks.transport(name).connect(endpoint, TICKET, 5.0)
+        sender = plugins.transport(name).connect(endpoint, TICKET, 5.0)
         try:
             for _ in range(100):
                 assert sender.replies() == []
@@ -128,7 +129,7 @@ def test_a_large_reply_is_refused_unread(name: str, kind: Kind) -> None:
 
 @pytest.mark.parametrize("slots", [0, 1 << 40])
 def test_a_ring_of_absurd_size_is_refused(slots: int) -> None:
-    if "nixl" not in hooks.transports():
+    if "nixl" not in plugins.transports():
         pytest.skip("the package nixl is not installed (Linux only)")
 
     def talk(sock: socket.socket) -> None:
@@ -141,4 +142,4 @@ def test_a_ring_of_absurd_size_is_refused(slots: int) -> None:
         peers.receiver(TICKET, talk) as endpoint,
         pytest.raises(TransportError, match="slots"),
     ):
-        hooks.transport("nixl").connect(endpoint, TICKET, 5.0)
+        plugins.transport("nixl").connect(endpoint, TICKET, 5.0)

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from mlx_receiver.wire import tcp_listener
+from mlx_receiver.transports import tcp_listener
+from mlx_receiver.transports.tcp import TcpTransport
+from mlx_receiver.transports.tcp_listener import TcpListener
+from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire.frames import DataHello, DataReply, Header, Kind
 from mlx_receiver.wire.keys import new_nonce
-from mlx_receiver.wire.tcp import TcpTransport
-from mlx_receiver.wire.tcp_listener import TcpListener
-from mlx_receiver.wire.transport import Sender
 from tests.waiting import eventually
 from tests.wire import peers
 from tests.wire.sink import OTHER, TICKET, MemorySink, make_block

@@ -18,11 +18,11 @@ import msgspec
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from mlx_receiver.wire import hooks
+from mlx_receiver import plugins
+from mlx_receiver.transports.transport import Listener, Sender, Transport, TransportError
 from mlx_receiver.wire.frames import MAX_PAYLOAD, DataReply, Header, Kind
 from mlx_receiver.wire.keys import new_nonce, new_ticket
 from mlx_receiver.wire.messages import E_BLOCK, E_SESSION, DataTicket
-from mlx_receiver.wire.transport import Listener, Sender, Transport, TransportError
 from tests.wire.sink import FAULTY, LATER, OTHER, REFUSED, TICKET, Forged, MemorySink, make_block
 
 TIMEOUT = 3.0
@@ -37,7 +37,7 @@ endpoint, ticket = (
     msgspec.json.decode(text, type=kind)
     for text, kind in zip(sys.argv[1:], (Endpoint, DataTicket))
 )
-sender = hooks.transport(endpoint.transport).connect(endpoint, ticket, 5.0)
+sender = plugins.transport(endpoint.transport).connect(endpoint, ticket, 5.0)
 header, rows = make_block(1, 0, heads=8, tokens=4096, head_dim=128)
 while True:
     sender.send(header, rows)
@@ -49,7 +49,7 @@ def transport(request: pytest.FixtureRequest) -> Transport:
     """Each transport in turn."""
     if request.param == "nixl" and importlib.util.find_spec("nixl") is None:
         pytest.skip("the package nixl is not installed (Linux only)")
-    return hooks.transport(request.param)
+    return plugins.transport(request.param)
 
 
 @pytest.fixture

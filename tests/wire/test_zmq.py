@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import zmq
 
-from mlx_receiver.wire import zmq_bulk
+from mlx_receiver.transports import zmq as zmq_bulk
+from mlx_receiver.transports.transport import Sender
+from mlx_receiver.transports.zmq import ZmqListener, ZmqTransport
 from mlx_receiver.wire.frames import MAX_PAYLOAD, Header, Kind
-from mlx_receiver.wire.transport import Sender
-from mlx_receiver.wire.zmq_bulk import ZmqListener, ZmqTransport
 from tests.wire import peers
 from tests.wire.sink import OTHER, TICKET, MemorySink, make_block
 

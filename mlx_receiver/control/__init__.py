@@ -1,0 +1,1 @@
+"""The control channel: clients, and who they are."""

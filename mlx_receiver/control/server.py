@@ -1,0 +1,375 @@
+"""The control channel: one thread that owns the ZeroMQ socket and talks to every client."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import zmq
+
+from mlx_receiver.control.guard import Guard
+from mlx_receiver.sessions.service import Client, Handover
+from mlx_receiver.settings import SettingsError
+from mlx_receiver.wire import addresses, keys
+from mlx_receiver.wire.frames import DTYPES
+from mlx_receiver.wire.messages import (
+    E_MODEL,
+    E_PROTOCOL,
+    E_SHUTDOWN,
+    E_UNSUPPORTED,
+    MAX_MESSAGE_BYTES,
+    Cancel,
+    ClientMessage,
+    Endpoint,
+    Failed,
+    Hello,
+    Open,
+    Ping,
+    ReceiverMessage,
+    Refused,
+    Rejected,
+    Start,
+    Welcome,
+    WireError,
+    check_protocol,
+    client_decoder,
+    clipped,
+    decode_client,
+    encode,
+    opened_session,
+)
+from mlx_receiver.wire.seldom import Seldom
+from mlx_receiver.wire.signature import ModelSignature
+
+logger = logging.getLogger(__name__)
+
+#: A client that says nothing for this many seconds is taken for dead.
+SILENCE_SECONDS: Final = 5.0
+
+_MAX_CLIENTS: Final = 64
+#: Bytes that may wait for one client before it is given up as too slow.
+_MAX_UNSENT_BYTES: Final = 4 << 20
+#: Messages of one connection that libzmq keeps beside them, in either direction.
+_MAX_KEPT: Final = 32
+_TICK_SECONDS: Final = 0.2
+#: Seconds for which messages are read before answers go out.
+_READ_SECONDS: Final = 0.02
+_LINGER_MS: Final = 500
+
+
+@dataclass(slots=True)
+class _Unsent:
+    """Messages that a connection has no room for yet, the oldest first."""
+
+    frames: deque[bytes] = field(default_factory=deque)
+    nbytes: int = 0
+
+
+class ControlServer:
+    """A ROUTER socket and its thread. ``bind`` first, ``start`` when there is a model to serve."""
+
+    def __init__(self, handover: Handover, signature: ModelSignature, token: str) -> None:
+        self._handover = handover
+        self._signature = signature
+        max_tokens = handover.source.max_tokens
+        self._decoder = client_decoder(max_tokens, signature.vocab_size)
+        self._context = zmq.Context()
+        # A ROUTER numbers its connections from C's ``rand()``. A peer that knows the next number
+        # and takes it for its own name ends the process with a failed assertion in libzmq.
+        ctypes.CDLL(None).srand(secrets.randbits(32))
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._guard = Guard(self._socket, token)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A token of the prompt takes up to 5 bytes, everything else little.
+        self._socket.maxmsgsize = min(5 * max_tokens + (1 << 20), MAX_MESSAGE_BYTES)
+        self._socket.sndhwm = self._socket.rcvhwm = _MAX_KEPT
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._clients: dict[bytes, Client] = {}
+        #: Whose each client's connection is.
+        self._descriptors: dict[int, bytes] = {}
+        # Other threads append here and wake the socket's thread through a pair of sockets.
+        self._outbox: deque[tuple[bytes, ReceiverMessage]] = deque()
+        self._unsent: dict[bytes, _Unsent] = {}
+        self._complaints = Seldom(logger)
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        #: Without the ticket that each client gets; None until there is a model to serve.
+        self._welcome: Welcome | None = None
+
+    def bind(self, host: str, port: int) -> int:
+        """Listen; the port, also where 0 was asked for. Raises SettingsError when it cannot."""
+        try:
+            port = self._bind(host, port)
+        except OSError as error:
+            raise SettingsError(
+                f"the control port {addresses.spelled(host, port)} cannot be used "
+                f"({os.strerror(error.errno or 0)}): choose another with --port"
+            ) from None
+        self._thread.start()
+        return port
+
+    def _bind(self, host: str, port: int) -> int:
+        """Every address of the host, on one port. Raises OSError."""
+        # Plain sockets find out which addresses are there and, for 0, which port all have free.
+        probes = addresses.listening(host, port)
+        port = probes[0].getsockname()[1]
+        found = [(probe.family, probe.getsockname()) for probe in probes]
+        for probe in probes:
+            probe.close()
+        for family, sockaddr in found:
+            self._socket.setsockopt(zmq.IPV6, int(family == socket.AF_INET6))
+            at = addresses.Address(family, sockaddr).text
+            # With IPv6 on, "*" is both versions.
+            everywhere = addresses.bare(host) in addresses.EVERYWHERE
+            self._socket.bind(f"tcp://*:{port}" if everywhere else f"tcp://{at}")
+        return port
+
+    def start(self, model: str, engine: str, endpoints: list[Endpoint], max_tokens: int) -> None:
+        """Answer clients from now on; what they sent before has been kept."""
+        self._welcome = Welcome(
+            receiver=uuid.uuid4().hex,
+            model=model,
+            engine=engine,
+            endpoints=endpoints,
+            ticket=keys.new_ticket(),
+            max_tokens=max_tokens,
+            codecs=["raw"],
+        )
+        self._wake()
+
+    def stop(self, timeout: float = 1.0) -> None:
+        """Tell every client, then close."""
+        self._stopping.set()
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        elif not self._context.closed:
+            self._close()
+
+    @property
+    def clients(self) -> list[str]:
+        """Names of the clients that are connected."""
+        return [client.name for client in list(self._clients.values())]
+
+    def _post(self, identity: bytes, message: ReceiverMessage) -> None:
+        """Send from any thread."""
+        self._outbox.append((identity, message))
+        self._wake()
+
+    def _wake(self) -> None:
+        # A full pipe means that a wake-up is pending already.
+        with contextlib.suppress(OSError):
+            self._wake_write.send(b"\0")
+
+    # --- the control thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._guard.events, zmq.POLLIN)
+        poller.register(self._wake_read, zmq.POLLIN)
+        next_sweep = time.monotonic()
+        while not self._stopping.is_set():
+            if self._welcome is not None:
+                poller.register(self._socket, zmq.POLLIN)
+            poller.poll(int(_TICK_SECONDS * 1000))
+            with contextlib.suppress(OSError):
+                self._wake_read.recv(4096)
+            self._guard.watch(self._gone)
+            if self._welcome is not None:
+                self._receive()
+            if time.monotonic() >= next_sweep:
+                next_sweep = time.monotonic() + _TICK_SECONDS
+                self._sweep()
+            self._flush()
+        for identity, client in list(self._clients.items()):
+            self._say_goodbye(identity, client)
+        self._flush()
+        self._close()
+
+    def _close(self) -> None:
+        self._guard.close()
+        self._context.term()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _receive(self) -> None:
+        # A bounded share of the thread's time: answers must go out as well.
+        until = time.monotonic() + _READ_SECONDS
+        while time.monotonic() < until:
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                self._handle(identity.bytes, frames)
+            except Exception:
+                logger.exception("a control message could not be handled")
+
+    def _handle(self, identity: bytes, frames: list[zmq.Frame]) -> None:
+        client = self._clients.get(identity)
+        try:
+            if len(frames) != 1:
+                raise WireError(E_PROTOCOL, f"a control message of {len(frames)} frames, not 1")
+            (frame,) = frames
+            try:
+                message = decode_client(frame.bytes, self._decoder)
+            except WireError as error:
+                session = opened_session(frame.bytes)
+                if client is None or session is None:
+                    raise
+                # What one request asks for is no reason to part.
+                client.post(Refused(session, E_UNSUPPORTED, clipped(error.reason)))
+                return
+            if isinstance(message, Hello):
+                self._greet(identity, message, int(frame.get(zmq.SRCFD)))
+                return
+            if client is None:
+                raise WireError(
+                    E_PROTOCOL,
+                    "say Hello first: this receiver does not know the connection, or has dropped "
+                    f"it after {SILENCE_SECONDS:.0f} s of silence",
+                )
+        except WireError as error:
+            self._complaints.warning("refused a control message: %s", error)
+            self._outbox.append((identity, Rejected(error.code, clipped(error.reason))))
+            return
+        client.last_heard = time.monotonic()
+        self._serve(client, message)
+
+    def _serve(self, client: Client, message: ClientMessage) -> None:
+        match message:
+            case Ping():
+                client.post(self._handover.status(client, message.sent_ns))
+            case Open():
+                try:
+                    self._handover.open(client, message)
+                except WireError as error:
+                    client.post(Refused(message.session, error.code, clipped(error.reason)))
+            case Start():
+                try:
+                    self._handover.start(client, message)
+                except WireError as error:
+                    client.post(Failed(message.session, error.code, clipped(error.reason)))
+            case Cancel():
+                self._handover.cancel(client, message)
+
+    def _greet(self, identity: bytes, hello: Hello, descriptor: int) -> None:
+        """Welcome a client. Raises WireError saying why not."""
+        assert self._welcome is not None
+        if identity in self._clients:
+            raise WireError(E_PROTOCOL, "this connection has said Hello already")
+        check_protocol(hello.protocol)
+        differences = self._signature.differences(hello.signature)
+        if differences:
+            raise WireError(
+                E_MODEL,
+                f"the receiver serves {self._welcome.model}, which is not the client's model: "
+                + "; ".join(differences),
+            )
+        if hello.kv_dtype not in DTYPES:
+            raise WireError(
+                E_UNSUPPORTED, f"KV dtype {hello.kv_dtype!r} (known: {', '.join(DTYPES)})"
+            )
+        if len(self._clients) >= _MAX_CLIENTS:
+            raise WireError(E_UNSUPPORTED, f"{_MAX_CLIENTS} clients are connected already")
+        ticket = keys.new_ticket()
+        client = Client(
+            ticket.client,
+            hello.client,
+            hello.kv_dtype,
+            lambda message: self._post(identity, message),
+            self._handover,
+        )
+        self._guard.watch(self._gone)
+        self._guard.welcome(descriptor)
+        self._clients[identity] = client
+        self._descriptors[descriptor] = identity
+        self._handover.store.admit(ticket)
+        logger.info(
+            "client %s (%s) connected, KV in %s", hello.client, hello.engine, hello.kv_dtype
+        )
+        client.post(msgspec.structs.replace(self._welcome, ticket=ticket))
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for identity, client in list(self._clients.items()):
+            if client.last_heard + SILENCE_SECONDS < now:
+                self._forget(identity, "silent", f"said nothing for {SILENCE_SECONDS:.0f} s")
+        self._handover.store.sweep()
+
+    def _gone(self, descriptor: int) -> None:
+        """A client's connection has ended."""
+        identity = self._descriptors.pop(descriptor, None)
+        if identity is not None:
+            self._forget(identity, "disconnected", "it closed the connection")
+
+    def _forget(self, identity: bytes, outcome: str, why: str) -> None:
+        self._discard(identity)
+        client = self._clients.pop(identity, None)
+        for descriptor, owner in list(self._descriptors.items()):
+            if owner == identity:
+                del self._descriptors[descriptor]
+                self._guard.dismiss(descriptor)
+        if client is None:
+            return
+        dropped = self._handover.drop_client(client, outcome)
+        if outcome == "disconnected" and not dropped:
+            logger.info("client %s left", client.name)
+        else:
+            self._complaints.warning(
+                "client %s dropped with %d sessions: %s", client.name, dropped, why
+            )
+
+    def _discard(self, identity: bytes) -> None:
+        """Throw away what waits for a connection."""
+        unsent = self._unsent.pop(identity, None)
+        if unsent is not None:
+            self._handover.store.budget.queued -= unsent.nbytes
+
+    def _flush(self) -> None:
+        budget = self._handover.store.budget
+        while self._outbox:
+            identity, message = self._outbox.popleft()
+            frame = encode(message)
+            unsent = self._unsent.setdefault(identity, _Unsent())
+            unsent.frames.append(frame)
+            unsent.nbytes += len(frame)
+            budget.queued += len(frame)
+        for identity, unsent in list(self._unsent.items()):
+            try:
+                while unsent.frames:
+                    self._socket.send_multipart([identity, unsent.frames[0]], zmq.NOBLOCK)
+                    sent = len(unsent.frames.popleft())
+                    unsent.nbytes -= sent
+                    budget.queued -= sent
+            except zmq.Again:
+                if identity not in self._clients:
+                    self._discard(identity)
+                elif unsent.nbytes > _MAX_UNSENT_BYTES:
+                    self._forget(identity, "slow", "it reads nothing")
+                continue
+            except zmq.ZMQError as error:
+                self._forget(identity, "disconnected", f"its connection is gone ({error.strerror})")
+            self._discard(identity)
+
+    def _say_goodbye(self, identity: bytes, client: Client) -> None:
+        for session in self._handover.store.of_client(client):
+            self._outbox.append(
+                (identity, Failed(session.id, E_SHUTDOWN, "the receiver is stopping"))
+            )
+        self._handover.drop_client(client, "shutdown")
+        self._outbox.append((identity, Rejected(E_SHUTDOWN, "the receiver is stopping")))

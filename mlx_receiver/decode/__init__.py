@@ -1,0 +1,1 @@
+"""The thread that decodes, and everything of mlx-lm that is touched."""

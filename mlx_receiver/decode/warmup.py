@@ -1,0 +1,79 @@
+"""A fresh receiver's first decode steps, taken before anyone waits for them.
+
+A GPU loads or compiles a kernel when it first meets it. MLX's CUDA build takes 3 to 17 s for those
+of one kind of sampling or of joining, and vLLM waits 2 s for a silent receiver; the compiled ones
+stay in the temporary folder, so that the next start is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from mlx_receiver.decode.jobs import Job, Output
+from mlx_receiver.decode.model import LoadedModel, ModelSource, Progress
+from mlx_receiver.wire.messages import E_SHUTDOWN, Code, Sampling
+
+#: Prompt tokens and sampling of the jobs. They differ in length, so that the batch is padded and
+#: needs a mask, and together they sample in every way there is. The longest is one to which MLX's
+#: attention over long caches applies, which takes two passes; it stays alone at the end.
+WARM_UP_JOBS: Final = (
+    (16, Sampling(max_tokens=4, temperature=0.0)),
+    (64, Sampling(max_tokens=5, top_p=0.9, top_k=20)),
+    (
+        128,
+        Sampling(
+            max_tokens=6, min_tokens=6, stop_token_ids=[1], top_k=20, min_p=0.01, seed=1,
+            repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1,
+            logit_bias={0: 1.0}, bad_words_token_ids=[[0], [0, 1]], logprobs=2,
+        ),
+    ),
+    (1280, Sampling(max_tokens=8, temperature=0.0)),
+)  # fmt: skip
+
+
+def warm_up_jobs(
+    source: ModelSource,
+    loaded: LoadedModel,
+    progress: Progress | None,
+    failed: Callable[[str], None],
+) -> list[Job]:
+    """Hand-offs of a few tokens over caches of zeros, whose results nobody gets; ``failed`` is told
+    why one of them failed.
+
+    Raises what allocating their memory raises.
+    """
+    total = sum(sampling.max_tokens - 1 for _, sampling in WARM_UP_JOBS)
+    sink = _Discard(total, progress, failed)
+    jobs = []
+    for tokens, sampling in WARM_UP_JOBS:
+        tokens = max(1, min(tokens, source.max_tokens - sampling.max_tokens))
+        buffers = source.adapter.allocate(
+            source.signature, loaded.dtype, tokens, sampling.max_tokens
+        )
+        while buffers.grow():
+            pass
+        jobs.append(Job([0] * tokens, sampling, sink, 0, buffers.build))
+    return jobs
+
+
+class _Discard:
+    """A sink that counts tokens and keeps none."""
+
+    def __init__(
+        self, total: int, progress: Progress | None, failed: Callable[[str], None]
+    ) -> None:
+        self._done, self._total = 0, total
+        self._failed = failed
+        self._progress = progress
+
+    def decoded(self, outputs: list[Output]) -> None:
+        """See ``engine.Sink.decoded``."""
+        self._done += len(outputs)
+        if self._progress is not None:
+            self._progress("Warming up", self._done, self._total)
+
+    def failed(self, _job: Job, code: Code, reason: str) -> None:
+        """See ``engine.Sink.failed``."""
+        if code != E_SHUTDOWN:
+            self._failed(reason)

@@ -1,0 +1,1 @@
+"""Health, metrics, hand-offs, and the OpenAI API."""

@@ -1,0 +1,103 @@
+"""What both endpoints send: server-sent events, usage, and answers to clients that may go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from mlx_receiver.http.errors import ApiError
+from mlx_receiver.http.openai.bodies import SamplingBody
+
+_T = TypeVar("_T")
+
+DONE = b"data: [DONE]\n\n"
+
+
+def identity(request: Request, prefix: str) -> tuple[str, int]:
+    """The response's id, after the client's ``X-Request-Id`` if there is one, and its time."""
+    name = request.headers.get("x-request-id", "")[:256] or uuid.uuid4().hex
+    return f"{prefix}-{name}", int(time.time())
+
+
+def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+    """OpenAI's ``usage``; ``cached`` prompt tokens were in a prefix cache."""
+    return {
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + completion,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def wants_usage(body: SamplingBody) -> tuple[bool, bool]:
+    """Whether a stream ends with usage, and whether every chunk carries it."""
+    options = body.stream_options
+    if options is None or not options.include_usage:
+        return False, False
+    return True, bool(options.continuous_usage_stats)
+
+
+def as_json(content: dict[str, Any]) -> Response:
+    """A JSON answer."""
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+def event(content: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+async def stream(request: Request, events: AsyncGenerator[bytes, None]) -> Response:
+    """A streamed answer. An error before its first event is an HTTP error like any other."""
+    try:
+        first = await unless_gone(request, _first(events))
+    except BaseException:
+        await events.aclose()
+        raise
+
+    async def body() -> AsyncGenerator[bytes, None]:
+        async with contextlib.aclosing(events):
+            yield first
+            try:
+                async for chunk in events:
+                    yield chunk
+            except ApiError as error:
+                yield event(error.body())
+            yield DONE
+
+    return StreamingResponse(body(), media_type="text/event-stream")
+
+
+async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The work's result; it is cancelled when the client goes away.
+
+    The body must have been read. Raises ApiError (to nobody) in that case.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client closed the connection")
+        return task.result()
+    finally:
+        for waiting in (task, gone):
+            waiting.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

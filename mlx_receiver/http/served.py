@@ -1,0 +1,31 @@
+"""What the HTTP server shows and uses: a receiver, as far as it is concerned."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from mlx_receiver.control.server import ControlServer
+from mlx_receiver.decode.engine import DecodeEngine
+from mlx_receiver.decode.model import ModelSource
+from mlx_receiver.metrics import Metrics
+from mlx_receiver.sessions.service import Handover
+from mlx_receiver.sessions.store import SessionStore
+from mlx_receiver.settings import Settings
+
+
+class Served(Protocol):
+    """``receiver.Receiver`` is one."""
+
+    settings: Settings
+    source: ModelSource
+    engine: DecodeEngine
+    store: SessionStore
+    handover: Handover
+    control: ControlServer
+    metrics: Metrics
+    #: When it was made, by ``time.monotonic()``.
+    started: float
+
+    @property
+    def status(self) -> Literal["ok", "loading", "failing"]:
+        """What ``GET /health`` says: "failing" while nothing can be decoded."""

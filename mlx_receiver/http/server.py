@@ -1,0 +1,118 @@
+"""HTTP: health, metrics, the timelines of recent hand-offs, and the OpenAI API."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from typing import Final
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mlx_receiver.http.access import Access
+from mlx_receiver.http.admission import Admission, max_body_bytes
+from mlx_receiver.http.connections import Connection
+from mlx_receiver.http.errors import ApiError
+from mlx_receiver.http.openai.routes import api_routes
+from mlx_receiver.http.served import Served
+from mlx_receiver.http.status import status_routes
+from mlx_receiver.settings import SettingsError
+from mlx_receiver.wire import addresses
+
+logger = logging.getLogger(__name__)
+
+#: Longest head of a request.
+_MAX_HEAD_BYTES: Final = 16 << 10
+#: What the system holds of an answer that is not read.
+_SEND_BYTES: Final = 256 << 10
+
+
+class HttpServer:
+    """uvicorn in a thread."""
+
+    def __init__(self, receiver: Served) -> None:
+        """Bind the port. Raises SettingsError when it cannot be used."""
+        settings = receiver.settings
+        try:
+            self._sockets = addresses.listening(settings.host, settings.http_port or 0)
+        except OSError as error:
+            at = addresses.spelled(settings.host, settings.http_port or 0)
+            raise SettingsError(
+                f"the HTTP port {at} cannot be used ({os.strerror(error.errno or 0)}): "
+                "choose another with --http-port"
+            ) from None
+        self.port: int = self._sockets[0].getsockname()[1]
+        for listener in self._sockets:
+            # Connections inherit it; by itself the system holds megabytes for each slow reader.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        config = uvicorn.Config(
+            application(receiver),
+            http=Connection,
+            ws="none",
+            # As on a Mac, where uvicorn comes without uvloop.
+            loop="asyncio",
+            # A stranger's nonsense is not worth a line each.
+            log_level="error",
+            lifespan="off",
+            # Whom a request comes from is what the socket says.
+            proxy_headers=False,
+            # What is accepted at once, before any limit is looked at.
+            backlog=64,
+            h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    def start(self) -> None:
+        """Serve; returns at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop serving and close the port."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(timeout=1.5)
+        for listener in self._sockets:
+            listener.close()
+
+    def _run(self) -> None:
+        self._server.run(sockets=self._sockets)
+
+
+def application(receiver: Served) -> Starlette:
+    """All routes behind the checks of who asks and of how much is under way."""
+    max_body = max_body_bytes(receiver.source.max_tokens)
+    return Starlette(
+        routes=[*status_routes(receiver), *api_routes(receiver)],
+        middleware=[
+            Middleware(Access, settings=receiver.settings),
+            Middleware(Admission, max_body=max_body),
+        ],
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            Exception: _fault,
+        },
+    )
+
+
+async def _api_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, error.detail).response()
+
+
+async def _fault(_request: Request, error: Exception) -> Response:
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the request failed here: the receiver's log says why").response()

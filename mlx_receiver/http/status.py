@@ -1,0 +1,89 @@
+"""What a receiver tells of itself: health, metrics, and its latest hand-offs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from mlx_receiver import __version__
+from mlx_receiver.decode.device import engine_name, machine_name
+from mlx_receiver.http.served import Served
+from mlx_receiver.sessions.session import Ended, Session
+
+
+def status_routes(receiver: Served) -> list[BaseRoute]:
+    """The receiver's own routes."""
+
+    async def health(request: Request) -> Response:
+        loaded = receiver.engine.loaded
+        status = receiver.status
+        code = 200 if status == "ok" else 503
+        if not request.state.trusted:
+            return JSONResponse({"status": status}, code)
+        store = receiver.store
+        body = {
+            "status": status,
+            "version": __version__,
+            "engine": engine_name(),
+            "machine": machine_name(),
+            "model": receiver.source.name,
+            "dtype": loaded.dtype if loaded is not None else None,
+            "sessions": len(store.sessions()),
+            "decoding": receiver.engine.decoding,
+            "waiting": receiver.engine.waiting,
+            "clients": receiver.control.clients,
+            "kv_reserved_bytes": store.reserved_bytes,
+            "kv_memory_bytes": store.budget_bytes,
+            "uptime_seconds": round(time.monotonic() - receiver.started, 3),
+        }
+        return JSONResponse(body, code)
+
+    # These are no coroutines: Starlette runs them in a thread, since they may take long.
+
+    def metrics(_request: Request) -> Response:
+        return Response(generate_latest(receiver.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def handoffs(_request: Request) -> Response:
+        store = receiver.store
+        known: list[Session | Ended] = [*store.recent(), *store.sessions()]
+        return JSONResponse([_summary(session) for session in known])
+
+    def handoff(request: Request) -> Response:
+        wanted = request.path_params["request_id"]
+        store = receiver.store
+        known: list[Session | Ended] = [*store.recent(), *store.sessions()]
+        for session in reversed(known):
+            if session.request_id == wanted:
+                blocks = [dataclasses.asdict(block) for block in list(session.timeline.blocks)]
+                return JSONResponse({**_summary(session), "blocks": blocks})
+        return JSONResponse({"error": f"no hand-off of request {wanted} is remembered"}, 404)
+
+    return [
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/handoffs", handoffs),
+        Route("/handoffs/{request_id:path}", handoff),
+    ]
+
+
+def _summary(session: Session | Ended) -> dict[str, Any]:
+    timeline = session.timeline
+    times = {
+        field.name: getattr(timeline, field.name)
+        for field in dataclasses.fields(timeline)
+        if field.name != "blocks"
+    }
+    return {
+        "request_id": session.request_id,
+        "state": session.state.value,
+        "prompt_tokens": session.tokens,
+        "output_tokens": session.decoded + 1 if session.decoded else 0,
+        "kv_bytes": session.kv_bytes,
+        **times,
+    }

@@ -1,0 +1,280 @@
+"""What ties one request together: its client, its session in the store, its job in the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from mlx_receiver.decode.engine import DecodeEngine
+from mlx_receiver.decode.jobs import Job, Output
+from mlx_receiver.decode.model import ModelSource
+from mlx_receiver.decode.sampling import check_bad_words
+from mlx_receiver.metrics import Metrics
+from mlx_receiver.sessions.session import Session, State
+from mlx_receiver.sessions.store import SessionStore
+from mlx_receiver.wire import trust
+from mlx_receiver.wire.messages import (
+    E_CAPACITY,
+    E_INTERNAL,
+    E_SESSION,
+    E_UNSUPPORTED,
+    Cancel,
+    Code,
+    Complete,
+    Decoded,
+    Failed,
+    Open,
+    Opened,
+    Progress,
+    ReceiverMessage,
+    Sampling,
+    Start,
+    Status,
+    Step,
+    WireError,
+    clipped,
+)
+from mlx_receiver.wire.stopping import check_stop
+
+Post = Callable[[ReceiverMessage], None]
+
+
+class Client:
+    """A welcomed vLLM, and the engine's sink for its jobs: one Step message a decode step."""
+
+    def __init__(self, id: str, name: str, kv_dtype: str, post: Post, handover: Handover) -> None:
+        #: Its ticket's; "" for one that has no data channel.
+        self.id = id
+        self.name = name
+        self.kv_dtype = kv_dtype
+        self.post = post
+        self.last_heard = time.monotonic()
+        self.jobs: dict[Job, Session] = {}
+        self._handover = handover
+
+    def decoded(self, outputs: list[Output]) -> None:
+        """See ``engine.Sink.decoded``."""
+        decoded = []
+        for output in outputs:
+            session = self.jobs.get(output.job)
+            if session is None:
+                continue
+            decoded.append(
+                Decoded(
+                    session.id,
+                    output.position,
+                    output.token_ids,
+                    output.finish,
+                    output.stop_reason,
+                    output.logprobs,
+                )
+            )
+            self._handover.progressed(session, output)
+        if decoded:
+            self.post(Step(decoded))
+
+    def failed(self, job: Job, code: Code, reason: str) -> None:
+        """See ``engine.Sink.failed``."""
+        session = self.jobs.pop(job, None)
+        if session is not None:
+            self._handover.store.fail(session, code, reason)
+
+
+class Handover:
+    """The receiver's answers to Open, Start and Cancel, and to what happens to a session."""
+
+    store: SessionStore
+
+    def __init__(self, engine: DecodeEngine, metrics: Metrics) -> None:
+        self._engine = engine
+        self._metrics = metrics
+
+    @property
+    def source(self) -> ModelSource:
+        """The model that is served."""
+        return self._engine.source
+
+    # --- what a client asks; called on the control thread --------------------------------------
+
+    def open(self, client: Client, message: Open) -> None:
+        """Admit a session; ``Opened`` follows once its memory is there. Raises WireError."""
+        source = self._engine.source
+        try:
+            tokens = len(message.prompt_token_ids)
+            if message.codec != "raw":
+                raise WireError(E_UNSUPPORTED, f"codec {message.codec!r} (known: raw)")
+            if tokens >= source.max_tokens:
+                raise WireError(
+                    E_CAPACITY,
+                    f"a prompt of {tokens} tokens fills the model's {source.max_tokens}",
+                )
+            if self._engine.fault:
+                raise WireError(E_INTERNAL, f"this receiver cannot decode: {self._engine.fault}")
+            trust.check(message, source.signature.vocab_size, E_UNSUPPORTED)
+            check_bad_words(message.sampling)
+            self.store.open(message, client, client.kv_dtype)
+        except WireError:
+            self._metrics.sessions.labels("refused").inc()
+            raise
+
+    def start(self, client: Client, message: Start) -> None:
+        """Note the first token and decode once the cache is complete. Raises WireError."""
+        session = self._own(client, message.session)
+        trust.check(message, self._engine.source.signature.vocab_size, E_UNSUPPORTED)
+        if session.begin(first_token=message.first_token):
+            self._decode(session)
+
+    def cancel(self, client: Client, message: Cancel) -> None:
+        """Forget a session; one that is not the client's own is ignored."""
+        session = self.store.get(message.session)
+        if session is not None and session.client is client:
+            self._drop(client, session, "cancelled")
+        elif session is not None and session.opener is client:
+            self._abandon(session)
+
+    def claim(
+        self, session_id: int, prompt_token_ids: list[int], sampling: Sampling, post: Post
+    ) -> Client:
+        """Take a parked session over; its ``Step`` and ``Failed`` messages go to ``post``.
+
+        Decoding begins with ``start``. Raises WireError (``session``) when there is no such
+        session; its prompt must be known, so that nobody continues another's by accident.
+        """
+        session = self.store.get(session_id)
+        if session is not None and session.prompt_token_ids == prompt_token_ids:
+            client = Client("", "http", session.kv_dtype, post, self)
+            if self.store.adopt(session, client, sampling):
+                return client
+        raise WireError(E_SESSION, "no such session is parked here: it is unknown or has expired")
+
+    def drop_client(self, client: Client, outcome: str) -> int:
+        """Forget all sessions of a client; how many there were."""
+        sessions = self.store.of_client(client)
+        for session in sessions:
+            self._drop(client, session, outcome)
+        for session in self.store.sessions():
+            if session.opener is client:
+                self._abandon(session)
+        self.store.dismiss(client.id)
+        return len(sessions)
+
+    def status(self, client: Client, ping_ns: int) -> Status:
+        """Capacity and the client's sessions."""
+        return Status(
+            ping_ns=ping_ns,
+            clock_ns=time.monotonic_ns(),
+            accepting=self.store.accepting and not self._engine.fault,
+            free_bytes=self.store.free_bytes,
+            sessions=[
+                Progress(s.id, _state(s), s.kv_bytes, s.decoded)
+                for s in self.store.of_client(client)
+            ],
+        )
+
+    # --- what happens to a session (``store.SessionEvents``) -----------------------------------
+
+    def opened(self, session: Session) -> None:
+        """See ``SessionEvents.opened``."""
+        _client(session).post(Opened(session.id))
+
+    def complete(self, session: Session) -> None:
+        """See ``SessionEvents.complete``."""
+        for client in _clients(session):
+            client.post(Complete(session.id, session.kv_bytes))
+        if session.begin(announced=True):
+            self._decode(session)
+
+    def failed(self, session: Session, code: Code, reason: str) -> None:
+        """See ``SessionEvents.failed``."""
+        self._cancel_job(_client(session), session)
+        for client in _clients(session):
+            client.post(Failed(session.id, code, clipped(reason)))
+
+    def progressed(self, session: Session, output: Output) -> None:
+        """Account for a decoded token; called on the decoding thread."""
+        timeline = session.timeline
+        if not timeline.first_decoded_ns:
+            timeline.first_decoded_ns = time.monotonic_ns()
+            began = max(timeline.complete_ns, timeline.started_ns)
+            self._metrics.handoff_seconds.observe((timeline.first_decoded_ns - began) / 1e9)
+        session.decoded = output.position
+        if output.finish:
+            _client(session).jobs.pop(output.job, None)
+            self.store.end(session, "finished")
+
+    def _decode(self, session: Session) -> None:
+        client = _client(session)
+        first = session.first_token
+        assert first is not None
+        finish = check_stop(
+            session.sampling, first, 1, session.tokens + 1, self._engine.source.max_tokens
+        )
+        if finish.reason:
+            client.post(Step([Decoded(session.id, 1, [], finish.reason, finish.stop_reason)]))
+            self.store.end(session, "finished")
+            return
+        job = Job(
+            session.prompt_token_ids,
+            session.sampling,
+            client,
+            first,
+            lambda dtype: session.take_memory().build(dtype),
+            session.reservation,
+        )
+        if not session.reservation.hold():
+            return  # it was cancelled meanwhile
+        client.jobs[job] = session
+        session.job = job
+        self._engine.submit(job)
+        if session.state is State.ENDED:
+            # It was cancelled while the job was being made.
+            self._cancel_job(client, session)
+
+    def _own(self, client: Client, session_id: int) -> Session:
+        session = self.store.get(session_id)
+        if session is None or session.client is not client:
+            raise WireError(E_SESSION, f"session {session_id} is not open on this connection")
+        return session
+
+    def _drop(self, client: Client, session: Session, outcome: str) -> None:
+        if self.store.end(session, outcome):
+            self._cancel_job(client, session)
+            if not session.complete and session.opener is not client:
+                # It still sends blocks.
+                _opener(session).post(Failed(session.id, E_SESSION, outcome))
+
+    def _abandon(self, session: Session) -> None:
+        """Who opened a session that another has claimed will send no more blocks for it."""
+        if not session.complete:
+            self.store.fail(session, E_SESSION, "the vLLM that prefills it gave it up")
+
+    def _cancel_job(self, client: Client, session: Session) -> None:
+        job = session.job
+        if job is not None and client.jobs.pop(job, None) is not None:
+            self._engine.cancel(job)
+
+
+def _state(
+    session: Session,
+) -> Literal["receiving", "waiting", "queued", "decoding", "ended"]:
+    """The session's ``Progress.state``: one whose job waits for room in the batch is queued."""
+    if session.state is State.DECODING and (session.job is None or not session.job.joined):
+        return "queued"
+    return session.state.value
+
+
+def _client(session: Session) -> Client:
+    assert isinstance(session.client, Client)
+    return session.client
+
+
+def _opener(session: Session) -> Client:
+    assert isinstance(session.opener, Client)
+    return session.opener
+
+
+def _clients(session: Session) -> list[Client]:
+    """Who hears of the session: who opened it and, where that is another, who claimed it."""
+    opener, client = _opener(session), _client(session)
+    return [opener] if opener is client else [opener, client]

@@ -1,0 +1,218 @@
+"""The ``tcp`` transport: plain blocking sockets, scatter/gather, no copies.
+
+Sending is ``sendmsg([header, payload])``; receiving is ``recvmsg_into`` straight into the
+receiver's cache memory with MSG_WAITALL. TCP's own window is the flow control: the receiver
+reads only into memory that a session has reserved, so a slow receiver makes ``send`` block.
+
+Both ends prove that they know the client's ticket (``keys``) before anything else is said; what
+follows is plain: whoever can change packets on the way can change what is sent. This is the
+sending end, ``tcp_listener`` the receiving one.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from mlx_receiver.transports.data_socket import advance, set_send_timeout, tune
+from mlx_receiver.transports.tcp_listener import MAX_HANDSHAKE_PAYLOAD, TcpListener
+from mlx_receiver.transports.transport import BlockSink, Listener, Sender, TransportError
+from mlx_receiver.wire.addresses import Address, spelled, try_each
+from mlx_receiver.wire.frames import (
+    HEADER_BYTES,
+    MAX_SMALL_PAYLOAD,
+    DataHello,
+    DataProof,
+    DataReply,
+    Header,
+    Kind,
+    challenge_decoder,
+    decode_reply,
+    unpack,
+)
+from mlx_receiver.wire.keys import new_nonce, proof, proves
+from mlx_receiver.wire.messages import E_PROTOCOL, DataTicket, Endpoint, WireError
+
+#: A peer that takes less than this within the connection's timeout stands still: the two kernels'
+#: buffers alone take some, a little at a time.
+_STANDSTILL_BYTES: Final = 1 << 20
+
+#: Bytes read at most by one look for replies: a peer that never stops sending holds nobody up.
+_MAX_INBOX: Final = 4 * MAX_SMALL_PAYLOAD
+
+
+class TcpSender:
+    """A vLLM worker's bulk connection."""
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self._sock: socket.socket | None = sock
+        self._inbox = bytearray()
+        self.peer = peer
+
+    def send(self, header: Header, payload: Sequence[memoryview] = ()) -> None:
+        """See ``transport.Sender.send``."""
+        sock = self._open()
+        todo = [memoryview(header.pack()), *payload]
+        try:
+            while todo:
+                count = sock.sendmsg(todo)
+                advance(todo, count)
+                # The kernel returns before all is sent only when the timeout is over.
+                if todo and count < _STANDSTILL_BYTES:
+                    raise BlockingIOError
+        except BlockingIOError:
+            self.close()
+            raise TransportError(f"{self.peer} has read nothing for too long") from None
+        except OSError as error:
+            self.close()
+            raise TransportError(f"the connection to {self.peer} broke: {error}") from None
+
+    def replies(self) -> list[DataReply]:
+        """See ``transport.Sender.replies``."""
+        return [decode_reply(body) for _, body in self.frames()]
+
+    def frames(self) -> list[tuple[Header, bytes]]:
+        """Frames that have arrived since the last call, with their payloads; never blocks.
+
+        Raises TransportError when the connection is gone, WireError for what is no frame or one
+        that is too large.
+        """
+        sock = self._open()
+        while len(self._inbox) < _MAX_INBOX:
+            try:
+                data = sock.recv(MAX_SMALL_PAYLOAD, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self.close()
+                raise TransportError(f"the connection to {self.peer} broke: {error}") from None
+            if not data:
+                self.close()
+                raise TransportError(f"{self.peer} closed the connection")
+            self._inbox += data
+        found, start = [], 0
+        while len(self._inbox) - start >= HEADER_BYTES:
+            header = unpack(self._inbox[start : start + HEADER_BYTES])
+            if header.payload_bytes > MAX_SMALL_PAYLOAD:
+                raise WireError(E_PROTOCOL, f"{self.peer} sends {header.payload_bytes} bytes")
+            body = start + HEADER_BYTES
+            end = body + header.payload_bytes
+            if len(self._inbox) < end:
+                break
+            found.append((header, bytes(self._inbox[body:end])))
+            start = end
+        del self._inbox[:start]
+        return found
+
+    def close(self) -> None:
+        """See ``transport.Sender.close``."""
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            sock.close()
+
+    def _open(self) -> socket.socket:
+        sock = self._sock
+        if sock is None:
+            raise TransportError(f"the connection to {self.peer} is closed")
+        return sock
+
+
+def dial(endpoint: Endpoint, ticket: DataTicket, timeout: float) -> tuple[socket.socket, str]:
+    """A connection whose two ends have proved themselves, and the peer's name for messages.
+
+    Raises TransportError naming the address.
+    """
+
+    def attempt(address: Address, until: float) -> tuple[socket.socket, str]:
+        sock = socket.socket(address.family, socket.SOCK_STREAM)
+        try:
+            # For the handshake alone: every wait ends when its time is over.
+            sock.settimeout(max(until - time.monotonic(), 0.001))
+            try:
+                sock.connect(address.sockaddr)
+            except OSError as error:
+                raise TransportError(f"cannot reach {address.text}: {error}") from None
+            tune(sock)
+            _greet(sock, address.text, ticket, until)
+            sock.settimeout(None)
+            set_send_timeout(sock, timeout)
+        except BaseException:
+            sock.close()
+            raise
+        return sock, address.text
+
+    try:
+        return try_each(endpoint.host, endpoint.port, timeout, attempt)
+    except TransportError:
+        raise
+    except OSError as error:
+        peer = spelled(endpoint.host, endpoint.port)
+        raise TransportError(f"cannot reach {peer}: {error}") from None
+
+
+def _greet(sock: socket.socket, peer: str, ticket: DataTicket, until: float) -> None:
+    """Have the receiver prove that it gave the ticket, then show that it is ours."""
+    nonce = new_nonce()
+    try:
+        _say(sock, Kind.HELLO, DataHello(ticket.client, nonce))
+        challenge = challenge_decoder.decode(_hear(sock, Kind.CHALLENGE, until))
+        if not proves(challenge.proof, ticket.key, "receiver", nonce, challenge.nonce):
+            raise TransportError(
+                f"another program answers at {peer}, not the receiver that was asked for: it "
+                "cannot prove that it knows this client"
+            )
+        answer = proof(ticket.key, "client", nonce, challenge.nonce)
+        _say(sock, Kind.PROOF, DataProof(answer))
+    except TransportError:
+        raise
+    except TimeoutError:
+        raise TransportError(f"{peer} did not answer the greeting in time") from None
+    except OSError as error:
+        raise TransportError(f"{peer} broke the connection off: {error}") from None
+    except (WireError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise TransportError(f"another program answers at {peer}: {error}") from None
+
+
+def _say(sock: socket.socket, kind: Kind, message: DataHello | DataProof) -> None:
+    body = msgspec.msgpack.encode(message)
+    sock.sendall(Header(kind=kind, session=0, payload_bytes=len(body)).pack() + body)
+
+
+def _hear(sock: socket.socket, kind: Kind, until: float) -> bytes:
+    """The payload of a frame of that kind. Raises TimeoutError, WireError, OSError."""
+    header = unpack(_read(sock, HEADER_BYTES, until))
+    if header.kind is not kind or header.payload_bytes > MAX_HANDSHAKE_PAYLOAD:
+        raise WireError(E_PROTOCOL, f"{header.kind.name} of {header.payload_bytes} bytes")
+    return _read(sock, header.payload_bytes, until)
+
+
+def _read(sock: socket.socket, count: int, until: float) -> bytes:
+    data = b""
+    while len(data) < count:
+        # A byte now and then must not make it longer.
+        sock.settimeout(max(until - time.monotonic(), 0.001))
+        more = sock.recv(count - len(data))
+        if not more:
+            raise ConnectionResetError(
+                "it does not know this client (has it restarted?) or is no receiver"
+            )
+        data += more
+    return data
+
+
+class TcpTransport:
+    """See ``transport.Transport``."""
+
+    name = "tcp"
+
+    def listen(self, host: str, port: int, sink: BlockSink) -> Listener:
+        """See ``transport.Transport.listen``."""
+        return TcpListener(host, port, sink)
+
+    def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
+        """See ``transport.Transport.connect``."""
+        return TcpSender(*dial(endpoint, ticket, timeout))

@@ -1,0 +1,1 @@
+"""What is patched in vLLM, and every difference between its versions."""

@@ -1,0 +1,34 @@
+"""What is to be exported, and where to: how the scheduler half puts it and the workers take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlx_receiver.wire.messages import DataTicket, Endpoint
+
+
+@dataclass(frozen=True)
+class ExportSpan:
+    """Tokens ``start`` to ``end`` of one request, to be exported in every layer of this step.
+
+    ``block_ids`` are the scheduler's blocks that hold them: the first one holds token
+    ``start - start % block_size``.
+    """
+
+    session: int
+    request_id: str
+    start: int
+    end: int
+    block_ids: list[int]
+
+
+@dataclass(frozen=True)
+class DataTarget:
+    """Where blocks go, and what opens the door; another ``receiver`` means a restart.
+
+    The ticket is a secret, and vLLM logs a step's metadata when its engine dies.
+    """
+
+    endpoint: Endpoint
+    receiver: str
+    ticket: DataTicket = field(repr=False)

@@ -1,0 +1,96 @@
+"""Scheduler half: which tokens of which request are new in the cache after this step.
+
+vLLM announces a request's blocks once (``scheduled_new_reqs``) and then only additions; the
+plan keeps the whole block list of each exported request and turns every step into spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_mac_decode.export import ExportSpan
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+@dataclass
+class _Exported:
+    session: int
+    prompt_tokens: int
+    blocks: list[int] = field(default_factory=list)
+    upto: int = 0
+
+
+class ExportPlan:
+    """Spans per step, for requests that have a session. Used by the engine's thread alone."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._requests: dict[str, _Exported] = {}
+        self._announced: set[str] = set()
+
+    def add(self, request_id: str, session: int, prompt_tokens: int) -> None:
+        """From now on the request's prompt is exported to the session."""
+        self._requests[request_id] = _Exported(session, prompt_tokens)
+
+    def drop(self, request_id: str) -> None:
+        """No more spans for the request (its session ended)."""
+        self._requests.pop(request_id, None)
+
+    def forget(self, request_id: str) -> bool:
+        """The request finished. True when workers have seen spans of it: only they know when
+        its blocks have been read."""
+        self._requests.pop(request_id, None)
+        seen = request_id in self._announced
+        self._announced.discard(request_id)
+        return seen
+
+    def preempted(self, output: SchedulerOutput) -> list[str]:
+        """Exported requests whose blocks this step took away or gave back anew."""
+        lost = set(output.preempted_req_ids or ()) | set(
+            output.scheduled_cached_reqs.resumed_req_ids
+        )
+        lost |= {
+            new.req_id
+            for new in output.scheduled_new_reqs
+            if new.req_id in self._requests and self._requests[new.req_id].upto
+        }
+        return [request_id for request_id in lost if request_id in self._requests]
+
+    def step(
+        self, output: SchedulerOutput, alive: Callable[[str], bool] = lambda _: True
+    ) -> list[ExportSpan]:
+        """The spans that this step completes: what it computes, and before a request's first
+        chunk the cached prefix that was never exported. None of requests that are not ``alive``.
+        """
+        spans = []
+        for new in output.scheduled_new_reqs:
+            if new.req_id in self._requests and alive(new.req_id):
+                exported = self._requests[new.req_id]
+                exported.blocks = list(new.block_ids[0])
+                spans += self._span(new.req_id, exported, new.num_computed_tokens, output)
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if request_id in self._requests and alive(request_id):
+                exported = self._requests[request_id]
+                if blocks is not None:
+                    exported.blocks += blocks[0]
+                spans += self._span(request_id, exported, computed, output)
+        return spans
+
+    def _span(
+        self, request_id: str, exported: _Exported, computed: int, output: SchedulerOutput
+    ) -> list[ExportSpan]:
+        end = min(computed + output.num_scheduled_tokens[request_id], exported.prompt_tokens)
+        start, exported.upto = exported.upto, max(end, exported.upto)
+        if end <= start:
+            return []
+        self._announced.add(request_id)
+        size = self._block_size
+        blocks = exported.blocks[start // size : -(-end // size)]
+        return [ExportSpan(exported.session, request_id, start, end, blocks)]

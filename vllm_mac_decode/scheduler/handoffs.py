@@ -1,0 +1,108 @@
+"""The sessions of one engine, and how each of them can end.
+
+Both halves of the relay work on them: ``Relay``, which vLLM calls, and ``Answers``, which the link
+calls. Every method here wants the lock to be held.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from mlx_receiver.wire import messages as m
+from vllm_mac_decode.scheduler.availability import Availability
+from vllm_mac_decode.scheduler.handoff import Counts, Session
+from vllm_mac_decode.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm_mac_decode.scheduler.link import Link
+    from vllm_mac_decode.scheduler.port import EnginePort
+
+logger = logging.getLogger("vllm.mac_decode.relay")
+
+
+class Sessions:
+    """Whether there is a receiver is part of what the lock guards: a session is entered while one
+    is connected and given up when that one is lost, never in between."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.RLock()
+        self._sessions: dict[int, Session] = {}
+        self._by_request: dict[str, Session] = {}
+        self._ended: list[int] = []
+        self._counts = Counts()
+        self._available = Availability(settings)
+        self.link: Link | None = None
+        self.engine: EnginePort | None = None
+        #: Of the model's KV; known when the engine is attached.
+        self.kv_bytes_per_token = 0
+        self.vocab_size = 0
+
+    def _finish_parked(self, session: Session) -> None:
+        """All KV is there: neither the workers nor this side have a part in it any more."""
+        session.ended = True
+        self._sessions.pop(session.session, None)
+        self._tell_workers(session)
+
+    def _give_up(self, session: Session, cause: str, breaker: bool = True) -> None:
+        """The receiver's part ends here; the response goes on locally."""
+        if session.ended:
+            return
+        self._counts.fallbacks[cause] += 1
+        if breaker:
+            self._available.failed()
+        self._cancel(session, cause)
+        if session.started:
+            self._continue_locally(session)
+        else:
+            session.request.max_tokens = session.max_tokens
+
+    def _continue_locally(self, session: Session) -> None:
+        assert self.engine is not None
+        request, name = session.request, f"{session.request_id}-local"
+        try:
+            goes_on = self.engine.resume(request, name, session.tokens, session.max_tokens)
+        except Exception:
+            logger.exception("request %s cannot go on locally", session.request_id)
+            self.engine.emit_aborted(request)
+            goes_on = False
+        if goes_on:
+            session.continued_as, session.queued = name, True
+            self._by_request[name] = session
+        else:
+            self._forget(session)
+
+    def _cancel(self, session: Session, reason: str) -> None:
+        session.ended = True
+        self._sessions.pop(session.session, None)
+        if session.asked:
+            self._tell_workers(session)
+            if self.link is not None:
+                self.link.send(m.Cancel(session.session, reason))
+
+    def _abort(self, session: Session) -> None:
+        if not session.ended:
+            self._counts.events["aborted"] += 1
+            self._cancel(session, "the request was aborted")
+        self._forget(session)
+
+    def _tell_workers(self, session: Session) -> None:
+        """The session is over. They hear of it in the engine's next step, as the metrics do, and an
+        idle engine makes none by itself."""
+        self._ended.append(session.session)
+        if self.engine is not None:
+            self.engine.wake()
+
+    def _forget(self, session: Session) -> None:
+        session.ended = True
+        self._sessions.pop(session.session, None)
+        self._by_request.pop(session.request_id, None)
+        if session.continued_as:
+            self._by_request.pop(session.continued_as, None)
+
+    def _send(self, session: Session, message: m.Open | m.Start) -> None:
+        """What cannot be said ends the hand-off: nobody will answer it."""
+        if self.link is None or not self.link.send(message):
+            self._give_up(session, "lost", breaker=False)

@@ -1,0 +1,278 @@
+"""The control connection to the receiver: one background thread in vLLM's engine process.
+
+Connects whenever a receiver is there, says Hello, keeps the connection alive with Pings, and
+hands every other message to a listener. A receiver that appears later, restarts or moves (the
+host name is resolved again at every attempt) is found without restarting vLLM.
+
+The thread alone touches ZeroMQ's sockets. Others put messages into a queue, and a byte into a pair
+of sockets that wakes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+import uuid
+from typing import Final, Protocol
+
+import zmq
+
+from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.seldom import printable
+from mlx_receiver.wire.signature import ModelSignature
+from vllm_mac_decode.export import DataTarget
+from vllm_mac_decode.scheduler.control import ControlSocket, NoAnswer
+from vllm_mac_decode.settings import Settings
+
+logger = logging.getLogger("vllm.mac_decode.link")
+
+_PING_SECONDS: Final = 0.25
+_RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)
+_REJECTED_SECONDS: Final = 10.0
+_JOIN_SECONDS: Final = 2.0
+#: Messages that are taken up before the clock is looked at again.
+_AT_ONCE: Final = 256
+
+
+class LinkListener(Protocol):
+    """Called from the link's thread."""
+
+    def connected(self, welcome: m.Welcome) -> None:
+        """The receiver accepts sessions."""
+
+    def disconnected(self, reason: str) -> None:
+        """Every session is lost."""
+
+    def message(self, message: m.ReceiverMessage, arrived: float) -> None:
+        """Anything else that the receiver says, and when it came (``time.perf_counter()``)."""
+
+    def tick(self, now: float) -> None:
+        """A few times a second, connected or not; ``now`` is ``time.monotonic()``."""
+
+
+class _Lost(Exception):
+    """The conversation is over; the text says why. ``pause``: seconds before the next one, 0 for
+    the usual."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+class Link:
+    """Owns the thread. ``send``, ``target`` and ``close`` may be used from any other."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        signature: ModelSignature,
+        kv_dtype: str,
+        engine: str,
+        listener: LinkListener,
+    ) -> None:
+        self._settings = settings
+        self._vocab_size = signature.vocab_size
+        self._hello = m.Hello(
+            protocol=m.PROTOCOL_VERSION,
+            signature=signature,
+            kv_dtype=kv_dtype,
+            client=uuid.uuid4().hex,
+            engine=engine,
+        )
+        self._listener = listener
+        self._outbox: queue.SimpleQueue[m.ClientMessage] = queue.SimpleQueue()
+        self._wake_lock = threading.Lock()
+        self._wake_in, self._wake_out = socket.socketpair()
+        for end in (self._wake_in, self._wake_out):
+            end.setblocking(False)
+        self._closing = False
+        self._complaint = ""
+        self._target: DataTarget | None = None
+        self._thread = threading.Thread(target=self._run, name="mac-decode-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def target(self) -> DataTarget | None:
+        """Where workers send blocks; None while no receiver is connected."""
+        return self._target
+
+    def send(self, message: m.ClientMessage) -> bool:
+        """Queue a message. False while no receiver is connected; what is queued when one is lost
+        is lost, too, and then the listener hears of that."""
+        if self._target is None:
+            return False
+        self._outbox.put(message)
+        self._wake()
+        return True
+
+    def close(self) -> None:
+        """Ask the thread to end, which frees its sockets, and wait for that a while."""
+        self._closing = True
+        self._wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=_JOIN_SECONDS)
+
+    def _wake(self) -> None:
+        # A full pipe means that a wake-up is pending already; a closed one, that nobody is there.
+        with self._wake_lock, contextlib.suppress(OSError):
+            self._wake_out.send(b"\0")
+
+    # --- the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            self._keep_conversing(context)
+        finally:
+            context.term()  # every socket is closed, without lingering
+            with self._wake_lock:
+                self._wake_in.close()
+                self._wake_out.close()
+
+    def _keep_conversing(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        attempt = 0
+        while not self._closing:
+            began = time.monotonic()
+            pause = 0.0
+            try:
+                self._converse(context)
+            except _Lost as lost:
+                pause = lost.pause
+                self._over(str(lost))
+            except Exception:
+                logger.exception("the link to the receiver failed; it will be tried again")
+                pause = _RETRY_SECONDS[-1]
+                self._over("the link failed")
+            if time.monotonic() - began > 10:
+                attempt = 0
+            pause = pause or _RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)]
+            attempt += 1
+            self._rest(pause)
+        self._over("this side is closing")
+
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._closing and time.monotonic() < until:
+            time.sleep(_PING_SECONDS / 2)
+            with contextlib.suppress(Exception):  # one that lasts is logged while connected
+                self._listener.tick(time.monotonic())
+
+    def _over(self, reason: str) -> None:
+        """No receiver is connected any more, or, as ``reason`` says, still not."""
+        connected, self._target = self._target is not None, None
+        if not connected:
+            # Once, not at every attempt.
+            if reason != self._complaint and not self._closing:
+                self._complaint = reason
+                logger.warning("decoding locally: %s", reason)
+            return
+        if not self._closing:
+            logger.warning(
+                "lost the receiver at %s: %s; responses go on locally",
+                self._settings.receiver,
+                reason,
+            )
+        try:
+            self._listener.disconnected(reason)
+        except Exception:
+            logger.exception("responses that the receiver was decoding may be lost")
+
+    def _converse(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """One connection, from Hello to its end. Raises _Lost."""
+        where = self._settings.receiver
+        try:
+            with contextlib.closing(ControlSocket(context, self._settings)) as control:
+                control.send(self._hello)
+                self._serve(control, self._welcomed(control))
+        except NoAnswer as error:
+            again = error.kind in ("keys", "hung_up")
+            raise _Lost(str(error), _REJECTED_SECONDS if again else 0.0) from None
+        except m.WireError as error:
+            raise _Lost(
+                f"the receiver at {where} broke the protocol: {printable(error.reason)}",
+                _REJECTED_SECONDS,
+            ) from None
+        except zmq.Again:
+            raise _Lost("it reads nothing") from None
+
+    def _welcomed(self, control: ControlSocket) -> m.Welcome:
+        """The answer to Hello. Raises _Lost, NoAnswer and WireError."""
+        until = time.monotonic() + self._settings.stall_timeout
+        while not self._closing:
+            control.wait(_PING_SECONDS / 2)
+            answer = control.read(self._vocab_size)
+            if isinstance(answer, m.Welcome):
+                return answer
+            if answer is not None:
+                reason = answer.reason if isinstance(answer, m.Rejected) else "no Welcome"
+                where = self._settings.receiver
+                raise _Lost(
+                    f"the receiver at {where} refuses: {printable(reason)}", _REJECTED_SECONDS
+                )
+            not_yet = control.check_answering()
+            if time.monotonic() > until:
+                raise not_yet
+            self._listener.tick(time.monotonic())
+        raise _Lost("this side is closing")
+
+    def _serve(self, control: ControlSocket, welcome: m.Welcome) -> None:
+        while not self._outbox.empty():
+            self._outbox.get()  # what was for the last conversation
+        target = self._target_of(control.address.host, welcome)
+        self._complaint = ""
+        logger.info(
+            "connected to the receiver at %s (%s, %s)",
+            self._settings.receiver,
+            printable(welcome.engine),
+            printable(welcome.model),
+        )
+        self._target = target
+        self._listener.connected(welcome)
+        pinged = 0.0
+        heard = time.monotonic()
+        while not self._closing:
+            control.wait(_PING_SECONDS / 2, self._wake_in)
+            now = time.monotonic()
+            with contextlib.suppress(OSError):
+                self._wake_in.recv(4096)
+            while not self._outbox.empty():
+                control.send(self._outbox.get())
+            if self._take(control):
+                heard = now
+            elif control.lost():
+                raise _Lost("it closed the connection")
+            if now - pinged > _PING_SECONDS:
+                pinged = now
+                control.send(m.Ping(sent_ns=time.monotonic_ns()))
+            if now - heard > self._settings.stall_timeout:
+                raise _Lost(f"it has been silent for {now - heard:.1f} s")
+            self._listener.tick(now)
+
+    def _take(self, control: ControlSocket) -> int:
+        """Hand on what has arrived, as much as the clock allows; how many messages."""
+        for taken in range(_AT_ONCE):
+            message = control.read(self._vocab_size)
+            if message is None:
+                return taken
+            if isinstance(message, m.Rejected):
+                raise _Lost(printable(message.reason))
+            if isinstance(message, m.Welcome):
+                raise m.WireError(m.E_PROTOCOL, "a second Welcome")
+            self._listener.message(message, time.perf_counter())
+        return _AT_ONCE
+
+    def _target_of(self, host: str, welcome: m.Welcome) -> DataTarget:
+        """Blocks go to the address of this connection, whatever the receiver says. Raises _Lost."""
+        for endpoint in welcome.endpoints:
+            if endpoint.transport == self._settings.transport:
+                at = m.Endpoint(endpoint.transport, host, endpoint.port, endpoint.nonce)
+                return DataTarget(at, welcome.receiver, welcome.ticket)
+        offered = ", ".join(printable(endpoint.transport) for endpoint in welcome.endpoints)
+        raise _Lost(
+            f"the receiver offers no {self._settings.transport!r} transport (it has: {offered})",
+            _REJECTED_SECONDS,
+        )

@@ -1,0 +1,1 @@
+"""The ``mac-decode`` command."""

@@ -1,0 +1,288 @@
+"""Is the receiver there, is it ours, does it serve our model, and how fast is the way to it?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from mlx_receiver.transports.transport import TransportError
+from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.addresses import Address, resolve, spelled
+from mlx_receiver.wire.frames import DTYPES, ITEMSIZE
+from mlx_receiver.wire.signature import (
+    PLAIN_KV_ARCHITECTURES,
+    ModelSignature,
+    signature_from_config,
+)
+from vllm_mac_decode.settings import DEFAULT_PORT, Settings
+from vllm_mac_decode.tools.check.conversation import Conversation, speaks_zeromq
+from vllm_mac_decode.tools.check.finding import Finding, fine, warning, wrong
+from vllm_mac_decode.tools.check.transfer import (
+    Transfer,
+    TransferError,
+    interface_to,
+    time_transfer,
+)
+
+#: Bytes a second below which sending a prompt's KV takes longer than a Spark needs to compute it.
+SLOW: Final = 0.6e9
+#: The prompt whose transfer is named.
+_EXAMPLE_TOKENS: Final = 8192
+
+#: No model: whatever the receiver serves, it says so.
+_NO_MODEL: Final = ModelSignature("", 0, 0, 0, 0, 0, [])
+
+START: Final = (
+    "On the Mac: mlx-receiver start --model MODEL --host 0.0.0.0 --token TOKEN --api-key KEY"
+)
+
+
+def read_model(name: str) -> tuple[ModelSignature, str]:
+    """The signature and the KV dtype of a model folder or Hugging Face id.
+
+    Raises OSError when its config.json is not to be had, ValueError when that does not describe a
+    model with KV.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise FileNotFoundError("no such folder")
+        try:
+            from huggingface_hub import hf_hub_download
+        except ModuleNotFoundError:
+            raise OSError("huggingface_hub, which vLLM brings along, is not installed") from None
+        path = Path(hf_hub_download(name, "config.json")).parent
+    config = json.loads((path / "config.json").read_text())
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return signature_from_config(config), dtype if dtype in DTYPES else "bfloat16"
+
+
+def check_model(name: str, signature: ModelSignature, kv_dtype: str) -> Finding:
+    """The model is of a kind that can be handed off."""
+    reason = ""
+    if signature.model_type not in PLAIN_KV_ARCHITECTURES:
+        reason = f"models of type {signature.model_type!r} are not supported"
+    elif signature.sliding_window is not None:
+        reason = "models with sliding-window attention are not supported yet"
+    if reason:
+        known = ", ".join(sorted(PLAIN_KV_ARCHITECTURES))
+        return wrong("model", f"{name}: {reason}", f"vLLM would decode it all by itself; {known}")
+    size = signature.kv_bytes_per_token(ITEMSIZE[kv_dtype])
+    return fine(
+        "model",
+        f"{name}: {signature.model_type}, {signature.layers} layers, {size / 1024:.0f} KiB of KV "
+        f"a token in {kv_dtype}",
+        kv_bytes_per_token=size,
+    )
+
+
+class ReceiverChecks:
+    """One receiver. ``findings`` first; then ``best`` is the address to give to vLLM."""
+
+    def __init__(self, settings: Settings, model: tuple[ModelSignature, str] | None) -> None:
+        self._settings = settings
+        self._model = model
+        self.host, self.port = settings.address()
+        #: ``host`` or ``host:port``, as --mac-decode-receiver takes it.
+        self.best = self._spelled(self.host)
+
+    def findings(self) -> Iterator[Finding]:
+        """Everything that can be said, address by address."""
+        try:
+            found = resolve(self.host, self.port)
+        except OSError as error:
+            yield wrong(
+                "name",
+                f"The receiver's host {self.host} has no address ({error.strerror or error})",
+                "Check the name in --receiver or MAC_DECODE_RECEIVER, or give the address in "
+                "numbers: containers do not know .local names",
+            )
+            return
+        working = []
+        for address in found:
+            finding = self._reach(address)
+            yield finding
+            if finding.state == "fine":
+                working.append(address)
+        if not working:
+            yield wrong(
+                "reachable",
+                f"No receiver at {spelled(self.host, self.port)}",
+                f"{START}; then check --port and the Mac's firewall (System Settings, Network)",
+            )
+            return
+        transfers: dict[Address, Transfer] = {}
+        for address in working:
+            with Conversation(address, self._settings.token) as talk:
+                good = True
+                for finding in self._greet(talk, address, transfers):
+                    yield finding
+                    good = good and finding.state != "wrong"
+            if not good:
+                return
+        if transfers:
+            yield from self._judge(found[0], transfers)
+
+    def _reach(self, address: Address) -> Finding:
+        interface = interface_to(address).text
+        through = f" (through {interface})" if interface else ""
+        try:
+            ours = speaks_zeromq(address)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            return warning(
+                "address",
+                f"Nothing answers at {address.text}{through}: {reason}",
+                "Nothing, if another address works: each of the name's is tried in turn",
+            )
+        if not ours:
+            return warning(
+                "address",
+                f"What listens at {address.text} is no receiver's control port",
+                f"Give the control port, which is {DEFAULT_PORT} unless mlx-receiver was started "
+                "with --port (not the HTTP port)",
+            )
+        return fine("address", f"{address.text} answers{through}")
+
+    def _greet(
+        self, talk: Conversation, address: Address, transfers: dict[Address, Transfer]
+    ) -> Iterator[Finding]:
+        """Token, version, model and, where these are right, the data path."""
+        admitted = talk.admitted()
+        if admitted is None:
+            yield wrong("token", f"{address.text} does not finish the handshake", START)
+            return
+        if not admitted:
+            given = "The token is wrong" if self._settings.token else "No token was given"
+            yield wrong(
+                "token",
+                f"{given}, or the receiver at {address.text} has another version of the protocol",
+                "export MAC_DECODE_TOKEN=... with the Mac's --token; the same vllm-mac-decode on "
+                "both machines",
+            )
+            return
+        token = "The token is right" if self._settings.token else "No token is needed"
+        yield fine("token", f"{token} at {address.text}")
+        signature, kv_dtype = self._model or (_NO_MODEL, DTYPES[0])
+        try:
+            answer = talk.hello(signature, kv_dtype)
+            finding = self._answered(answer)
+            yield finding
+            if isinstance(answer, m.Welcome) and finding.state == "fine":
+                yield self._timed(talk, answer, address, transfers)
+        except m.WireError as error:
+            yield wrong("protocol", f"{address.text}: {error.reason}", _REMEDIES[m.E_VERSION])
+
+    def _answered(self, answer: m.ReceiverMessage | None) -> Finding:
+        match answer:
+            case None:
+                return wrong(
+                    "model",
+                    "The receiver does not answer yet: it is still loading its model",
+                    "Wait until it says that it serves",
+                )
+            case m.Rejected(m.E_MODEL, reason) if self._model is None:
+                served = reason.partition(", which is not")[0]
+                return warning(
+                    "model",
+                    f"Protocol {m.PROTOCOL_VERSION}; {served}. The data path was not tried: it "
+                    "opens for clients of the same model only",
+                    "Add --model with the name that vllm serve will get",
+                )
+            case m.Rejected(code, reason):
+                return wrong("model", f"The receiver refuses: {reason}", _REMEDIES.get(code, ""))
+            case m.Welcome(endpoints=endpoints):
+                offered = [endpoint.transport for endpoint in endpoints]
+                if self._settings.transport not in offered:
+                    return wrong(
+                        "transport",
+                        f"The receiver offers no transport {self._settings.transport}, only "
+                        f"{', '.join(offered)}",
+                        f"export MAC_DECODE_TRANSPORT={offered[0] if offered else 'tcp'}",
+                    )
+                return fine(
+                    "model",
+                    f"The receiver ({answer.engine}) serves the same model, {answer.model}, up to "
+                    f"{answer.max_tokens} tokens; protocol {m.PROTOCOL_VERSION}",
+                )
+            case _:
+                return wrong(
+                    "protocol",
+                    f"The receiver answers a greeting with {type(answer).__name__}",
+                    _REMEDIES[m.E_VERSION],
+                )
+
+    def _timed(
+        self,
+        talk: Conversation,
+        welcome: m.Welcome,
+        address: Address,
+        transfers: dict[Address, Transfer],
+    ) -> Finding:
+        assert self._model is not None
+        try:
+            done = time_transfer(talk, welcome, address, self._settings.transport, *self._model)
+        except TransportError as error:
+            ports = ", ".join(f"{e.port} ({e.transport})" for e in welcome.endpoints)
+            return wrong(
+                "data path",
+                f"The data path does not open: {error}",
+                f"Let port {ports} through the firewall; mlx-receiver's --data-port keeps it fixed",
+            )
+        except TransferError as error:
+            return warning(
+                "data path",
+                f"The data path over {address.text} opens, but was not timed: {error}",
+                "Try again when the receiver has less to do",
+            )
+        transfers[address] = done
+        interface = interface_to(address)
+        through = f" through {interface.text}" if interface.name else ""
+        seen = (
+            f"{done.rate / 1e9:.2f} GB/s over {address.text}{through}: {done.nbytes >> 20} MiB of "
+            "KV until they were in the receiver's memory"
+        )
+        figures: dict[str, str | float] = {
+            "address": address.text,
+            "interface": interface.text,
+            "bytes": done.nbytes,
+            "seconds": round(done.seconds, 4),
+        }
+        if done.rate >= SLOW:
+            return fine("data path", seen, **figures)
+        slow = "Wi-Fi is" if interface.wifi else "This way is"
+        signature, kv_dtype = self._model
+        seconds = _EXAMPLE_TOKENS * signature.kv_bytes_per_token(ITEMSIZE[kv_dtype]) / done.rate
+        return warning(
+            "data path",
+            seen,
+            f"{slow} slow: the KV of {_EXAMPLE_TOKENS:,} tokens takes {seconds:.1f} s. A direct "
+            "10 Gbit/s cable carries 1.2 GB/s",
+            **figures,
+        )
+
+    def _judge(self, first: Address, transfers: dict[Address, Transfer]) -> Iterator[Finding]:
+        """Which address vLLM should get: it takes the name's first that works."""
+        best = max(transfers, key=lambda address: transfers[address].rate)
+        usual = first if first in transfers else next(iter(transfers))
+        if transfers[best].rate > 1.2 * transfers[usual].rate:
+            self.best = self._spelled(best.host)
+            yield warning(
+                "route",
+                f"{self.host} leads to {usual.text} first, which is slower than {best.text} "
+                f"({transfers[usual].rate / 1e9:.2f} and {transfers[best].rate / 1e9:.2f} GB/s)",
+                f"Give vLLM the fast one: --mac-decode-receiver {self.best}",
+            )
+
+    def _spelled(self, host: str) -> str:
+        return spelled(host, self.port)
+
+
+_REMEDIES: Final = {
+    m.E_VERSION: "Install the same vllm-mac-decode on both machines",
+    m.E_MODEL: "Start both sides with the same model",
+    m.E_SHUTDOWN: "Start the receiver again",
+    m.E_UNSUPPORTED: "See the receiver's output",
+}

@@ -1,0 +1,262 @@
+"""The ``mac-decode`` command. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from vllm_mac_decode import __version__
+
+app = typer.Typer(
+    help="Prefill with vLLM, decode on a Mac with MLX: see, trace and check the hand-off.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mac-decode {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        str, typer.Option(help="What to ask. Default: a text of some 450 tokens to summarise.")
+    ] = "",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A model folder. Default: SmolLM2-135M-Instruct, fetched once."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to answer with at most.")] = 64,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pictures, the trace and the servers' logs.")
+    ] = Path("mac-decode-demo"),
+) -> None:
+    """Hand one request from vLLM to MLX on this machine, draw it, and check every token.
+
+    The last line on stdout is a JSON object; the exit status is 0 only if everything in it held.
+    """
+    from vllm_mac_decode.tools.demo.run import Options, run
+
+    options = Options(model=model, max_tokens=max_tokens, out=out)
+    if prompt.strip():
+        options = Options(prompt, model, max_tokens, out)
+    raise typer.Exit(run(options))
+
+
+_ApiKey = Annotated[
+    str,
+    typer.Option(
+        "--api-key",
+        envvar="MLX_RECEIVER_API_KEY",
+        help="The receiver's --api-key.",
+        show_default=False,
+    ),
+]
+_ReceiverHttp = Annotated[
+    str, typer.Option(envvar="MAC_DECODE_RECEIVER_HTTP", help="The receiver's HTTP address.")
+]
+_Receiver = Annotated[
+    str, typer.Option(help="host[:port]. Default: MAC_DECODE_RECEIVER, else 127.0.0.1:7790.")
+]
+_Token = Annotated[
+    str,
+    typer.Option(envvar="MAC_DECODE_TOKEN", help="The receiver's --token.", show_default=False),
+]
+
+
+@app.command()
+def trace(
+    receiver_http: _ReceiverHttp = "http://127.0.0.1:7791",
+    request: Annotated[
+        str, typer.Option(help="A request id, as the response shows it, or latest.")
+    ] = "latest",
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the trace, for ui.perfetto.dev.")
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also draw it; .svg, .png or .pdf (needs matplotlib).")
+    ] = None,
+    api_key: _ApiKey = "",
+) -> None:
+    """Show the timeline of a hand-off that the receiver remembers."""
+    import json
+
+    from rich.console import Console
+
+    from vllm_mac_decode.tools import timeline
+    from vllm_mac_decode.tools.timeline import plot as timeline_plot
+    from vllm_mac_decode.tools.timeline import text as timeline_text
+    from vllm_mac_decode.tools.timeline.fetch import fetch
+
+    try:
+        handoff = timeline.parse(fetch(receiver_http, request, api_key))
+        if out is not None:
+            out.write_text(json.dumps(timeline.trace_events(handoff)))
+        if svg is not None:
+            timeline_plot.draw(handoff, svg)
+    except (timeline.TimelineError, OSError, ValueError) as error:
+        _give_up(str(error))
+    except ModuleNotFoundError as error:
+        _give_up(f"drawing needs {error.name}: pip install {error.name}")
+    console = Console(highlight=False)
+    console.print(f"[bold]{handoff.request_id}[/]: {timeline_plot.headline(handoff)}")
+    console.print(timeline_plot.caption(handoff))
+    console.print(timeline_text.render(handoff, console.width))
+    if written := [str(path) for path in (out, svg) if path]:
+        console.print(f"Written: {', '.join(written)}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    receiver: _Receiver = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The model that vLLM will serve: compared with the receiver's own, and one layer "
+            "of it is started."
+        ),
+    ] = "",
+    token: _Token = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether this machine is ready to hand requests off, and if not, what to do.
+
+    The exit status is 0 if it is, 1 if it is not, 2 if the question makes no sense.
+    """
+    import msgspec
+    from rich.console import Console
+    from rich.markup import escape
+
+    from vllm_mac_decode.settings import SettingsError, load
+    from vllm_mac_decode.tools.check import Report, run_checks
+
+    given = {"receiver": receiver, "token": token}
+    try:
+        settings = load({name: value for name, value in given.items() if value})
+    except SettingsError as error:
+        _give_up(str(error), 2)
+    console = Console(highlight=False, soft_wrap=True, quiet=as_json)
+    marks = {"fine": "[green]✓[/]", "warning": "[yellow]![/]", "wrong": "[red]✗[/]"}
+    report = Report()
+    with Console(stderr=True).status(
+        "Checking (with --model vLLM is started, which takes a while)"
+    ):
+        for found in run_checks(settings, model):
+            if isinstance(found, Report):
+                report = found
+                continue
+            console.print(f"{marks[found.state]} {escape(found.seen)}")
+            if found.remedy:
+                console.print(f"  → {escape(found.remedy)}")
+    if as_json:
+        typer.echo(msgspec.json.encode(report).decode())
+    elif report.ready:
+        console.print(f"[bold]Ready.[/] Start vLLM with:\n  {escape(report.command)}")
+    else:
+        console.print("[bold]Not ready.[/]")
+    raise typer.Exit(0 if report.ready else 1)
+
+
+@app.command()
+def bench(
+    vllm: Annotated[
+        str, typer.Option(envvar="MAC_DECODE_VLLM", help="vLLM's URL.")
+    ] = "http://127.0.0.1:8000",
+    receiver_http: _ReceiverHttp = "http://127.0.0.1:7791",
+    receiver: Annotated[
+        str,
+        typer.Option(
+            help="host[:port] of the receiver's control port, to time the link. Default: "
+            "MAC_DECODE_RECEIVER, else the host of --receiver-http."
+        ),
+    ] = "",
+    token: _Token = "",
+    vllm_api_key: Annotated[
+        str, typer.Option(envvar="VLLM_API_KEY", help="vLLM's --api-key.", show_default=False)
+    ] = "",
+    receiver_http_api_key: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_API_KEY", help="The receiver's --api-key.", show_default=False
+        ),
+    ] = "",
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens in.")] = 8192,
+    output_tokens: Annotated[int, typer.Option(min=3, help="Tokens out.")] = 32,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Measured rounds, after one that warms up.")
+    ] = 5,
+    out: Annotated[
+        Path, typer.Option(help="What to write, without a suffix: a .json and an .svg.")
+    ] = Path("mac-decode-bench"),
+) -> None:
+    """Time the same request answered by vLLM alone, by the Mac alone, and by both together.
+
+    vLLM (with --kv-connector mac_decode) and the receiver must be running, and nobody else should
+    use them meanwhile. The published set-up is Llama-3.1-8B with the defaults.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from vllm_mac_decode.tools.bench import run
+
+    options = run.Options(
+        vllm=vllm, receiver_http=receiver_http, receiver=receiver, token=token,
+        vllm_api_key=vllm_api_key, receiver_api_key=receiver_http_api_key,
+        prompt_tokens=prompt_tokens, output_tokens=output_tokens, repeats=repeats, out=out,
+    )  # fmt: skip
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    screen = Console(stderr=True)
+    hidden = not screen.is_terminal
+    try:
+        with Progress(*columns, console=screen, transient=True, disable=hidden) as bar:
+            task = bar.add_task("", total=run.steps(options), completed=-1)
+            result = run.measure(
+                options, lambda what: bar.update(task, description=what, advance=1)
+            )
+        written = run.write(result, out)
+    except (run.BenchError, OSError) as error:
+        _give_up(str(error))
+    table = Table(title=f"{result['model']}: {prompt_tokens:,} tokens in, {output_tokens} out")
+    for heading in ("", "first token", "last token", "p90"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for way, name in (("vllm_alone", "vLLM alone"), ("mac_alone", "Mac alone"),
+                      ("together", "together")):  # fmt: skip
+        first, total = (result["ways"][way][key] for key in ("first_token_s", "total_s"))
+        table.add_row(name, *(f"{s:.2f} s" for s in (first["p50"], total["p50"], total["p90"])))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"Written: {', '.join(map(str, written))}. They hold no addresses, keys or paths: attach "
+        "them to an issue.",
+        soft_wrap=True,
+    )
+
+
+def _give_up(text: str, status: int = 1) -> NoReturn:
+    typer.echo(f"mac-decode: {text}", err=True)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
