@@ -49,7 +49,7 @@ from bench.lab import (
 from mlx_receiver import plugins
 from mlx_receiver.transports.data_socket import tune
 from mlx_receiver.transports.landing import checksum
-from mlx_receiver.wire.frames import Header, Kind, Plane
+from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import DataTicket, Endpoint, Open, Sampling
 from mlx_receiver.wire.signature import ModelSignature

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 from mlx_receiver.interfaces import Interface, interfaces, reachable_at
 from mlx_receiver.settings import Settings, is_loopback
 from mlx_receiver.wire.addresses import spelled
-from mlx_receiver.wire.frames import ITEMSIZE
 
 if TYPE_CHECKING:
     from mlx_receiver.decode.model import ModelSource
@@ -28,7 +27,7 @@ def announcement(receiver: Receiver) -> list[str]:
     """Its lines."""
     settings, source, loaded = receiver.settings, receiver.source, receiver.engine.loaded
     assert loaded is not None
-    per_token = source.signature.kv_bytes_per_token(ITEMSIZE[loaded.dtype])
+    per_token = loaded.cache.layout.bytes_per_token
     budget = receiver.store.budget_bytes
     found = interfaces()
     places = reachable_at(settings.host, found) or [("127.0.0.1", None)]

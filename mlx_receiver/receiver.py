@@ -52,8 +52,6 @@ class Receiver:
         )
         self.handover = Handover(self.engine, self.metrics)
         self.store = SessionStore(
-            self.source.adapter,
-            self.source.signature,
             max_sessions=settings.max_sessions,
             events=self.handover,
             metrics=self.metrics,
@@ -122,11 +120,15 @@ class Receiver:
         if loaded is None:
             return False
         budget = self.settings.kv_memory or default_kv_memory(loaded)
-        self.store.configure(loaded.dtype, budget)
+        self.store.configure(loaded.cache, budget)
         self.engine.batch_bytes = budget
         _limit_mlx_cache(budget // 8)
         self.control.start(
-            self.source.name, engine_name(), self.data_endpoints, self.source.max_tokens
+            self.source.name,
+            engine_name(),
+            self.data_endpoints,
+            self.source.max_tokens,
+            loaded.cache.layout,
         )
         return True
 

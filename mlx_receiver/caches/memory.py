@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Final
 
-from mlx_receiver.caches.plain import CacheAdapter
-from mlx_receiver.wire.frames import ITEMSIZE
+from mlx_receiver.caches.model import ModelCache
+from mlx_receiver.wire.layout import ITEMSIZE
 from mlx_receiver.wire.messages import E_CAPACITY, WireError
-from mlx_receiver.wire.signature import ModelSignature
 
 #: Tokens of decoded text that there is room for from the start. Beyond them the cache grows as
 #: mlx-lm's does, by copying; reserving ``max_tokens`` would refuse most clients, which ask for all
@@ -25,10 +24,9 @@ class Budget:
     What is bounded by a constant (a session's block times, say) is not counted.
     """
 
-    def __init__(self, adapter: CacheAdapter, signature: ModelSignature) -> None:
+    def __init__(self) -> None:
         """Nothing fits until ``configure``."""
-        self._adapter = adapter
-        self._signature = signature
+        self._cache: ModelCache | None = None
         self._itemsize = 0
         self._lock = threading.Lock()
         self._reserved = 0
@@ -36,9 +34,10 @@ class Budget:
         #: Bytes of messages that wait for slow clients.
         self.queued = 0
 
-    def configure(self, model_dtype: str, total: int) -> None:
+    def configure(self, cache: ModelCache, total: int) -> None:
         """What is known once the model is loaded."""
-        self._itemsize = ITEMSIZE[model_dtype]
+        self._cache = cache
+        self._itemsize = ITEMSIZE[cache.layout.kv_dtype]
         self.total = total
 
     @property
@@ -75,8 +74,7 @@ class Budget:
         return self._kv_bytes(tokens, 0, self._itemsize)
 
     def _kv_bytes(self, tokens: int, headroom: int, itemsize: int) -> int:
-        capacity = self._adapter.capacity(tokens, headroom)
-        return capacity * self._signature.kv_bytes_per_token(itemsize)
+        return self._cache.nbytes(tokens, headroom, itemsize) if self._cache is not None else 0
 
     def add(self, nbytes: int) -> bool:
         """Take or, below 0, give back that many bytes; False, and nothing, if they do not fit."""

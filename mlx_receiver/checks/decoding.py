@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_receiver.checks.finding import Finding, unchecked
-from mlx_receiver.wire.signature import ModelSignature
+from mlx_receiver.wire.layout import full_attention
 
 if TYPE_CHECKING:
-    from mlx_receiver.caches.plain import CacheAdapter
+    from mlx_receiver.caches.adapter import CacheAdapter
     from mlx_receiver.decode.engine import DecodeEngine
     from mlx_receiver.decode.model import ModelSource
 
@@ -27,7 +27,7 @@ _NEAR: Final = 0.1
 _TOKENS: Final = 24
 
 #: A cache of two layers, of which not all tokens are there.
-_SIGNATURE: Final = ModelSignature("llama", 2, 4, 64, 256, 100, [])
+_LAYOUT: Final = full_attention(2, 4, 64, "bfloat16")
 _RECEIVED: Final = 300
 
 _UPDATE: Final = "pip install --upgrade 'mlx>=0.32,<0.34' 'mlx-lm>=0.32,<0.34', and report it"
@@ -56,23 +56,25 @@ def check_device(system: str = sys.platform) -> Finding:
 
 def check_threads(adapter: CacheAdapter | None = None) -> Finding:
     """KV that one thread has written is, byte for byte and in place, what another decodes from."""
+    from mlx_receiver.caches.model import ModelCache
     from mlx_receiver.caches.plain import PlainKV
 
     seen: list[Finding] = []
-    adapter = adapter or PlainKV()
-    buffers = adapter.allocate(_SIGNATURE, "bfloat16", _RECEIVED, 1)
+    cache = ModelCache(_LAYOUT, [adapter or PlainKV()])
+    buffers = cache.allocate(_LAYOUT, _RECEIVED, 1)
     while buffers.grow():
         pass
-    layers, heads, dim = _SIGNATURE.layers, _SIGNATURE.kv_heads, _SIGNATURE.head_dim
-    shape = (layers, 2, heads, _RECEIVED, dim)
+    layers, (keys, _) = len(_LAYOUT.layers), _LAYOUT.layers[0].parts
+    heads = keys.heads
+    shape = (layers, 2, heads, _RECEIVED, keys.width)
     # Bytes below 128 twice make bfloat16 numbers that are finite.
     expected = np.random.default_rng(0).integers(0, 1 << 14, shape).astype(np.uint16)
 
     def write() -> None:
         for layer in range(layers):
-            for plane in range(2):
-                rows = buffers.rows(layer, plane, slice(0, heads), slice(0, _RECEIVED))
-                data = memoryview(expected[layer, plane].tobytes())
+            for part in range(2):
+                rows = buffers.rows(layer, part, slice(0, heads), slice(0, _RECEIVED))
+                data = memoryview(expected[layer, part].tobytes())
                 for buffer in rows.buffers:
                     buffer[:] = data[: buffer.nbytes]
                     data = data[buffer.nbytes :]
@@ -94,9 +96,7 @@ def _decode_from(buffers: Any, expected: NDArray[np.uint16]) -> Finding:
     """Compare what the caches hold before and after one more token."""
     import mlx.core as mx
 
-    places = [
-        _address(buffers.plane(layer, plane)) for layer, plane in np.ndindex(expected.shape[:2])
-    ]
+    places = [_address(buffers.part(layer, part)) for layer, part in np.ndindex(expected.shape[:2])]
     caches = buffers.build(mx.bfloat16)
     token = mx.zeros((1, expected.shape[2], 1, expected.shape[4]), mx.bfloat16)
     for when in ("handed over", "decoded from"):
@@ -260,14 +260,16 @@ def provoke_error(engine: DecodeEngine) -> str:
 def _caches(engine: DecodeEngine, heads_too_many: int = 0) -> list[Any]:
     import mlx.core as mx
 
-    from mlx_receiver.caches.plain import JoinableKVCache
+    from mlx_receiver.caches.joinable import JoinableKVCache
 
-    signature = engine.source.signature
-    shape = (1, signature.kv_heads + heads_too_many, 256, signature.head_dim)
-    return [
-        JoinableKVCache.holding(mx.zeros(shape), mx.zeros(shape), 8)
-        for _ in range(signature.layers)
-    ]
+    assert engine.loaded is not None
+    made = []
+    for layer in engine.loaded.cache.layout.layers:
+        keys, values = (
+            mx.zeros((1, part.heads + heads_too_many, 256, part.width)) for part in layer.parts
+        )
+        made.append(JoinableKVCache.holding(keys, values, 8))
+    return made
 
 
 def _failing_job(engine: DecodeEngine, build_cache: Callable[[Any], list[Any]]) -> str:

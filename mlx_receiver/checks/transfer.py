@@ -12,13 +12,13 @@ import numpy as np
 from mlx_receiver.checks.finding import Finding
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Landing, Sender, TransportError
-from mlx_receiver.wire.frames import DataReply, Header, Kind, Plane
+from mlx_receiver.wire.frames import DataReply, Header, Kind
 from mlx_receiver.wire.keys import new_ticket
+from mlx_receiver.wire.layout import full_attention
 from mlx_receiver.wire.messages import E_CREDENTIALS, Code, WireError
-from mlx_receiver.wire.signature import ModelSignature
 
 #: The shape of an 8B model's KV, of fewer layers, and blocks as vLLM's side sends them.
-_SIGNATURE: Final = ModelSignature("llama", 8, 8, 128, 4096, 100, [])
+_LAYOUT: Final = full_attention(8, 8, 128, "bfloat16")
 _TOKENS: Final = 8192
 _BLOCK_TOKENS: Final = 2048
 
@@ -51,7 +51,7 @@ class _Sink:
 
     def landing(self, client: str, header: Header) -> Landing:
         tokens = slice(header.token_start, header.token_start + header.tokens)
-        rows = self._buffers.rows(header.layer, header.plane, slice(0, header.heads), tokens)
+        rows = self._buffers.rows(header.layer, header.part, slice(0, header.heads), tokens)
 
         def commit() -> None:
             rows.buffers.clear()
@@ -68,18 +68,19 @@ def check_loopback(transport: Any = None) -> Finding:
     """Every byte arrives, and faster than a 10 Gbit/s cable carries it."""
     import mlx.core as mx
 
+    from mlx_receiver.caches.model import ModelCache
     from mlx_receiver.caches.plain import PlainKV
 
     name = "loopback"
     transport = transport or TcpTransport()
-    buffers: Any = PlainKV().allocate(_SIGNATURE, "bfloat16", _TOKENS, 1)
+    buffers = ModelCache(_LAYOUT, [PlainKV()]).allocate(_LAYOUT, _TOKENS, 1)
     while buffers.grow():
         pass
     headers = _headers()
     sink = _Sink(buffers)
-    rows = np.random.default_rng(0).integers(
-        0, 1 << 14, (_SIGNATURE.kv_heads, _BLOCK_TOKENS, _SIGNATURE.head_dim)
-    )
+    keys = _LAYOUT.layers[0].parts[0]
+    shape = (keys.heads, _BLOCK_TOKENS, keys.width)
+    rows = np.random.default_rng(0).integers(0, 1 << 14, shape)
     block = rows.astype(np.uint16)
     payload = [memoryview(head).cast("B") for head in block]
     try:
@@ -119,12 +120,21 @@ _LOOK: Final = "Does a VPN or a security program watch connections of this machi
 
 
 def _headers() -> list[Header]:
-    heads, dim = _SIGNATURE.kv_heads, _SIGNATURE.head_dim
-    size = 2 * heads * _BLOCK_TOKENS * dim
     return [
-        Header(Kind.BLOCK, 1, size, layer, plane, "bfloat16", 0, heads, dim, start, _BLOCK_TOKENS)
-        for layer in range(_SIGNATURE.layers)
-        for plane in Plane
+        Header(
+            kind=Kind.BLOCK,
+            session=1,
+            payload_bytes=2 * part.row * _BLOCK_TOKENS,
+            layer=layer,
+            part=index,
+            dtype=part.dtype,
+            heads=part.heads,
+            width=part.width,
+            token_start=start,
+            tokens=_BLOCK_TOKENS,
+        )
+        for layer, of_layer in enumerate(_LAYOUT.layers)
+        for index, part in enumerate(of_layer.parts)
         for start in range(0, _TOKENS, _BLOCK_TOKENS)
     ]
 

@@ -17,7 +17,7 @@ _TOKENS: Final = 4
 def check_fit(source: ModelSource, memory: weights.Memory | None = None) -> Finding:
     """Its weights leave room for KV; how much, in tokens."""
     memory = memory or weights.memory()
-    per_token = source.signature.kv_bytes_per_token(2)
+    per_token = source.layout.bytes_per_token
     kv = f"{per_token / 1024:g} KiB of KV a token in 16 bits"
     needed = weights.weights_nbytes(source.path)
     if needed is None:

@@ -22,7 +22,7 @@ from mlx_receiver.control.guard import Guard
 from mlx_receiver.sessions.service import Client, Handover
 from mlx_receiver.settings import SettingsError
 from mlx_receiver.wire import addresses, keys
-from mlx_receiver.wire.frames import DTYPES
+from mlx_receiver.wire.layout import CacheLayout
 from mlx_receiver.wire.messages import (
     E_MODEL,
     E_PROTOCOL,
@@ -42,11 +42,11 @@ from mlx_receiver.wire.messages import (
     Start,
     Welcome,
     WireError,
-    check_protocol,
     client_decoder,
     clipped,
     decode_client,
     encode,
+    introduction,
     opened_session,
 )
 from mlx_receiver.wire.seldom import Seldom
@@ -82,6 +82,7 @@ class ControlServer:
     def __init__(self, handover: Handover, signature: ModelSignature, token: str) -> None:
         self._handover = handover
         self._signature = signature
+        self._layout: CacheLayout | None = None
         max_tokens = handover.source.max_tokens
         self._decoder = client_decoder(max_tokens, signature.vocab_size)
         self._context = zmq.Context()
@@ -138,8 +139,17 @@ class ControlServer:
             self._socket.bind(f"tcp://*:{port}" if everywhere else f"tcp://{at}")
         return port
 
-    def start(self, model: str, engine: str, endpoints: list[Endpoint], max_tokens: int) -> None:
-        """Answer clients from now on; what they sent before has been kept."""
+    def start(
+        self,
+        model: str,
+        engine: str,
+        endpoints: list[Endpoint],
+        max_tokens: int,
+        layout: CacheLayout,
+    ) -> None:
+        """Answer clients from now on; what they sent before has been kept. ``layout`` is what the
+        model's cache consists of."""
+        self._layout = layout
         self._welcome = Welcome(
             receiver=uuid.uuid4().hex,
             model=model,
@@ -272,25 +282,23 @@ class ControlServer:
         assert self._welcome is not None
         if identity in self._clients:
             raise WireError(E_PROTOCOL, "this connection has said Hello already")
-        check_protocol(hello.protocol)
-        differences = self._signature.differences(hello.signature)
+        peer = introduction(hello)
+        assert self._layout is not None
+        differences = self._signature.differences(peer.signature)
+        differences += self._layout.differences(peer.layout)
         if differences:
             raise WireError(
                 E_MODEL,
                 f"the receiver serves {self._welcome.model}, which is not the client's model: "
                 + "; ".join(differences),
             )
-        if hello.kv_dtype not in DTYPES:
-            raise WireError(
-                E_UNSUPPORTED, f"KV dtype {hello.kv_dtype!r} (known: {', '.join(DTYPES)})"
-            )
         if len(self._clients) >= _MAX_CLIENTS:
             raise WireError(E_UNSUPPORTED, f"{_MAX_CLIENTS} clients are connected already")
         ticket = keys.new_ticket()
         client = Client(
             ticket.client,
-            hello.client,
-            hello.kv_dtype,
+            peer.client,
+            peer.layout,
             lambda message: self._post(identity, message),
             self._handover,
         )
@@ -300,7 +308,7 @@ class ControlServer:
         self._descriptors[descriptor] = identity
         self._handover.store.admit(ticket)
         logger.info(
-            "client %s (%s) connected, KV in %s", hello.client, hello.engine, hello.kv_dtype
+            "client %s (%s) connected, KV in %s", peer.client, peer.engine, peer.layout.kv_dtype
         )
         client.post(msgspec.structs.replace(self._welcome, ticket=ticket))
 

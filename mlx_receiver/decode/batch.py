@@ -12,11 +12,10 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generation_stream
 
-from mlx_receiver.caches.plain import mlx_dtype
+from mlx_receiver.caches.adapter import mlx_dtype
 from mlx_receiver.decode.jobs import Job
 from mlx_receiver.decode.model import LoadedModel, ModelSource
 from mlx_receiver.decode.sampling import RequestSampler, greedy
-from mlx_receiver.wire.frames import ITEMSIZE
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Batch:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V of one token, as the model computes them."""
-        return self._source.signature.kv_bytes_per_token(ITEMSIZE[self._loaded.dtype])
+        return self._loaded.cache.layout.bytes_per_token
 
     def takes(self, job: Job) -> bool:
         """Whether there is a row for the job, and not too much to prefill before it."""
@@ -97,14 +96,12 @@ class Batch:
 
     def prepare(self, job: Job) -> Row:
         """What the job brings along. Raises what building its cache raises."""
-        signature = self._source.signature
+        vocabulary = self._source.signature.vocab_size
         job.outputs = 0 if job.first_token is None else 1
-        job.sampler = RequestSampler(
-            job.sampling, job.prompt_token_ids, job.outputs, signature.vocab_size
-        )
+        job.sampler = RequestSampler(job.sampling, job.prompt_token_ids, job.outputs, vocabulary)
         sampled = [] if job.first_token is None else [job.first_token]
         if job.build_cache is None:
-            caches = self._source.adapter.empty(signature)
+            caches = self._loaded.cache.empty()
             return Row(job, caches, [], [*job.prompt_token_ids, *sampled])
         assert sampled
         build, job.build_cache = job.build_cache, None
@@ -193,7 +190,7 @@ class Batch:
 
     def check_logits(self) -> None:
         """Raise ValueError for a model from which nothing can be sampled."""
-        caches = self._source.adapter.empty(self._source.signature)
+        caches = self._loaded.cache.empty()
         logits = self._model(mx.array([[0, 1]]), cache=caches)
         # Finite for logits that are, or that are minus infinity where a token cannot come.
         if not mx.isfinite(mx.logsumexp(logits, axis=-1)).all().item():

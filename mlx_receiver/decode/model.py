@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mlx_receiver import plugins
+import msgspec
+
 from mlx_receiver.decode import hub, weights
-from mlx_receiver.wire.frames import ITEMSIZE
-from mlx_receiver.wire.signature import ModelSignature, signature_from_config
+from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, CacheLayout, layout_from_config
+from mlx_receiver.wire.signature import (
+    PLAIN_KV_ARCHITECTURES,
+    ModelSignature,
+    signature_from_config,
+)
 
 if TYPE_CHECKING:
-    from mlx_receiver.caches.plain import CacheAdapter
+    from mlx_receiver.caches.model import ModelCache
 
 #: What ``--dtype`` takes; ``auto`` leaves the weights as they are stored.
 DTYPE_CHOICES: Final = ("auto", "bfloat16", "float16", "float32")
@@ -42,7 +47,8 @@ class ModelSource:
     path: Path
     config: dict[str, Any]
     signature: ModelSignature
-    adapter: CacheAdapter
+    #: What config.json promises; the loaded model's own is ``LoadedModel.cache``.
+    layout: CacheLayout
     max_tokens: int
     of_hub: bool = False
 
@@ -58,17 +64,21 @@ class ModelSource:
 
     def session_bytes(self, dtype: str = "auto") -> int:
         """Bytes of K and V of the smallest session worth having."""
-        tokens = self.adapter.capacity(1, _LEAST_TOKENS)
-        return tokens * self.signature.kv_bytes_per_token(ITEMSIZE.get(dtype, 2))
+        return self.layout.nbytes(1 + _LEAST_TOKENS, ITEMSIZE.get(dtype, 2))
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """The weights in MLX. ``dtype`` is that of the keys and values that the model computes."""
+    """The weights in MLX, ``nbytes`` of them, and how the model keeps its cache."""
 
     model: Any
-    dtype: str
+    cache: ModelCache
     nbytes: int
+
+    @property
+    def dtype(self) -> str:
+        """Of the keys and values that it computes."""
+        return self.cache.layout.kv_dtype
 
 
 def find_model(name: str) -> ModelSource:
@@ -86,16 +96,13 @@ def find_model(name: str) -> ModelSource:
         raise ModelError(f"{file} cannot be read: {error}") from None
     try:
         signature = signature_from_config(config)
-    except ValueError as error:
+        layout = layout_from_config(config, DTYPES[0])
+    except (ValueError, msgspec.ValidationError) as error:
         raise ModelError(str(error)) from None
-    refusals = []
-    for adapter in cache_adapters():
-        refusal = adapter.refusal(config, signature)
-        if refusal is None:
-            tokens = _max_tokens(config)
-            return ModelSource(name, path, config, signature, adapter, tokens, of_hub)
-        refusals.append(refusal)
-    raise ModelError(f"{name} cannot be served: {'; '.join(refusals)}")
+    why = _refusal(config, signature)
+    if why:
+        raise ModelError(f"{name} cannot be served: {why}")
+    return ModelSource(name, path, config, signature, layout, _max_tokens(config), of_hub)
 
 
 def load_model(
@@ -108,9 +115,11 @@ def load_model(
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
+    from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model as mlx_load
 
-    from mlx_receiver.caches.plain import mlx_dtype
+    from mlx_receiver.caches.adapter import mlx_dtype
+    from mlx_receiver.caches.model import ModelCache, UnknownCache
 
     _check_memory(source, dtype)
     if source.of_hub:
@@ -133,21 +142,25 @@ def load_model(
         raise ModelError(f"loading {source.name} failed: {error}") from error
     model.eval()
     # What the model computes, not what it stores: quantised and mixed weights do not tell.
-    probe = source.adapter.empty(source.signature)
+    probe = make_prompt_cache(model)
     mx.eval(model(mx.array([[0]]), cache=probe))
-    computed = str(probe[0].keys.dtype).rpartition(".")[2]
+    try:
+        cache = ModelCache.of(probe)
+    except UnknownCache as error:
+        raise ModelError(f"{source.name} cannot be served: {error}") from None
     nbytes = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
-    return LoadedModel(model, computed, nbytes)
+    return LoadedModel(model, cache, nbytes)
 
 
-def cache_adapters() -> list[CacheAdapter]:
-    """Every installed cache adapter."""
-    found = [item for group in plugins.manager().hook.mac_decode_cache_adapters() for item in group]
-    if not found:
-        from mlx_receiver.caches.plain import PlainKV
-
-        found = [PlainKV()]
-    return found
+def _refusal(config: dict[str, Any], signature: ModelSignature) -> str:
+    """Why hand-offs of that model cannot be right; "" if they can."""
+    if signature.model_type not in PLAIN_KV_ARCHITECTURES:
+        known = ", ".join(sorted(PLAIN_KV_ARCHITECTURES))
+        return f"model type {signature.model_type!r} is not supported (supported: {known})"
+    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+    if kinds or signature.sliding_window is not None:
+        return "models with sliding-window layers are not supported"
+    return ""
 
 
 def _check_memory(source: ModelSource, dtype: str) -> None:

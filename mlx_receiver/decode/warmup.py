@@ -48,9 +48,7 @@ def warm_up_jobs(
     jobs = []
     for tokens, sampling in WARM_UP_JOBS:
         tokens = max(1, min(tokens, source.max_tokens - sampling.max_tokens))
-        buffers = source.adapter.allocate(
-            source.signature, loaded.dtype, tokens, sampling.max_tokens
-        )
+        buffers = loaded.cache.allocate(loaded.cache.layout, tokens, sampling.max_tokens)
         while buffers.grow():
             pass
         jobs.append(Job([0] * tokens, sampling, sink, 0, buffers.build))

@@ -13,8 +13,10 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_receiver import __version__
 from mlx_receiver.decode.device import engine_name, machine_name
+from mlx_receiver.http.openai.replies import as_json
 from mlx_receiver.http.served import Served
 from mlx_receiver.sessions.session import Ended, Session
+from mlx_receiver.wire.handoffs import HandoffSummary, HandoffTimes
 
 
 def status_routes(receiver: Served) -> list[BaseRoute]:
@@ -52,7 +54,7 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
     def handoffs(_request: Request) -> Response:
         store = receiver.store
         known: list[Session | Ended] = [*store.recent(), *store.sessions()]
-        return JSONResponse([_summary(session) for session in known])
+        return as_json([_told(session) for session in known])
 
     def handoff(request: Request) -> Response:
         wanted = request.path_params["request_id"]
@@ -60,8 +62,7 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
         known: list[Session | Ended] = [*store.recent(), *store.sessions()]
         for session in reversed(known):
             if session.request_id == wanted:
-                blocks = [dataclasses.asdict(block) for block in list(session.timeline.blocks)]
-                return JSONResponse({**_summary(session), "blocks": blocks})
+                return as_json(_told(session, with_blocks=True))
         return JSONResponse({"error": f"no hand-off of request {wanted} is remembered"}, 404)
 
     return [
@@ -72,18 +73,16 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
     ]
 
 
-def _summary(session: Session | Ended) -> dict[str, Any]:
+def _told(session: Session | Ended, with_blocks: bool = False) -> HandoffSummary:
     timeline = session.timeline
-    times = {
-        field.name: getattr(timeline, field.name)
-        for field in dataclasses.fields(timeline)
-        if field.name != "blocks"
-    }
-    return {
+    fields: dict[str, Any] = {
         "request_id": session.request_id,
-        "state": session.state.value,
+        "state": session.phase.value,
         "prompt_tokens": session.tokens,
         "output_tokens": session.decoded + 1 if session.decoded else 0,
         "kv_bytes": session.kv_bytes,
-        **times,
     }
+    for field in dataclasses.fields(timeline):
+        fields[field.name] = getattr(timeline, field.name)
+    blocks = list(fields.pop("blocks"))
+    return HandoffTimes(**fields, blocks=blocks) if with_blocks else HandoffSummary(**fields)

@@ -11,9 +11,10 @@ from mlx_receiver.decode.jobs import Job, Output
 from mlx_receiver.decode.model import ModelSource
 from mlx_receiver.decode.sampling import check_bad_words
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.sessions.session import Session, State
+from mlx_receiver.sessions.session import Phase, Session
 from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.wire import trust
+from mlx_receiver.wire.layout import CacheLayout
 from mlx_receiver.wire.messages import (
     E_CAPACITY,
     E_INTERNAL,
@@ -43,11 +44,14 @@ Post = Callable[[ReceiverMessage], None]
 class Client:
     """A welcomed vLLM, and the engine's sink for its jobs: one Step message a decode step."""
 
-    def __init__(self, id: str, name: str, kv_dtype: str, post: Post, handover: Handover) -> None:
+    def __init__(
+        self, id: str, name: str, layout: CacheLayout, post: Post, handover: Handover
+    ) -> None:
         #: Its ticket's; "" for one that has no data channel.
         self.id = id
         self.name = name
-        self.kv_dtype = kv_dtype
+        #: Of the caches that it sends.
+        self.layout = layout
         self.post = post
         self.last_heard = time.monotonic()
         self.jobs: dict[Job, Session] = {}
@@ -113,7 +117,7 @@ class Handover:
                 raise WireError(E_INTERNAL, f"this receiver cannot decode: {self._engine.fault}")
             trust.check(message, source.signature.vocab_size, E_UNSUPPORTED)
             check_bad_words(message.sampling)
-            self.store.open(message, client, client.kv_dtype)
+            self.store.open(message, client, client.layout)
         except WireError:
             self._metrics.sessions.labels("refused").inc()
             raise
@@ -122,7 +126,7 @@ class Handover:
         """Note the first token and decode once the cache is complete. Raises WireError."""
         session = self._own(client, message.session)
         trust.check(message, self._engine.source.signature.vocab_size, E_UNSUPPORTED)
-        if session.begin(first_token=message.first_token):
+        if session.started(message.first_token):
             self._decode(session)
 
     def cancel(self, client: Client, message: Cancel) -> None:
@@ -143,7 +147,7 @@ class Handover:
         """
         session = self.store.get(session_id)
         if session is not None and session.prompt_token_ids == prompt_token_ids:
-            client = Client("", "http", session.kv_dtype, post, self)
+            client = Client("", "http", session.layout, post, self)
             if self.store.adopt(session, client, sampling):
                 return client
         raise WireError(E_SESSION, "no such session is parked here: it is unknown or has expired")
@@ -182,7 +186,7 @@ class Handover:
         """See ``SessionEvents.complete``."""
         for client in _clients(session):
             client.post(Complete(session.id, session.kv_bytes))
-        if session.begin(announced=True):
+        if session.announced():
             self._decode(session)
 
     def failed(self, session: Session, code: Code, reason: str) -> None:
@@ -227,7 +231,7 @@ class Handover:
         client.jobs[job] = session
         session.job = job
         self._engine.submit(job)
-        if session.state is State.ENDED:
+        if session.phase is Phase.ENDED:
             # It was cancelled while the job was being made.
             self._cancel_job(client, session)
 
@@ -259,9 +263,13 @@ def _state(
     session: Session,
 ) -> Literal["receiving", "waiting", "queued", "decoding", "ended"]:
     """The session's ``Progress.state``: one whose job waits for room in the batch is queued."""
-    if session.state is State.DECODING and (session.job is None or not session.job.joined):
-        return "queued"
-    return session.state.value
+    match session.phase:
+        case Phase.DECODING if session.job is None or not session.job.joined:
+            return "queued"
+        case Phase.RECEIVING | Phase.COMPLETE:
+            return "receiving"
+        case phase:
+            return phase.value
 
 
 def _client(session: Session) -> Client:

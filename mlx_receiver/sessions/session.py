@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_receiver.caches.adapter import Rows
 from mlx_receiver.caches.memory import Reservation
-from mlx_receiver.caches.plain import CacheBuffers, Rows
+from mlx_receiver.caches.model import CacheBuffers
+from mlx_receiver.sessions.coverage import ABSENT, ARRIVING, RESIDENT, Coverage, extent
 from mlx_receiver.transports.transport import Landing
-from mlx_receiver.wire.frames import ITEMSIZE, Header, Plane
-from mlx_receiver.wire.messages import E_BLOCK, E_CAPACITY, E_SESSION, Open, WireError
-from mlx_receiver.wire.signature import ModelSignature
+from mlx_receiver.wire.frames import Header
+from mlx_receiver.wire.handoffs import BlockTimes
+from mlx_receiver.wire.layout import ITEMSIZE, CacheLayout
+from mlx_receiver.wire.messages import E_BLOCK, E_CAPACITY, E_SESSION, Code, Open, WireError
 
 if TYPE_CHECKING:
     from mlx_receiver.decode.jobs import Job
@@ -30,8 +33,6 @@ _DUPLICATE_WAIT: Final = 10.0
 #: How long a block waits, in seconds, for its layer to be allocated.
 _ALLOCATE_WAIT: Final = 10.0
 
-_ABSENT, _ARRIVING, _RESIDENT = 0, 1, 2
-
 
 class Owner(Protocol):
     """Whose session it is: who opened it, or has claimed it since."""
@@ -39,30 +40,26 @@ class Owner(Protocol):
     id: str  # DataTicket.client of whoever opened it
 
 
-class State(enum.StrEnum):
-    """Where a session is in its life; the first three are the wire's ``Progress.state``."""
+class Phase(enum.StrEnum):
+    """Where a session is in its life."""
 
     RECEIVING = "receiving"
+    #: Everything is there; whoever opened the session is being told.
+    COMPLETE = "complete"
+    #: They know, and it waits for the first token.
     WAITING = "waiting"
     DECODING = "decoding"
     ENDED = "ended"
 
 
-@dataclass(frozen=True, slots=True)
-class BlockTimes:
-    """When one block was where. The first three are the sender's clock, the last two ours (ns)."""
-
-    layer: int
-    plane: str
-    head_start: int
-    heads: int
-    token_start: int
-    tokens: int
-    computed_ns: int
-    gathered_ns: int
-    sent_ns: int
-    arrived_ns: int
-    committed_ns: int
+#: What may follow what.
+_NEXT: Final = {
+    Phase.RECEIVING: {Phase.COMPLETE, Phase.ENDED},
+    Phase.COMPLETE: {Phase.WAITING, Phase.DECODING, Phase.ENDED},
+    Phase.WAITING: {Phase.DECODING, Phase.ENDED},
+    Phase.DECODING: {Phase.ENDED},
+    Phase.ENDED: set(),
+}
 
 
 @dataclass(slots=True)
@@ -86,16 +83,11 @@ class Ended:
     """What is remembered of a session that has ended."""
 
     request_id: str
-    state: State
+    phase: Phase
     tokens: int
     kv_bytes: int
     decoded: int
     timeline: Timeline
-
-
-def coverage_bytes(signature: ModelSignature, tokens: int) -> int:
-    """Bytes of the map of what has arrived: 1 / (2 head_dim) of a cache in 16 bits."""
-    return signature.layers * 2 * signature.kv_heads * tokens
 
 
 class Session:
@@ -108,12 +100,11 @@ class Session:
         self,
         opened: Open,
         client: Owner,
-        signature: ModelSignature,
-        kv_dtype: str,
+        layout: CacheLayout,
         reservation: Reservation,
     ) -> None:
-        """``reservation`` covers the cache and ``coverage_bytes``; the session lets go of it when
-        it ends."""
+        """``reservation`` covers the cache in the client's ``layout`` and its marks
+        (``Coverage``); the session lets go of it when it ends."""
         self.id = opened.session
         self.request_id = opened.request_id
         self.prompt_token_ids = opened.prompt_token_ids
@@ -122,34 +113,29 @@ class Session:
         #: Whose blocks arrive; a parked session that is claimed gets another ``client``.
         self.opener = client
         self.parked = opened.parked
-        self.kv_dtype = kv_dtype
+        self.layout = layout
         self.reservation = reservation
-        self.state = State.RECEIVING
+        self.phase = Phase.RECEIVING
         self.first_token: int | None = None
         self.job: Job | None = None
         self.kv_bytes = 0
         self.decoded = 0
         self.timeline = Timeline(opened_ns=time.monotonic_ns())
         self.last_progress = time.monotonic()
-        self._signature = signature
         self._tokens = len(opened.prompt_token_ids)
         self._buffers: CacheBuffers | None = None
         self._changed = threading.Condition()
-        self._shape = (signature.layers, 2, signature.kv_heads, self._tokens)
-        self._cells: NDArray[np.uint8] = np.zeros(self._shape, np.uint8)
-        self._absent = self._cells.size
-        self._claimed = False
-        self._announced = False
+        self._coverage = Coverage(layout, self._tokens)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt, each of which has K and V to receive."""
+        """Tokens of the prompt."""
         return self._tokens
 
     @property
     def complete(self) -> bool:
-        """Whether every (layer, plane, head, token) is resident."""
-        return self._absent == 0
+        """Whether every row of the cache is resident."""
+        return self._coverage.absent == 0
 
     @property
     def allocated_layers(self) -> int:
@@ -161,7 +147,7 @@ class Session:
         """Take the session's memory, which may still grow. False when the session ended
         meanwhile."""
         with self._changed:
-            if self.state is State.ENDED:
+            if self.phase is Phase.ENDED:
                 return False
             self._buffers = buffers
             self.timeline.allocated_ns = time.monotonic_ns()
@@ -171,7 +157,7 @@ class Session:
         """Another layer is allocated. False when the session ended meanwhile."""
         with self._changed:
             self._changed.notify_all()
-            return self.state is not State.ENDED
+            return self.phase is not Phase.ENDED
 
     def take_memory(self) -> CacheBuffers:
         """Hand the complete memory to the decoder. Raises WireError when the session has ended."""
@@ -181,39 +167,52 @@ class Session:
             buffers, self._buffers = self._buffers, None
             return buffers
 
-    def begin(self, first_token: int | None = None, announced: bool = False) -> bool:
-        """Note the first token, or that completeness was announced; True once, with both."""
+    def completed(self) -> bool:
+        """Whether everything is there and nobody was told yet: True for one caller, who tells, and
+        then calls ``announced``."""
         with self._changed:
-            self._announced = self._announced or announced
-            if first_token is not None and self.first_token is None:
+            if self._coverage.absent or self.phase is not Phase.RECEIVING:
+                return False
+            self._enter(Phase.COMPLETE)
+            return True
+
+    def announced(self) -> bool:
+        """Note that whoever opened the session knows that it is complete; whether it is to be
+        decoded now."""
+        with self._changed:
+            if self.phase is not Phase.COMPLETE:
+                return False
+            ready = self.first_token is not None
+            self._enter(Phase.DECODING if ready else Phase.WAITING)
+            return ready
+
+    def started(self, first_token: int) -> bool:
+        """Note the first token; whether the session is to be decoded now."""
+        with self._changed:
+            if self.first_token is None:
                 self.first_token = first_token
                 self.timeline.started_ns = time.monotonic_ns()
                 self.last_progress = time.monotonic()
-            ready = self._announced and self.first_token is not None
-            if self.state not in (State.RECEIVING, State.WAITING):
+            if self.phase is not Phase.WAITING:
                 return False
-            if ready:
-                self.state = State.DECODING
-            elif self._announced:
-                self.state = State.WAITING
-            return ready
+            self._enter(Phase.DECODING)
+            return True
 
-    def claim_completion(self) -> bool:
-        """True for the one caller that may announce the complete cache."""
-        with self._changed:
-            claimed, self._claimed = not self._claimed, True
-            return claimed
+    def _enter(self, phase: Phase) -> None:
+        """With the lock. Every change of the phase passes here."""
+        assert phase in _NEXT[self.phase], f"from {self.phase} to {phase}"
+        self.phase = phase
 
     def end(self, outcome: str) -> bool:
         """Release the memory. False when the session had ended before."""
         with self._changed:
-            if self.state is State.ENDED:
+            if self.phase is Phase.ENDED:
                 return False
-            self.state = State.ENDED
+            self._enter(Phase.ENDED)
             self.timeline.outcome = outcome
             self.timeline.ended_ns = time.monotonic_ns()
             self._buffers = None
-            self._cells = _all_resident(self._shape)
+            self._coverage.forget()
             self._changed.notify_all()
         self.reservation.release()
         return True
@@ -221,53 +220,43 @@ class Session:
     def summary(self) -> Ended:
         """What is worth remembering."""
         return Ended(
-            self.request_id, self.state, self._tokens, self.kv_bytes, self.decoded, self.timeline
+            self.request_id, self.phase, self._tokens, self.kv_bytes, self.decoded, self.timeline
         )
 
     def missing(self) -> str:
         """The first hole in words; "" when the cache is complete."""
-        cells, absent = self._cells, self._absent
-        # Layer by layer: a list of all holes would be larger than the cache.
-        for layer, holes in enumerate(planes != _RESIDENT for planes in cells):
-            if not holes.any():
-                continue
-            plane, head, token = map(int, np.unravel_index(holes.argmax(), holes.shape))
-            row = holes[plane, head, token:]
-            last = token + (len(row) if row.all() else int(row.argmin())) - 1
-            return (
-                f"layer {layer}, {Plane(plane).name.lower()}, head {head}, tokens {token}..{last} "
-                f"({absent} of {cells.size} cells are missing)"
-            )
-        return ""
+        return self._coverage.missing()
 
     def landing(self, header: Header) -> Landing:
         """Memory for a block: the cache itself, or scratch for what is there already.
 
         Raises WireError (``block``) naming what is wrong with the block.
         """
-        self._check(header)
+        wrong = self._coverage.wrong(header)
+        if wrong:
+            raise self._refusal(header, wrong)
         arrived = time.monotonic_ns()
         with self._changed:
             buffers = self._allocated(header)
-            cells = self._cells[header.layer, header.plane][_extent(header)]
-            if cells.any():
+            marks = self._coverage.at(header)
+            if marks.any():
                 place = self._place(header)
                 if not self.reservation.take(place.nbytes, beside=True):
-                    raise WireError(
-                        E_CAPACITY, f"{header.describe()}: no memory to compare it with the first"
+                    raise self._refusal(
+                        header, "no memory to compare it with the first", E_CAPACITY
                     )
                 scratch = np.empty_like(place)
                 return Landing(
                     [scratch.data.cast("B")],
-                    lambda: self._commit_duplicate(header, cells, scratch, arrived),
+                    lambda: self._commit_duplicate(header, marks, scratch, arrived),
                     lambda: self.reservation.give_back(scratch.nbytes),
                 )
-            rows = buffers.rows(header.layer, header.plane, *_extent(header))
-            cells[...] = _ARRIVING
+            rows = buffers.rows(header.layer, header.part, *extent(header))
+            marks[...] = ARRIVING
         return Landing(
             rows.buffers,
-            lambda: self._commit(header, cells, rows, arrived),
-            lambda: self._abort(cells, rows),
+            lambda: self._commit(header, marks, rows, arrived),
+            lambda: self._abort(marks, rows),
         )
 
     def _allocated(self, header: Header) -> CacheBuffers:
@@ -280,75 +269,69 @@ class Session:
         return self._live()
 
     def _place(self, header: Header) -> NDArray[Any]:
-        """The block's part of its plane."""
-        return self._live().plane(header.layer, header.plane)[_extent(header)]
+        """The block's piece of the cache."""
+        return self._live().part(header.layer, header.part)[extent(header)]
 
     def _live(self) -> CacheBuffers:
         if self._buffers is None:
             raise WireError(E_SESSION, f"session {self.id} does not receive blocks any more")
         return self._buffers
 
-    def _commit(self, header: Header, cells: NDArray[np.uint8], rows: Rows, arrived: int) -> None:
+    def _commit(self, header: Header, marks: NDArray[np.uint8], rows: Rows, arrived: int) -> None:
         rows.buffers.clear()
         rows.written()
         with self._changed:
-            self._note(header, cells, arrived)
+            self._note(header, marks, arrived)
 
-    def _abort(self, cells: NDArray[np.uint8], rows: Rows) -> None:
+    def _abort(self, marks: NDArray[np.uint8], rows: Rows) -> None:
         """The connection broke inside the block: its place is free for another attempt."""
         rows.dropped()
         with self._changed:
-            cells[...] = _ABSENT
+            marks[...] = ABSENT
             self._changed.notify_all()
 
     def _commit_duplicate(
         self,
         header: Header,
-        cells: NDArray[np.uint8],
+        marks: NDArray[np.uint8],
         scratch: NDArray[Any],
         arrived: int,
     ) -> None:
         try:
-            self._compare(header, cells, scratch, arrived)
+            self._compare(header, marks, scratch, arrived)
         finally:
             self.reservation.give_back(scratch.nbytes)
 
     def _compare(
         self,
         header: Header,
-        cells: NDArray[np.uint8],
+        marks: NDArray[np.uint8],
         scratch: NDArray[Any],
         arrived: int,
     ) -> None:
         with self._changed:
             if not self._changed.wait_for(
-                lambda: self._buffers is None or not (cells == _ARRIVING).any(), _DUPLICATE_WAIT
+                lambda: self._buffers is None or not (marks == ARRIVING).any(), _DUPLICATE_WAIT
             ):
-                raise WireError(
-                    E_BLOCK,
-                    f"{header.describe()}: another connection still sends part of it",
-                )
+                raise self._refusal(header, "another connection still sends part of it")
             place = self._place(header)
-            resident = cells == _RESIDENT
+            resident = marks == RESIDENT
             conflict = resident & (place != scratch).any(axis=-1)
             if conflict.any():
                 head, token = (int(index) for index in np.argwhere(conflict)[0])
-                raise WireError(
-                    E_BLOCK,
-                    f"{header.describe()}: arrived twice with different bytes, first at head "
+                raise self._refusal(
+                    header,
+                    "arrived twice with different bytes, first at head "
                     f"{header.head_start + head}, token {header.token_start + token}",
                 )
             place[~resident] = scratch[~resident]
             self.timeline.duplicate_blocks += 1
-            self._note(header, cells, arrived)
+            self._note(header, marks, arrived)
 
-    def _note(self, header: Header, cells: NDArray[np.uint8], arrived: int) -> None:
-        new = int(np.count_nonzero(cells != _RESIDENT))
-        if new:
-            cells[...] = _RESIDENT
+    def _note(self, header: Header, marks: NDArray[np.uint8], arrived: int) -> None:
+        new = self._coverage.arrived(marks)
         self._changed.notify_all()
-        self._absent -= new
-        self.kv_bytes += new * header.head_dim * ITEMSIZE[header.dtype]
+        self.kv_bytes += new * header.width * ITEMSIZE[header.dtype]
         self.last_progress = time.monotonic()
         timeline = self.timeline
         timeline.blocks_received += 1
@@ -356,49 +339,27 @@ class Session:
         if len(timeline.blocks) < MAX_TIMED_BLOCKS:
             timeline.blocks.append(
                 BlockTimes(
-                    header.layer,
-                    header.plane.name.lower(),
-                    header.head_start,
-                    header.heads,
-                    header.token_start,
-                    header.tokens,
-                    header.computed_ns,
-                    header.gathered_ns,
-                    header.sent_ns,
-                    arrived,
-                    now,
+                    layer=header.layer,
+                    part=self._name(header),
+                    head_start=header.head_start,
+                    heads=header.heads,
+                    token_start=header.token_start,
+                    tokens=header.tokens,
+                    computed_ns=header.computed_ns,
+                    gathered_ns=header.gathered_ns,
+                    sent_ns=header.sent_ns,
+                    arrived_ns=arrived,
+                    committed_ns=now,
                 )
             )
-        if self._absent == 0 and not timeline.complete_ns:
+        if self._coverage.absent == 0 and not timeline.complete_ns:
             timeline.complete_ns = now
-            self._cells = _all_resident(self._shape)
-            self.reservation.give_back(self._cells.size)
+            self._coverage.forget()
+            self.reservation.give_back(self._coverage.nbytes)
 
-    def _check(self, header: Header) -> None:
-        signature = self._signature
-        wrong = ""
-        if header.layer >= signature.layers:
-            wrong = f"the model has {signature.layers} layers"
-        elif header.head_dim != signature.head_dim:
-            wrong = f"head_dim is {header.head_dim}, the model's {signature.head_dim}"
-        elif header.dtype != self.kv_dtype:
-            wrong = f"dtype is {header.dtype}, agreed was {self.kv_dtype}"
-        elif header.head_start + header.heads > signature.kv_heads:
-            wrong = f"the model has {signature.kv_heads} KV heads"
-        elif header.token_start + header.tokens > self._tokens:
-            wrong = f"the prompt has {self._tokens} tokens"
-        if wrong:
-            raise WireError(E_BLOCK, f"{header.describe()}: {wrong}")
+    def _name(self, header: Header) -> str:
+        part = self._coverage.part(header)
+        return part.name if part is not None else ""
 
-
-def _all_resident(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """A map of one byte, whatever its shape, that nobody writes."""
-    return np.broadcast_to(np.uint8(_RESIDENT), shape)
-
-
-def _extent(header: Header) -> tuple[slice, slice]:
-    """A block's heads and tokens in its plane."""
-    return (
-        slice(header.head_start, header.head_start + header.heads),
-        slice(header.token_start, header.token_start + header.tokens),
-    )
+    def _refusal(self, header: Header, why: str, code: Code = E_BLOCK) -> WireError:
+        return WireError(code, f"{header.describe(self._name(header))}: {why}")

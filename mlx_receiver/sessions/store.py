@@ -12,11 +12,12 @@ from typing import Final, Protocol
 
 from mlx_receiver.caches import memory
 from mlx_receiver.caches.memory import Budget
-from mlx_receiver.caches.plain import CacheAdapter
+from mlx_receiver.caches.model import ModelCache
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.sessions.session import Ended, Owner, Session, State, coverage_bytes
+from mlx_receiver.sessions.session import Ended, Owner, Phase, Session
 from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire.frames import DataReply, Header
+from mlx_receiver.wire.layout import CacheLayout
 from mlx_receiver.wire.messages import (
     E_BLOCK,
     E_CAPACITY,
@@ -28,7 +29,6 @@ from mlx_receiver.wire.messages import (
     Sampling,
     WireError,
 )
-from mlx_receiver.wire.signature import ModelSignature
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class SessionEvents(Protocol):
         """The session's memory is there."""
 
     def complete(self, session: Session) -> None:
-        """Every cell of the session's cache is resident."""
+        """Every row of the session's cache is resident."""
 
     def failed(self, session: Session, code: Code, reason: str) -> None:
         """The session has been given up and freed."""
@@ -71,16 +71,13 @@ class SessionStore:
 
     def __init__(
         self,
-        adapter: CacheAdapter,
-        signature: ModelSignature,
         *,
         max_sessions: int,
         events: SessionEvents,
         metrics: Metrics,
     ) -> None:
-        self._adapter = adapter
-        self._signature = signature
-        self.budget = Budget(adapter, signature)
+        self._cache: ModelCache | None = None
+        self.budget = Budget()
         self.max_sessions = max_sessions
         self._events = events
         self._metrics = metrics
@@ -95,9 +92,10 @@ class SessionStore:
         self._allocator = ThreadPoolExecutor(1, thread_name_prefix="kv-allocate")
         self._accepting = True
 
-    def configure(self, model_dtype: str, budget_bytes: int) -> None:
+    def configure(self, cache: ModelCache, budget_bytes: int) -> None:
         """What is known once the model is loaded; until then nothing is admitted."""
-        self.budget.configure(model_dtype, budget_bytes)
+        self._cache = cache
+        self.budget.configure(cache, budget_bytes)
 
     # --- what the control channel asks ---------------------------------------------------------
 
@@ -111,8 +109,9 @@ class SessionStore:
         with self._lock:
             self._keys.pop(client, None)
 
-    def open(self, message: Open, client: Owner, kv_dtype: str) -> Session:
-        """Reserve a session's memory; ``SessionEvents.opened`` follows when it is allocated.
+    def open(self, message: Open, client: Owner, layout: CacheLayout) -> Session:
+        """Reserve a session's memory in the client's ``layout``; ``SessionEvents.opened`` follows
+        when it is allocated.
 
         Raises WireError: ``capacity`` when it does not fit, ``session`` for an id in use.
         """
@@ -121,7 +120,7 @@ class SessionStore:
         headroom = memory.HEADROOM
         if not message.parked:
             headroom = min(message.sampling.max_tokens, headroom)
-        coverage = coverage_bytes(self._signature, tokens)
+        marks = layout.cells(tokens)
         with self._lock:
             if message.session in self._sessions:
                 raise WireError(E_SESSION, f"session {message.session} exists already")
@@ -140,8 +139,8 @@ class SessionStore:
                     f"{len(self._sessions)} sessions are open, and {kept} of {self.max_sessions} "
                     "are kept for other clients (--max-sessions)",
                 )
-            reservation = self.budget.reserve(tokens, headroom, kv_dtype, coverage)
-            session = Session(message, client, self._signature, kv_dtype, reservation)
+            reservation = self.budget.reserve(tokens, headroom, layout.kv_dtype, marks)
+            session = Session(message, client, layout, reservation)
             self._sessions[session.id] = session
             reservation.hold()  # for the allocating thread
         self._allocator.submit(self._allocate, session, headroom)
@@ -274,9 +273,8 @@ class SessionStore:
 
     def _give_memory(self, session: Session, headroom: int) -> None:
         try:
-            buffers = self._adapter.allocate(
-                self._signature, session.kv_dtype, session.tokens, headroom
-            )
+            assert self._cache is not None  # or there would be no memory to reserve
+            buffers = self._cache.allocate(session.layout, session.tokens, headroom)
         except Exception as error:
             logger.exception("allocating session %s failed", session.id)
             self.fail(session, E_CAPACITY, f"allocating its KV memory failed: {error}")
@@ -349,7 +347,7 @@ class SessionStore:
             finally:
                 session.reservation.release()
             self._metrics.kv_bytes.inc(header.payload_bytes)
-            if session.complete and session.claim_completion():
+            if session.completed():
                 self._events.complete(session)
 
         def aborted() -> None:
@@ -364,7 +362,7 @@ class SessionStore:
         """See ``transport.BlockSink.rejected``: the block's session cannot be trusted any more."""
         self._metrics.refused_blocks.labels(code).inc()
         session = self._own(client, header.session)
-        if session is not None and session.state in (State.RECEIVING, State.WAITING):
+        if session is not None and session.phase not in (Phase.DECODING, Phase.ENDED):
             self.fail(session, code, reason)
 
     def _own(self, client: str, session: int) -> Session | None:

@@ -1,9 +1,12 @@
 """Frames of the bulk channel: one fixed header, then the payload.
 
-A BLOCK is a rectangle of one layer's K or V: ``heads`` x ``tokens`` x ``head_dim``, head-major
-and contiguous (``[heads, tokens, head_dim]``), so that each head's rows land in the receiver's
-``[1, heads, tokens, head_dim]`` cache with one contiguous read a head. Blocks may arrive in any
-order, from any number of connections (one for each vLLM worker).
+A BLOCK is a rectangle of one part of one layer (``layout``): ``heads`` x ``tokens`` x ``width``,
+head-major and contiguous (``[heads, tokens, width]``), so that each head's rows land in the
+receiver's ``[1, heads, tokens, width]`` cache with one contiguous read a head. A part that is not
+indexed by token has one row a head. Blocks may arrive in any order, from any number of connections
+(one for each vLLM worker).
+
+The first six bytes, MAGIC and the version, are the same in every version.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, MAX_PARTS
 from mlx_receiver.wire.messages import (
     E_BLOCK,
     E_PROTOCOL,
@@ -37,10 +41,6 @@ MAX_PAYLOAD: Final = 64 << 20
 #: Largest payload of a frame that is not a BLOCK, in bytes.
 MAX_SMALL_PAYLOAD: Final = 64 << 10
 
-#: Bytes of one value, by wire dtype. The index is the dtype's code on the wire.
-DTYPES: Final = ("bfloat16", "float16", "float32")
-ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
-
 
 class Kind(enum.IntEnum):
     """What a frame carries."""
@@ -54,12 +54,8 @@ class Kind(enum.IntEnum):
     PROOF = 7  # client: DataProof; before it nothing is read that is larger
 
 
-class Plane(enum.IntEnum):
-    """Keys or values."""
-
-    KEYS = 0
-    VALUES = 1
-
+#: One byte holds the dtype's code above the part's index.
+_PART_BITS: Final = MAX_PARTS.bit_length() - 1
 
 _HEADER: Final = struct.Struct("<4sHBBQHHHHIIIIqqq")
 HEADER_BYTES: Final = _HEADER.size
@@ -69,21 +65,21 @@ HEADER_BYTES: Final = _HEADER.size
 class Header:
     """The header of any frame. Fields after ``payload_bytes`` are zero unless it is a BLOCK.
 
-    Times are the sender's monotonic clock in nanoseconds: ``computed_ns`` when the layer's K
-    and V existed, ``gathered_ns`` when they left the paged cache, ``sent_ns`` when the frame was
-    handed to the network. ``checksum`` is the payload's (``landing.checksum``), or 0 where none
-    was made.
+    ``part`` is the part's index in its layer's layout. Times are the sender's monotonic clock in
+    nanoseconds: ``computed_ns`` when the layer's part of the cache existed, ``gathered_ns`` when
+    it left the paged cache, ``sent_ns`` when the frame was handed to the network. ``checksum`` is
+    the payload's (``landing.checksum``), or 0 where none was made.
     """
 
     kind: Kind
     session: int
     payload_bytes: int
     layer: int = 0
-    plane: Plane = Plane.KEYS
+    part: int = 0
     dtype: str = DTYPES[0]
     head_start: int = 0
     heads: int = 0
-    head_dim: int = 0
+    width: int = 0
     token_start: int = 0
     tokens: int = 0
     checksum: int = 0
@@ -97,12 +93,12 @@ class Header:
             MAGIC,
             PROTOCOL_VERSION,
             self.kind,
-            (DTYPES.index(self.dtype) << 1) | self.plane,
+            (DTYPES.index(self.dtype) << _PART_BITS) | self.part,
             self.session,
             self.layer,
             self.head_start,
             self.heads,
-            self.head_dim,
+            self.width,
             self.token_start,
             self.tokens,
             self.payload_bytes,
@@ -112,10 +108,10 @@ class Header:
             self.sent_ns,
         )
 
-    def describe(self) -> str:
-        """Which part of which session, for messages."""
+    def describe(self, part: str = "") -> str:
+        """Which piece of which session, for messages; ``part`` is its name, where that is known."""
         return (
-            f"session {self.session}, layer {self.layer}, {self.plane.name.lower()}, "
+            f"session {self.session}, layer {self.layer}, {part or f'part {self.part}'}, "
             f"heads {self.head_start}..{self.head_start + self.heads - 1}, "
             f"tokens {self.token_start}..{self.token_start + self.tokens - 1}"
         )
@@ -136,7 +132,7 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         layer,
         head_start,
         heads,
-        head_dim,
+        width,
         token_start,
         tokens,
         payload,
@@ -159,18 +155,18 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         frame_kind = Kind(kind)
     except ValueError:
         raise WireError(E_PROTOCOL, f"a bulk frame of unknown kind {kind}") from None
-    if bits >> 1 >= len(DTYPES):
-        raise WireError(E_PROTOCOL, f"a bulk frame of unknown dtype code {bits >> 1}")
+    if bits >> _PART_BITS >= len(DTYPES):
+        raise WireError(E_PROTOCOL, f"a bulk frame of unknown dtype code {bits >> _PART_BITS}")
     header = Header(
         kind=frame_kind,
         session=session,
         payload_bytes=payload,
         layer=layer,
-        plane=Plane(bits & 1),
-        dtype=DTYPES[bits >> 1],
+        part=bits & (MAX_PARTS - 1),
+        dtype=DTYPES[bits >> _PART_BITS],
         head_start=head_start,
         heads=heads,
-        head_dim=head_dim,
+        width=width,
         token_start=token_start,
         tokens=tokens,
         checksum=checksum,
@@ -179,12 +175,12 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         sent_ns=sent,
     )
     if frame_kind is Kind.BLOCK:
-        expected = heads * tokens * head_dim * ITEMSIZE[header.dtype]
+        expected = heads * tokens * width * ITEMSIZE[header.dtype]
         if expected == 0 or payload != expected:
             raise WireError(
                 E_BLOCK,
                 f"{header.describe()}: {payload} payload bytes, but {heads} heads x {tokens} "
-                f"tokens x {head_dim} x {header.dtype} are {expected}",
+                f"tokens x {width} x {header.dtype} are {expected}",
             )
     return header
 

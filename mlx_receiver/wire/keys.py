@@ -31,7 +31,8 @@ from mlx_receiver.wire.messages import DataTicket
 NONCE_BYTES: Final = 32
 PROOF_BYTES: Final = 32
 
-_SALT: Final = b"vllm-mac-decode control channel 2"
+#: The same in every version, so that versions which differ can tell each other.
+_SALT: Final = b"vllm-mac-decode control channel"
 #: 16 MiB and some 50 ms, once a process.
 _SCRYPT: Final = {"n": 1 << 14, "r": 8, "p": 1}
 

@@ -4,7 +4,7 @@ vLLM's scheduler process is the client (ZeroMQ DEALER), the receiver the server 
 A conversation::
 
     client                                   receiver
-    Hello(signature)                ->
+    Hello(protocol, payload)        ->
                                     <-       Welcome(endpoints, features) | Rejected(reason)
     Open(session, prompt, sampling) ->
                                     <-       Opened(session) | Refused(session, reason)
@@ -30,12 +30,14 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from mlx_receiver.wire.layout import CacheLayout
 from mlx_receiver.wire.signature import ModelSignature
 
 #: Version of everything under ``mlx_receiver.wire``. Both sides must have the same one.
 #: 1: first release.
 #: 2: connections are authenticated by keys instead of a token in Hello and HELLO; every value has a
-#: range; a session that waits for room in the batch says so.
+#: range; a session that waits for room in the batch says so; the cache's layout is data, and blocks
+#: name a part of it; Hello is an envelope that every later version can read.
 PROTOCOL_VERSION: Final = 2
 
 #: Largest control message accepted, in bytes: a prompt of a million tokens fits.
@@ -164,13 +166,26 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """First message of a connection."""
+    """First message of a connection: an envelope, which stays as it is in every version.
+
+    ``payload`` is a packed ``Introduction``, for whoever speaks that ``protocol``.
+    """
 
     protocol: int
+    payload: Annotated[bytes, Meta(max_length=1 << 20)] = b""
+
+
+class Introduction(msgspec.Struct, frozen=True):
+    """Who says Hello, and what it will send; numbers travel in the layout's dtypes."""
+
     signature: ModelSignature
-    kv_dtype: Name
+    layout: CacheLayout
     client: Name = ""  # for people
     engine: Name = ""  # for people, e.g. "vllm 0.32.0"
+
+    def hello(self) -> Hello:
+        """In its envelope."""
+        return Hello(PROTOCOL_VERSION, _encoder.encode(self))
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
@@ -232,9 +247,12 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
-    """Answer to a Hello that cannot be served; ``reason`` names what differs and what to do."""
+    """Answer to a Hello that cannot be served; ``reason`` names what differs and what to do.
 
-    code: Code
+    It stays as it is in every version, too; ``code`` may be one that only a later one knows.
+    """
+
+    code: Name
     reason: Text
 
 
@@ -334,6 +352,7 @@ ReceiverMessage = Welcome | Rejected | Opened | Refused | Complete | Step | Fail
 _T = TypeVar("_T")
 
 _encoder = msgspec.msgpack.Encoder()
+_introduction_decoder = msgspec.msgpack.Decoder(Introduction)
 _client_decoder = msgspec.msgpack.Decoder(ClientMessage)
 _receiver_decoder = msgspec.msgpack.Decoder(ReceiverMessage)
 
@@ -422,12 +441,17 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
         ) from None
 
 
-def check_protocol(protocol: int) -> None:
-    """Raise WireError (``version``) unless the peer speaks this PROTOCOL_VERSION."""
-    if protocol != PROTOCOL_VERSION:
-        older = "client" if protocol < PROTOCOL_VERSION else "receiver"
+def introduction(hello: Hello) -> Introduction:
+    """What the envelope holds. Raises WireError: ``version`` unless the client speaks this
+    PROTOCOL_VERSION, ``protocol`` for a payload that this version does not allow."""
+    if hello.protocol != PROTOCOL_VERSION:
+        older = "client" if hello.protocol < PROTOCOL_VERSION else "receiver"
         raise WireError(
             E_VERSION,
-            f"the client speaks wire protocol {protocol}, this receiver {PROTOCOL_VERSION}: "
+            f"the client speaks wire protocol {hello.protocol}, this receiver {PROTOCOL_VERSION}: "
             f"upgrade vllm-mac-decode on the {older}'s machine",
         )
+    try:
+        return _introduction_decoder.decode(hello.payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(E_PROTOCOL, f"the client's introduction cannot be read: {error}") from None

@@ -1,4 +1,5 @@
-"""The model signature: what must be equal for one engine's KV to be the other's.
+"""The model signature: what must be equal, the cache's layout aside, for one engine's KV to be the
+other's.
 
 Both sides build it from the model's Hugging Face ``config.json`` (vLLM's copy went through
 transformers, which moves and renames keys), so the builder normalises spellings.
@@ -12,6 +13,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from mlx_receiver.wire.layout import need, text_config
+
 #: Architectures whose layers all keep plain K and V of every token, K after RoPE.
 PLAIN_KV_ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
 
@@ -21,23 +24,16 @@ _Size = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class ModelSignature(msgspec.Struct, frozen=True):
-    """Everything that shapes the KV cache and its meaning, quantisation of weights aside.
+    """What gives the numbers of a cache their meaning, quantisation of weights aside.
 
     ``rope`` holds the rotary parameters as sorted ``(name, value)`` pairs in text form.
     """
 
     model_type: _Text
-    layers: _Size
-    kv_heads: _Size
-    head_dim: _Size
     hidden_size: _Size
     vocab_size: _Size
     rope: Annotated[list[tuple[_Text, _Text]], Meta(max_length=64)]
     sliding_window: _Size | None = None
-
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of K and V that one token takes, all layers, at ``itemsize`` bytes a value."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
 
     def differences(self, other: ModelSignature) -> list[str]:
         """One "field: mine here, theirs there" line for each field that differs."""
@@ -54,26 +50,14 @@ def signature_from_config(config: Mapping[str, Any]) -> ModelSignature:
 
     Raises ValueError naming the key when the configuration lacks one that is needed.
     """
-    text = config.get("text_config")
-    c: Mapping[str, Any] = {**config, **text} if isinstance(text, Mapping) else config
-
-    def need(key: str) -> int:
-        value = c.get(key)
-        if not isinstance(value, int):
-            raise ValueError(f"the model's config.json has no usable {key!r}: {value!r}")
-        return value
-
-    heads = need("num_attention_heads")
+    c = text_config(config)
     window = c.get("sliding_window")
     if c.get("use_sliding_window") is False or not window:
         window = None
     return ModelSignature(
         model_type=str(c.get("model_type", "")),
-        layers=need("num_hidden_layers"),
-        kv_heads=c.get("num_key_value_heads") or heads,
-        head_dim=c.get("head_dim") or need("hidden_size") // heads,
-        hidden_size=need("hidden_size"),
-        vocab_size=need("vocab_size"),
+        hidden_size=need(c, "hidden_size"),
+        vocab_size=need(c, "vocab_size"),
         rope=_rope(c),
         sliding_window=window,
     )

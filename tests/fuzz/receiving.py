@@ -19,7 +19,8 @@ from mlx_receiver.sessions.service import Client
 from mlx_receiver.settings import Settings
 from mlx_receiver.wire import keys
 from mlx_receiver.wire import messages as m
-from mlx_receiver.wire.frames import ITEMSIZE, Header, Kind, Plane
+from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.wire.layout import ITEMSIZE
 from tests.conftest import cached_model
 from tests.models import MODELS
 from tests.waiting import eventually

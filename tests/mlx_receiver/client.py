@@ -19,7 +19,7 @@ from mlx_receiver.receiver import Receiver
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire import keys
-from mlx_receiver.wire.frames import Header, Kind, Plane
+from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.messages import (
     PROTOCOL_VERSION,
     Cancel,

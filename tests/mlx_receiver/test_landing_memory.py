@@ -21,7 +21,7 @@ from mlx_receiver.caches.cuda_staging import Staging
 from mlx_receiver.caches.memory import Budget
 from mlx_receiver.caches.plain import PlainKV, PlainKVBuffers
 from mlx_receiver.sessions.session import Session, coverage_bytes
-from mlx_receiver.wire.frames import Header, Kind, Plane
+from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.messages import Open, Sampling, WireError
 from mlx_receiver.wire.signature import ModelSignature
 

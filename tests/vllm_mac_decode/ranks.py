@@ -19,7 +19,7 @@ from mlx_receiver.sessions.session import Session
 from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Landing
-from mlx_receiver.wire.frames import Header, Plane
+from mlx_receiver.wire.frames import Header
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import Endpoint, Open, Sampling
 from mlx_receiver.wire.signature import ModelSignature

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mlx_receiver.transports.transport import Landing
-from mlx_receiver.wire.frames import DataReply, Header, Kind, Plane
+from mlx_receiver.wire.frames import DataReply, Header, Kind
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.messages import E_CREDENTIALS, E_SESSION, DataTicket, WireError
 

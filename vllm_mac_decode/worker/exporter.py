@@ -23,7 +23,8 @@ import torch
 from vllm.logger import init_logger
 
 from mlx_receiver.transports.transport import TransportError
-from mlx_receiver.wire.frames import ITEMSIZE, DataReply, Header, Kind, Plane
+from mlx_receiver.wire.frames import DataReply, Header, Kind
+from mlx_receiver.wire.layout import ITEMSIZE
 from mlx_receiver.wire.messages import WireError
 from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings

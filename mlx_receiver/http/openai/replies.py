@@ -45,8 +45,8 @@ def wants_usage(body: SamplingBody) -> tuple[bool, bool]:
     return True, bool(options.continuous_usage_stats)
 
 
-def as_json(content: dict[str, Any]) -> Response:
-    """A JSON answer."""
+def as_json(content: Any) -> Response:
+    """A JSON answer of anything that msgspec writes."""
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from mlx_receiver.transports.transport import TransportError
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address, resolve, spelled
-from mlx_receiver.wire.frames import DTYPES, ITEMSIZE
+from mlx_receiver.wire.layout import DTYPES, ITEMSIZE
 from mlx_receiver.wire.signature import (
     PLAIN_KV_ARCHITECTURES,
     ModelSignature,

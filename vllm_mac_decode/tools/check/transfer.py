@@ -15,7 +15,8 @@ from mlx_receiver.plugins import transport
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address
-from mlx_receiver.wire.frames import ITEMSIZE, Header, Kind, Plane
+from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.wire.layout import ITEMSIZE
 from mlx_receiver.wire.signature import ModelSignature
 from vllm_mac_decode.tools.check.conversation import Conversation
 

@@ -1,0 +1,128 @@
+"""A whole model's cache: each layer by the adapter of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from numpy.typing import NDArray
+
+from mlx_receiver import plugins
+from mlx_receiver.caches.adapter import CacheAdapter, LayerBuffers, Rows
+from mlx_receiver.wire.layout import CacheLayout, LayerLayout
+
+
+class UnknownCache(Exception):
+    """No adapter is there for a layer; the text says which."""
+
+
+class CacheBuffers:
+    """One session's cache memory.
+
+    It is allocated layer by layer, so that the first block need not wait for the last layer.
+    """
+
+    def __init__(
+        self, layout: CacheLayout, adapters: Sequence[CacheAdapter], tokens: int, headroom: int
+    ) -> None:
+        """Its first layer is allocated, the others are not; ``adapters`` has one for each layer."""
+        self._layout = layout
+        self._adapters = adapters
+        self._tokens, self._headroom = tokens, headroom
+        self._made: list[LayerBuffers] = []
+        self.grow()
+
+    @property
+    def layers(self) -> int:
+        """Layers that are allocated."""
+        return len(self._made)
+
+    def grow(self) -> bool:
+        """Allocate one more layer; False when all are there."""
+        index = self.layers
+        if index == len(self._layout.layers):
+            return False
+        layer = self._layout.layers[index]
+        self._made.append(self._adapters[index].allocate(layer, self._tokens, self._headroom))
+        return True
+
+    def part(self, layer: int, part: int) -> NDArray[Any]:
+        """See ``LayerBuffers.part``."""
+        return self._made[layer].part(part)
+
+    def rows(self, layer: int, part: int, heads: slice, tokens: slice) -> Rows:
+        """See ``LayerBuffers.rows``."""
+        return self._made[layer].rows(part, heads, tokens)
+
+    def build(self, dtype: mx.Dtype) -> list[Any]:
+        """Every layer's cache; see ``LayerBuffers.build``."""
+        made, self._made = self._made, []
+        caches = []
+        while made:
+            # Nothing but its cache may own a layer's memory.
+            caches.append(made.pop(0).build(dtype))
+        return caches
+
+
+class ModelCache:
+    """How one loaded model keeps its cache: what ``CacheBuffers`` and local prefills start from."""
+
+    def __init__(self, layout: CacheLayout, known: Sequence[CacheAdapter] | None = None) -> None:
+        """By the adapters that are ``known``, else by those that are installed. Raises
+        UnknownCache."""
+        self.layout = layout
+        by_kind = {adapter.kind: adapter for adapter in known or adapters()}
+        self._adapters = []
+        for index, layer in enumerate(layout.layers):
+            if layer.kind not in by_kind:
+                raise UnknownCache(f"layer {index} is of the kind {layer.kind!r}")
+            self._adapters.append(by_kind[layer.kind])
+        #: Equal layers together: a budget asks for the sum at every step.
+        self._groups: list[tuple[CacheAdapter, LayerLayout, int]] = []
+        for adapter, layer in zip(self._adapters, layout.layers, strict=True):
+            if self._groups and self._groups[-1][1] == layer:
+                self._groups[-1] = (adapter, layer, self._groups[-1][2] + 1)
+            else:
+                self._groups.append((adapter, layer, 1))
+
+    @classmethod
+    def of(cls, caches: Sequence[Any]) -> ModelCache:
+        """From what mlx-lm made for the model, once it holds a token. Raises UnknownCache."""
+        return cls(CacheLayout([_layer(index, cache) for index, cache in enumerate(caches)]))
+
+    def nbytes(self, tokens: int, headroom: int, itemsize: int) -> int:
+        """Bytes of a session's memory."""
+        return sum(
+            count * adapter.nbytes(layer, tokens, headroom, itemsize)
+            for adapter, layer, count in self._groups
+        )
+
+    def allocate(self, layout: CacheLayout, tokens: int, headroom: int) -> CacheBuffers:
+        """Memory for a client's ``layout``, which differs from this model's in dtypes at most."""
+        return CacheBuffers(layout, self._adapters, tokens, headroom)
+
+    def empty(self) -> list[Any]:
+        """Caches without tokens, one a layer."""
+        return [
+            adapter.empty(layer)
+            for adapter, layer in zip(self._adapters, self.layout.layers, strict=True)
+        ]
+
+
+def adapters() -> list[CacheAdapter]:
+    """Every installed cache adapter."""
+    found = [item for group in plugins.manager().hook.mac_decode_cache_adapters() for item in group]
+    if not found:
+        from mlx_receiver.caches.plain import PlainKV
+
+        found = [PlainKV()]
+    return found
+
+
+def _layer(index: int, cache: Any) -> LayerLayout:
+    for adapter in adapters():
+        layout = adapter.layout(cache)
+        if layout is not None:
+            return layout
+    raise UnknownCache(f"layer {index} has a {type(cache).__name__}")

@@ -1,0 +1,185 @@
+"""The cache layout: what one model's KV cache consists of, layer by layer, as data.
+
+Each side derives its own from what its engine has really allocated, Hello carries vLLM's, and the
+receiver compares. Frames and coverage know layers, parts and ranges only; what a part is for, the
+cache kinds know (``caches``) and the probe on vLLM's side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+#: Numbers of a cache as they travel. The index is the dtype's code in a frame.
+DTYPES: Final = ("bfloat16", "float16", "float32")
+ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+#: The kind whose layers hold K and V of every token.
+FULL: Final = "full"
+KEYS: Final = "keys"
+VALUES: Final = "values"
+
+_Name = Annotated[str, Meta(min_length=1, max_length=64)]
+_Count = Annotated[int, Meta(ge=1, le=1 << 20)]
+
+#: Parts of a layer, of which a frame names one by its index.
+MAX_PARTS: Final = 16
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One array of a layer's cache: ``[heads, tokens, width]``, or ``[heads, 1, width]`` where
+    ``by_token`` is false and it describes the whole text (the state of a recurrent layer).
+
+    ``dtype`` is that of the numbers that travel.
+    """
+
+    name: _Name
+    heads: _Count
+    width: _Count
+    dtype: Literal["bfloat16", "float16", "float32"]
+    by_token: bool = True
+
+    @property
+    def row(self) -> int:
+        """Numbers of one token, or of the whole text."""
+        return self.heads * self.width
+
+    def tokens(self, prompt_tokens: int) -> int:
+        """Rows of each head that a prompt has."""
+        return prompt_tokens if self.by_token else 1
+
+
+class LayerLayout(msgspec.Struct, frozen=True):
+    """One layer's cache: its ``kind`` says what the parts mean."""
+
+    kind: _Name
+    parts: Annotated[list[Part], Meta(min_length=1, max_length=MAX_PARTS)]
+
+
+class CacheLayout(msgspec.Struct, frozen=True):
+    """Every layer of a model, in order."""
+
+    layers: Annotated[list[LayerLayout], Meta(min_length=1, max_length=4096)]
+
+    @property
+    def kv_dtype(self) -> str:
+        """The parts' dtype; the first one's where they differ."""
+        return self.layers[0].parts[0].dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that each token of a prompt adds."""
+        return self.nbytes(2) - self.nbytes(1)
+
+    def nbytes(self, prompt_tokens: int, itemsize: int | None = None) -> int:
+        """Bytes of a prompt's cache, as it travels or with numbers of ``itemsize`` bytes."""
+        return sum(
+            part.tokens(prompt_tokens) * part.row * (itemsize or ITEMSIZE[part.dtype])
+            for layer in self.layers
+            for part in layer.parts
+        )
+
+    def cells(self, prompt_tokens: int) -> int:
+        """Rows of all parts' heads: what coverage has a mark for."""
+        return sum(
+            part.heads * part.tokens(prompt_tokens) for layer in self.layers for part in layer.parts
+        )
+
+    def differences(self, other: CacheLayout) -> list[str]:
+        """What differs, one "layers, part: field: mine here, theirs there" line for each.
+
+        A part's dtype is not compared: the receiver converts what arrives.
+        """
+        if len(self.layers) != len(other.layers):
+            return [f"layers: {len(self.layers)} here, {len(other.layers)} there"]
+        found: dict[str, list[int]] = {}
+        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
+            for line in _layer_differences(mine, theirs):
+                found.setdefault(line, []).append(index)
+        return [f"{_layers(indexes)}, {line}" for line, indexes in found.items()]
+
+
+def full_attention(layers: int, heads: int, width: int, dtype: str) -> CacheLayout:
+    """Layers that all keep K and V of every token. Raises msgspec.ValidationError."""
+    parts = [{"name": name, "heads": heads, "width": width, "dtype": dtype}
+             for name in (KEYS, VALUES)]  # fmt: skip
+    return msgspec.convert({"layers": [{"kind": FULL, "parts": parts}] * layers}, CacheLayout)
+
+
+def layout_from_config(config: Mapping[str, Any], dtype: str) -> CacheLayout:
+    """The layout that a model of plain K and V will have, by its ``config.json``: for estimates
+    and checks where no engine has allocated anything yet.
+
+    Raises ValueError naming the key when the configuration lacks one that is needed.
+    """
+    c = text_config(config)
+    heads = need(c, "num_attention_heads")
+    return full_attention(
+        need(c, "num_hidden_layers"),
+        c.get("num_key_value_heads") or heads,
+        c.get("head_dim") or need(c, "hidden_size") // heads,
+        dtype,
+    )
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model's configuration with that of its language part on top."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, Mapping) else config
+
+
+def need(config: Mapping[str, Any], key: str) -> int:
+    """A number of the configuration. Raises ValueError where there is none."""
+    value = config.get(key)
+    if not isinstance(value, int):
+        raise ValueError(f"the model's config.json has no usable {key!r}: {value!r}")
+    return value
+
+
+def _layer_differences(mine: LayerLayout, theirs: LayerLayout) -> list[str]:
+    if mine.kind != theirs.kind:
+        return [f"kind: {mine.kind} here, {theirs.kind} there"]
+    names = [[part.name for part in layer.parts] for layer in (mine, theirs)]
+    if names[0] != names[1]:
+        return [f"parts: {', '.join(names[0])} here, {', '.join(names[1])} there"]
+    return [
+        f"{a.name}: {field}: {getattr(a, field)} here, {getattr(b, field)} there"
+        for a, b in zip(mine.parts, theirs.parts, strict=True)
+        for field in ("heads", "width", "by_token")
+        if getattr(a, field) != getattr(b, field)
+    ]
+
+
+def _layers(indexes: Sequence[int]) -> str:
+    """``layer 3`` or ``layers 0..31``, ``layers 0, 2, 5``."""
+    if len(indexes) == 1:
+        return f"layer {indexes[0]}"
+    if indexes[-1] - indexes[0] == len(indexes) - 1:
+        return f"layers {indexes[0]}..{indexes[-1]}"
+    return f"layers {', '.join(map(str, indexes))}"
+
+
+def merged(pieces: Sequence[Mapping[int, LayerLayout]]) -> CacheLayout:
+    """The whole model's layout from what each worker holds, by the layer's place in the model.
+
+    A worker that holds heads 4 to 7 of a part says that it has 8. Raises ValueError when a layer is
+    missing.
+    """
+    layers: dict[int, LayerLayout] = {}
+    for piece in pieces:
+        for index, layer in piece.items():
+            other = layers.setdefault(index, layer)
+            if len(other.parts) != len(layer.parts):
+                raise ValueError(f"{_layers([index])} is not the same in every worker")
+            parts = [
+                max(pair, key=lambda part: part.heads)
+                for pair in zip(other.parts, layer.parts, strict=True)
+            ]
+            layers[index] = LayerLayout(layer.kind, parts)
+    missing = [index for index in range(max(layers, default=0) + 1) if index not in layers]
+    if missing:
+        raise ValueError(f"no worker holds {_layers(missing)}")
+    return CacheLayout([layers[index] for index in sorted(layers)])
