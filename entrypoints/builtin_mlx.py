@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mlx_receiver.plugins import hookimpl
 
 if TYPE_CHECKING:
-    from mlx_receiver.caches.plain import CacheAdapter
+    from mlx_receiver.caches.adapter import CacheAdapter
 
 
 @hookimpl

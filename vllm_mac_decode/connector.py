@@ -11,6 +11,7 @@ off, with one log line, and everything decodes locally.
 from __future__ import annotations
 
 import functools
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +25,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
-from mlx_receiver.wire.layout import ITEMSIZE
+from mlx_receiver.wire.layout import merged
+from mlx_receiver.wire.messages import Introduction
 from mlx_receiver.wire.signature import PLAIN_KV_ARCHITECTURES, signature_from_config
 from vllm_mac_decode import settings
 from vllm_mac_decode.engine import adapter
@@ -131,8 +133,9 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
                 self._exporter = Exporter(
                     layers, _block_size(self._kv_cache_config), self._settings
                 )
-            self._report = WorkerReport(dtype)
-        except LayoutError as error:
+            described = {layer.index: layer.described() for layer in layers.values()}
+            self._report = WorkerReport(dtype, layers=described)
+        except (LayoutError, ValueError) as error:
             self._report = WorkerReport(dtype, str(error))
         except Exception as error:
             logger.exception("the KV export cannot start")
@@ -253,11 +256,12 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             raise ValueError("no worker reported its KV cache")
         if not self._settings.enabled:
             raise ValueError("mac_decode is switched off (enabled=false)")
-        dtype = reports[0].kv_dtype
+        layout = merged([report.layers for report in reports])
         self.relay.engine = adapter.EngineAdapter(core)
         self.relay.vocab_size = signature.vocab_size
-        self.relay.kv_bytes_per_token = signature.kv_bytes_per_token(ITEMSIZE[dtype])
-        self.relay.link = Link(self._settings, signature, dtype, f"vllm {vllm_version}", self.relay)
+        self.relay.layout = layout
+        me = Introduction(signature, layout, uuid.uuid4().hex, f"vllm {vllm_version}")
+        self.relay.link = Link(self._settings, me, self.relay)
 
     @_guarded(lambda: None)
     def on_new_request(self, request: Request) -> None:

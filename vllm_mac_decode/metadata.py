@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from mlx_receiver.wire.layout import LayerLayout
 from vllm_mac_decode.export import DataTarget, ExportSpan
 
 
@@ -24,10 +25,12 @@ class StepExports(KVConnectorMetadata):
 
 @dataclass
 class WorkerReport(KVConnectorHandshakeMetadata):
-    """What a worker found in its KV cache; ``problem`` is empty when it can export it."""
+    """What a worker found in its KV cache: its ``layers`` by their place in the model, for
+    ``wire.layout.merged``. ``problem`` is empty when it can export them."""
 
     kv_dtype: str
     problem: str = ""
+    layers: dict[int, LayerLayout] = field(default_factory=dict)
 
 
 @dataclass

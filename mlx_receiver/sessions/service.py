@@ -268,8 +268,12 @@ def _state(
             return "queued"
         case Phase.RECEIVING | Phase.COMPLETE:
             return "receiving"
-        case phase:
-            return phase.value
+        case Phase.WAITING:
+            return "waiting"
+        case Phase.DECODING:
+            return "decoding"
+        case Phase.ENDED:
+            return "ended"
 
 
 def _client(session: Session) -> Client:

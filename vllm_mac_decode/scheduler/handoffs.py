@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.layout import CacheLayout
 from vllm_mac_decode.scheduler.availability import Availability
 from vllm_mac_decode.scheduler.handoff import Counts, Session
 from vllm_mac_decode.settings import Settings
@@ -36,8 +37,8 @@ class Sessions:
         self._available = Availability(settings)
         self.link: Link | None = None
         self.engine: EnginePort | None = None
-        #: Of the model's KV; known when the engine is attached.
-        self.kv_bytes_per_token = 0
+        #: Of the model's cache; known when the engine is attached.
+        self.layout: CacheLayout | None = None
         self.vocab_size = 0
 
     def _finish_parked(self, session: Session) -> None:

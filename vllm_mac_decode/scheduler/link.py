@@ -16,14 +16,12 @@ import queue
 import socket
 import threading
 import time
-import uuid
 from typing import Final, Protocol
 
 import zmq
 
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.seldom import printable
-from mlx_receiver.wire.signature import ModelSignature
 from vllm_mac_decode.export import DataTarget
 from vllm_mac_decode.scheduler.control import ControlSocket, NoAnswer
 from vllm_mac_decode.settings import Settings
@@ -69,20 +67,12 @@ class Link:
     def __init__(
         self,
         settings: Settings,
-        signature: ModelSignature,
-        kv_dtype: str,
-        engine: str,
+        me: m.Introduction,
         listener: LinkListener,
     ) -> None:
         self._settings = settings
-        self._vocab_size = signature.vocab_size
-        self._hello = m.Hello(
-            protocol=m.PROTOCOL_VERSION,
-            signature=signature,
-            kv_dtype=kv_dtype,
-            client=uuid.uuid4().hex,
-            engine=engine,
-        )
+        self._vocab_size = me.signature.vocab_size
+        self._hello = me.hello()
         self._listener = listener
         self._outbox: queue.SimpleQueue[m.ClientMessage] = queue.SimpleQueue()
         self._wake_lock = threading.Lock()

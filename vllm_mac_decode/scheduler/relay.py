@@ -86,14 +86,15 @@ class Relay(Answers):
             session = self._by_request.get(request_id)
             if session is None or session.asked or session.ended or session.continued_as:
                 return None
-            request, welcome = session.request, self._available.welcome
+            request, welcome, layout = session.request, self._available.welcome, self.layout
             assert request.prompt_token_ids is not None
             assert welcome is not None  # or ``disconnected`` had ended the session
+            assert layout is not None
             session.asked = True
             session.promise = Promise(
                 session.sampling,
                 request.num_prompt_tokens,
-                request.num_prompt_tokens * self.kv_bytes_per_token,
+                layout.nbytes(request.num_prompt_tokens),
                 welcome.max_tokens,
             )
             self._send(

@@ -29,7 +29,7 @@ from mlx_receiver.wire.messages import WireError
 from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.worker.launch import LaunchGate
-from vllm_mac_decode.worker.paged_layout import PagedLayout
+from vllm_mac_decode.worker.paged_cache import ExportedLayer
 from vllm_mac_decode.worker.sender import Bulk, Staged
 from vllm_mac_decode.worker.staging import SLOT_BYTES, DeviceClock, StagingRing
 
@@ -40,19 +40,6 @@ _IDLE_SECONDS = 0.2
 
 #: Dead sessions whose numbers are kept: far more than there can be jobs of under way.
 _REMEMBERED = 16384
-
-
-@dataclass(frozen=True)
-class ExportedLayer:
-    """One layer of this worker: its place in the model, its cache and how to read it.
-
-    ``head_start`` is the model's index of the worker's first KV head (tensor parallelism).
-    """
-
-    index: int
-    cache: torch.Tensor
-    layout: PagedLayout
-    head_start: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +67,7 @@ class Exporter:
         self._settings = settings
         first = next(iter(layers.values()))
         self._device = first.cache.device
-        self._dtype = str(first.cache.dtype).removeprefix("torch.")
+        self._dtype = first.dtype
         #: tensor blocks per scheduler block
         self._split = block_size // first.layout.block_size
         self._ring = StagingRing(settings.staging_mib << 20, self._device)
@@ -306,9 +293,10 @@ class Exporter:
         size = layout.block_size
         ids = self._tensor_blocks(span)
         base = span.start - span.start % (size * self._split)  # first token of ids[0]
-        token = layout.head_dim * layer.cache.element_size()  # bytes of one, in one head's row
-        block = layout.heads * size * token
-        per_piece = max(1, SLOT_BYTES // (2 * block))
+        itemsize = layer.cache.element_size()
+        numbers = [part.heads * size * part.width for part in layout.parts]  # of one block
+        block = sum(numbers)
+        per_piece = max(1, SLOT_BYTES // (block * itemsize))
         last = -(-(span.end - base) // size)
         for at in range((span.start - base) // size, last, per_piece):
             if self._is_dead(span.session) or self._closing:
@@ -317,20 +305,28 @@ class Exporter:
                 return
             piece = ids[at : min(at + per_piece, last)]
             count = len(piece)
-            slot = self._ring.acquire(2 * count * block)
+            slot = self._ring.acquire(count * block * itemsize)
             slot.fill(
                 layer.cache.dtype,
-                (2, layout.heads, count, size, layout.head_dim),
-                partial(layout.gather, layer.cache, piece),
+                (count * block,),
+                partial(layout.read, layer.cache, piece),
                 job.written,
             )
             first = base + at * size  # the token in the piece's first row
             low, high = max(span.start, first), min(span.end, first + count * size)
             frames = []
-            for plane in Plane:
-                rows = slot.memory[plane * count * block : (plane + 1) * count * block]
-                payload = _tokens(rows, layout.heads, (low - first) * token, (high - first) * token)
-                frames.append((self._header(job, span, plane, low, high), payload))
+            start = 0
+            for index, part in enumerate(layout.parts):
+                end = start + count * numbers[index] * itemsize
+                token = part.width * itemsize  # bytes of one, in one head's row
+                payload = _tokens(
+                    slot.memory[start:end],
+                    part.heads,
+                    (low - first) * token,
+                    (high - first) * token,
+                )
+                frames.append((self._header(job, span, index, low, high), payload))
+                start = end
             # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
             queued = self._ring.stream is not None and at + count == last
             self._bulk.put(Staged(slot, frames, partial(self._read, job, span) if queued else None))
@@ -351,18 +347,18 @@ class Exporter:
             self._ids_of, self._ids = key, ids
         return self._ids
 
-    def _header(self, job: _Job, span: ExportSpan, plane: Plane, low: int, high: int) -> Header:
-        layout = job.layer.layout
+    def _header(self, job: _Job, span: ExportSpan, index: int, low: int, high: int) -> Header:
+        part = job.layer.layout.parts[index]
         return Header(
             kind=Kind.BLOCK,
             session=span.session,
-            payload_bytes=layout.heads * (high - low) * layout.head_dim * ITEMSIZE[self._dtype],
+            payload_bytes=part.heads * (high - low) * part.width * ITEMSIZE[self._dtype],
             layer=job.layer.index,
-            plane=plane,
+            part=index,
             dtype=self._dtype,
             head_start=job.layer.head_start,
-            heads=layout.heads,
-            head_dim=layout.head_dim,
+            heads=part.heads,
+            width=part.width,
             token_start=low,
             tokens=high - low,
             computed_ns=job.computed_ns,

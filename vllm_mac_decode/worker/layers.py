@@ -8,8 +8,10 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_mac_decode.worker.exporter import ExportedLayer
+from mlx_receiver.wire.layout import FULL
+from vllm_mac_decode.worker.paged_cache import ExportedLayer
 from vllm_mac_decode.worker.paged_layout import LayoutError, PagedLayout, layer_update, probe
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ def exported_layers(
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise LayoutError(f"it has {len(groups)} KV cache groups; one is supported")
-    block_size = int(groups[0].kv_cache_spec.block_size)
+    spec = groups[0].kv_cache_spec
+    kind = FULL if isinstance(spec, FullAttentionSpec) else type(spec).__name__
+    block_size = int(spec.block_size)
     model_heads = vllm_config.model_config.get_total_num_kv_heads()
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     replicas = max(1, size // model_heads)
@@ -56,7 +60,7 @@ def exported_layers(
                 raise LayoutError(f"layer {name}: {error}") from None
             logger.debug("layout of %s: %s", name, known[key])
         layers[name] = ExportedLayer(
-            extract_layer_index(name), cache, known[key], rank // replicas * heads
+            extract_layer_index(name), cache, known[key], rank // replicas * heads, kind
         )
     return layers
 

@@ -8,13 +8,16 @@ with random data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from mlx_receiver.wire.layout import KEYS, VALUES
+from vllm_mac_decode.worker.paged_cache import PagedPart
 
 #: Digits are written as 1 .. _BASE, which every float dtype of a KV cache holds exactly.
 _BASE = 127
@@ -59,6 +62,16 @@ class PagedLayout:
     block_stride: int
     keys: PlaneMap
     values: PlaneMap
+
+    @property
+    def parts(self) -> Sequence[PagedPart]:
+        """See ``PagedCache.parts``."""
+        return [PagedPart(name, self.heads, self.head_dim) for name in (KEYS, VALUES)]
+
+    def read(self, cache: torch.Tensor, block_ids: torch.Tensor, out: torch.Tensor) -> None:
+        """See ``PagedCache.read``."""
+        shape = (2, self.heads, len(block_ids), self.block_size, self.head_dim)
+        self.gather(cache, block_ids, out.view(shape))
 
     def plane(self, cache: torch.Tensor, which: PlaneMap) -> torch.Tensor:
         """An affine plane as a view ``[heads, blocks, block_size, head_dim]`` of the cache."""

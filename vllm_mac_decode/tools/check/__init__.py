@@ -60,7 +60,7 @@ def _findings(
         except (OSError, ValueError) as error:
             yield wrong("model", f"The model {model} cannot be read: {error}", "Check --model")
         else:
-            usable = check_model(model, *known)
+            usable = check_model(model, known)
             yield usable
             known = known if usable.state == "fine" else None
     receiver = ReceiverChecks(settings, known)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-import uuid
 from types import TracebackType
 from typing import Final
 
@@ -14,9 +13,11 @@ from zmq.utils.monitor import recv_monitor_message
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address
 from mlx_receiver.wire.keys import guard_client
-from mlx_receiver.wire.signature import ModelSignature
 
 ANSWER_SECONDS: Final = 3.0
+
+#: What the receiver's log calls this client.
+NAME: Final = "mac-decode check"
 
 #: The first 64 bytes on a ZeroMQ connection: signature, version 3.1, mechanism, as-server, filler.
 _GREETING: Final = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
@@ -66,17 +67,9 @@ class Conversation:
                     return False
         return None
 
-    def hello(self, signature: ModelSignature, kv_dtype: str) -> m.ReceiverMessage | None:
+    def hello(self, me: m.Introduction) -> m.ReceiverMessage | None:
         """The answer to a Hello, None without one. Raises WireError for what cannot be read."""
-        self.send(
-            m.Hello(
-                protocol=m.PROTOCOL_VERSION,
-                signature=signature,
-                kv_dtype=kv_dtype,
-                client=f"check-{uuid.uuid4().hex[:8]}",
-                engine="mac-decode check",
-            )
-        )
+        self.send(me.hello())
         return self.receive(ANSWER_SECONDS)
 
     def send(self, message: m.ClientMessage) -> None:

@@ -10,14 +10,14 @@ from typing import Final
 from mlx_receiver.transports.transport import TransportError
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address, resolve, spelled
-from mlx_receiver.wire.layout import DTYPES, ITEMSIZE
+from mlx_receiver.wire.layout import DTYPES, full_attention, layout_from_config
 from mlx_receiver.wire.signature import (
     PLAIN_KV_ARCHITECTURES,
     ModelSignature,
     signature_from_config,
 )
 from vllm_mac_decode.settings import DEFAULT_PORT, Settings
-from vllm_mac_decode.tools.check.conversation import Conversation, speaks_zeromq
+from vllm_mac_decode.tools.check.conversation import NAME, Conversation, speaks_zeromq
 from vllm_mac_decode.tools.check.finding import Finding, fine, warning, wrong
 from vllm_mac_decode.tools.check.transfer import (
     Transfer,
@@ -32,15 +32,17 @@ SLOW: Final = 0.6e9
 _EXAMPLE_TOKENS: Final = 8192
 
 #: No model: whatever the receiver serves, it says so.
-_NO_MODEL: Final = ModelSignature("", 0, 0, 0, 0, 0, [])
+_NO_MODEL: Final = m.Introduction(
+    ModelSignature("", 0, 0, []), full_attention(1, 1, 1, DTYPES[0]), NAME, NAME
+)
 
 START: Final = (
     "On the Mac: mlx-receiver start --model MODEL --host 0.0.0.0 --token TOKEN --api-key KEY"
 )
 
 
-def read_model(name: str) -> tuple[ModelSignature, str]:
-    """The signature and the KV dtype of a model folder or Hugging Face id.
+def read_model(name: str) -> m.Introduction:
+    """What vLLM would say of a model folder or Hugging Face id.
 
     Raises OSError when its config.json is not to be had, ValueError when that does not describe a
     model with KV.
@@ -56,12 +58,14 @@ def read_model(name: str) -> tuple[ModelSignature, str]:
         path = Path(hf_hub_download(name, "config.json")).parent
     config = json.loads((path / "config.json").read_text())
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    return signature_from_config(config), dtype if dtype in DTYPES else "bfloat16"
+    layout = layout_from_config(config, dtype if dtype in DTYPES else DTYPES[0])
+    return m.Introduction(signature_from_config(config), layout, NAME, NAME)
 
 
-def check_model(name: str, signature: ModelSignature, kv_dtype: str) -> Finding:
+def check_model(name: str, model: m.Introduction) -> Finding:
     """The model is of a kind that can be handed off."""
     reason = ""
+    signature, layout = model.signature, model.layout
     if signature.model_type not in PLAIN_KV_ARCHITECTURES:
         reason = f"models of type {signature.model_type!r} are not supported"
     elif signature.sliding_window is not None:
@@ -69,11 +73,11 @@ def check_model(name: str, signature: ModelSignature, kv_dtype: str) -> Finding:
     if reason:
         known = ", ".join(sorted(PLAIN_KV_ARCHITECTURES))
         return wrong("model", f"{name}: {reason}", f"vLLM would decode it all by itself; {known}")
-    size = signature.kv_bytes_per_token(ITEMSIZE[kv_dtype])
+    size = layout.bytes_per_token
     return fine(
         "model",
-        f"{name}: {signature.model_type}, {signature.layers} layers, {size / 1024:.0f} KiB of KV "
-        f"a token in {kv_dtype}",
+        f"{name}: {signature.model_type}, {len(layout.layers)} layers, {size / 1024:.0f} KiB of KV "
+        f"a token in {layout.kv_dtype}",
         kv_bytes_per_token=size,
     )
 
@@ -81,7 +85,7 @@ def check_model(name: str, signature: ModelSignature, kv_dtype: str) -> Finding:
 class ReceiverChecks:
     """One receiver. ``findings`` first; then ``best`` is the address to give to vLLM."""
 
-    def __init__(self, settings: Settings, model: tuple[ModelSignature, str] | None) -> None:
+    def __init__(self, settings: Settings, model: m.Introduction | None) -> None:
         self._settings = settings
         self._model = model
         self.host, self.port = settings.address()
@@ -165,9 +169,8 @@ class ReceiverChecks:
             return
         token = "The token is right" if self._settings.token else "No token is needed"
         yield fine("token", f"{token} at {address.text}")
-        signature, kv_dtype = self._model or (_NO_MODEL, DTYPES[0])
         try:
-            answer = talk.hello(signature, kv_dtype)
+            answer = talk.hello(self._model or _NO_MODEL)
             finding = self._answered(answer)
             yield finding
             if isinstance(answer, m.Welcome) and finding.state == "fine":
@@ -223,7 +226,9 @@ class ReceiverChecks:
     ) -> Finding:
         assert self._model is not None
         try:
-            done = time_transfer(talk, welcome, address, self._settings.transport, *self._model)
+            done = time_transfer(
+                talk, welcome, address, self._settings.transport, self._model.layout
+            )
         except TransportError as error:
             ports = ", ".join(f"{e.port} ({e.transport})" for e in welcome.endpoints)
             return wrong(
@@ -253,8 +258,7 @@ class ReceiverChecks:
         if done.rate >= SLOW:
             return fine("data path", seen, **figures)
         slow = "Wi-Fi is" if interface.wifi else "This way is"
-        signature, kv_dtype = self._model
-        seconds = _EXAMPLE_TOKENS * signature.kv_bytes_per_token(ITEMSIZE[kv_dtype]) / done.rate
+        seconds = self._model.layout.nbytes(_EXAMPLE_TOKENS) / done.rate
         return warning(
             "data path",
             seen,

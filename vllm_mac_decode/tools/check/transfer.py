@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -16,8 +17,7 @@ from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address
 from mlx_receiver.wire.frames import Header, Kind
-from mlx_receiver.wire.layout import ITEMSIZE
-from mlx_receiver.wire.signature import ModelSignature
+from mlx_receiver.wire.layout import ITEMSIZE, CacheLayout
 from vllm_mac_decode.tools.check.conversation import Conversation
 
 #: Bytes to send, and seconds to send them for.
@@ -54,8 +54,7 @@ def time_transfer(
     welcome: m.Welcome,
     address: Address,
     name: str,
-    signature: ModelSignature,
-    kv_dtype: str,
+    layout: CacheLayout,
 ) -> Transfer:
     """Fill caches of sessions with zeros over that address, as hand-offs would, and drop them.
 
@@ -65,13 +64,13 @@ def time_transfer(
     offered = next(endpoint for endpoint in welcome.endpoints if endpoint.transport == name)
     endpoint = msgspec.structs.replace(offered, host=address.host)
     sender = transport(name).connect(endpoint, welcome.ticket, _CONNECT_SECONDS)
-    most = TRANSFER_BYTES // signature.kv_bytes_per_token(ITEMSIZE[kv_dtype])
+    most = TRANSFER_BYTES // layout.bytes_per_token
     tokens = max(1, min(most, welcome.max_tokens - 2))
     done = Transfer(0, 0.0)
     try:
         # A small model's context holds only a part of the bytes.
         for _ in range(max(1, most // tokens)):
-            more = _fill(talk, sender, tokens, signature, kv_dtype)
+            more = _fill(talk, sender, tokens, layout)
             done = Transfer(done.nbytes + more.nbytes, done.seconds + more.seconds)
             if done.seconds > TRANSFER_SECONDS / 2:
                 break
@@ -80,16 +79,14 @@ def time_transfer(
     return done
 
 
-def _fill(
-    talk: Conversation, sender: Sender, tokens: int, signature: ModelSignature, kv_dtype: str
-) -> Transfer:
+def _fill(talk: Conversation, sender: Sender, tokens: int, layout: CacheLayout) -> Transfer:
     """One session of so many tokens."""
     session = secrets.randbits(62)
     try:
         talk.send(m.Open(session, "mac-decode check", [0] * tokens, m.Sampling(max_tokens=1)))
         _opened(talk, session)
         began = time.monotonic()
-        sent = _send(talk, sender, session, tokens, signature, kv_dtype)
+        sent = _send(talk, sender, session, tokens, layout)
         return Transfer(sent, _arrived(talk, session, sent) - began)
     finally:
         talk.send(m.Cancel(session, "measured"))
@@ -108,47 +105,47 @@ def _opened(talk: Conversation, session: int) -> None:
 
 
 def _send(
-    talk: Conversation,
-    sender: Sender,
-    session: int,
-    tokens: int,
-    signature: ModelSignature,
-    kv_dtype: str,
+    talk: Conversation, sender: Sender, session: int, tokens: int, layout: CacheLayout
 ) -> int:
     """Send every block, or as many as the time allows; their bytes."""
-    row = signature.kv_heads * signature.head_dim * ITEMSIZE[kv_dtype]
-    step = max(1, _FRAME_BYTES // row)
-    zeros = memoryview(bytes(step * row))
     began = pinged = time.monotonic()
     sent = 0
-    for layer in range(signature.layers):
-        for plane in Plane:
-            for start in range(0, tokens, step):
-                now = time.monotonic()
-                if now - began > TRANSFER_SECONDS:
-                    return sent
-                if now - pinged > _PING_SECONDS:
-                    talk.send(m.Ping(time.monotonic_ns()))
-                    pinged = now
-                count = min(step, tokens - start)
-                header = Header(
+    zeros = memoryview(bytes(_FRAME_BYTES))
+    for header in _blocks(session, tokens, layout):
+        now = time.monotonic()
+        if now - began > TRANSFER_SECONDS:
+            return sent
+        if now - pinged > _PING_SECONDS:
+            talk.send(m.Ping(time.monotonic_ns()))
+            pinged = now
+        clock = time.monotonic_ns()
+        timed = replace(header, computed_ns=clock, gathered_ns=clock, sent_ns=clock)
+        sender.send(timed, [zeros[: header.payload_bytes]])
+        sent += header.payload_bytes
+    return sent
+
+
+def _blocks(session: int, tokens: int, layout: CacheLayout) -> Iterator[Header]:
+    """Every part of every layer, in blocks of at most _FRAME_BYTES."""
+    for layer, of_layer in enumerate(layout.layers):
+        for index, part in enumerate(of_layer.parts):
+            row = part.row * ITEMSIZE[part.dtype]
+            rows = part.tokens(tokens)
+            step = max(1, _FRAME_BYTES // row)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                yield Header(
                     kind=Kind.BLOCK,
                     session=session,
                     payload_bytes=count * row,
                     layer=layer,
-                    plane=plane,
-                    dtype=kv_dtype,
-                    heads=signature.kv_heads,
-                    head_dim=signature.head_dim,
+                    part=index,
+                    dtype=part.dtype,
+                    heads=part.heads,
+                    width=part.width,
                     token_start=start,
                     tokens=count,
-                    computed_ns=time.monotonic_ns(),
-                    gathered_ns=time.monotonic_ns(),
-                    sent_ns=time.monotonic_ns(),
                 )
-                sender.send(header, [zeros[: count * row]])
-                sent += count * row
-    return sent
 
 
 def _arrived(talk: Conversation, session: int, sent: int) -> float:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlx_receiver.wire.signature import ModelSignature, signature_from_config
+from mlx_receiver.wire.layout import CacheLayout, layout_from_config
 from vllm_mac_decode.tools import timeline
 from vllm_mac_decode.tools.demo.ask import Answer, ask, reference, warm_up
 from vllm_mac_decode.tools.demo.model import fetch_smollm2
@@ -32,7 +32,6 @@ from vllm_mac_decode.tools.timeline import text as timeline_text
 
 _MAX_MODEL_LEN = 4096
 _NEEDED = ("vllm", "mlx", "mlx_lm", "openai", "matplotlib")
-_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def _demo(options: Options, console: Console, result: dict[str, Any]) -> list[st
     out = _output_folder(options.out)
     model = _model(options.model, progress)
     config = json.loads((model / "config.json").read_text())
-    signature = signature_from_config(config)
+    layout = layout_from_config(config, "float32")
     limit = min(_MAX_MODEL_LEN, int(config.get("max_position_embeddings") or _MAX_MODEL_LEN))
     result["model"] = model.name
 
@@ -119,7 +118,7 @@ def _demo(options: Options, console: Console, result: dict[str, Any]) -> list[st
         "tokens_compared": len(answer.token_ids),
         "equal": equal,
     }
-    problems = _problems(answer, signature, result)
+    problems = _problems(answer, layout, result)
     if not problems:
         console.print(
             f"[green]✓[/] vLLM + hand-off and MLX alone gave the same {len(expected)} tokens; "
@@ -128,9 +127,9 @@ def _demo(options: Options, console: Console, result: dict[str, Any]) -> list[st
     return problems
 
 
-def _problems(answer: Answer, signature: ModelSignature, result: dict[str, Any]) -> list[str]:
+def _problems(answer: Answer, layout: CacheLayout, result: dict[str, Any]) -> list[str]:
     """Everything that is not as it must be after a request was handed off, in words."""
-    expected_bytes = signature.kv_bytes_per_token(_FLOAT32_BYTES) * answer.prompt_tokens
+    expected_bytes = layout.nbytes(answer.prompt_tokens)
     problems = []
     if answer.completion_tokens < 2:
         problems.append("the answer ended at its first token: nothing was left to hand off")
@@ -148,8 +147,8 @@ def _problems(answer: Answer, signature: ModelSignature, result: dict[str, Any])
         )
     if result["kv_bytes"] != expected_bytes:
         problems.append(f"{result['kv_bytes']} bytes of KV arrived, not {expected_bytes}")
-    if result["layers"] != signature.layers:
-        problems.append(f"{result['layers']} layers arrived, not {signature.layers}")
+    if result["layers"] != len(layout.layers):
+        problems.append(f"{result['layers']} layers arrived, not {len(layout.layers)}")
     if result["handoff_gap_ms"] is None:
         problems.append("the receiver recorded no first token of its own")
     if not result["parity"]["equal"]:

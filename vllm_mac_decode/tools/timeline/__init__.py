@@ -15,43 +15,14 @@ from typing import Any
 
 import msgspec
 
+from mlx_receiver.wire.handoffs import BlockTimes, HandoffTimes
+
 #: A block that seems to arrive before it was sent, or later than this, was timed by two clocks.
 _ONE_CLOCK_NS = 10_000_000_000
 
 
 class TimelineError(ValueError):
     """The receiver's answer is no hand-off that can be drawn."""
-
-
-class Block(msgspec.Struct, frozen=True, kw_only=True):
-    """One rectangle of one layer's keys or values, and when it was where (monotonic, ns)."""
-
-    layer: int
-    plane: str
-    head_start: int = 0
-    heads: int = 1
-    token_start: int
-    tokens: int
-    computed_ns: int
-    gathered_ns: int
-    sent_ns: int
-    arrived_ns: int
-    committed_ns: int
-
-
-class _Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the receiver says of a hand-off; times are 0 where it did not get that far."""
-
-    request_id: str
-    prompt_tokens: int
-    kv_bytes: int
-    opened_ns: int
-    complete_ns: int = 0
-    started_ns: int = 0
-    first_decoded_ns: int = 0
-    ended_ns: int = 0
-    outcome: str = ""
-    blocks: list[Block]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +63,7 @@ class Handoff:
     complete_ns: int | None
     first_decoded_ns: int | None
     ended_ns: int | None
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockTimes, ...]
     #: How far the sender's clock was moved onto the receiver's; 0 where both read the same one.
     clock_shift_ns: int = 0
 
@@ -182,7 +153,7 @@ def parse(answer: bytes | str) -> Handoff:
     Raises TimelineError when it is something else or holds no blocks yet.
     """
     try:
-        said = msgspec.json.decode(answer, type=_Answer)
+        said = msgspec.json.decode(answer, type=HandoffTimes)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TimelineError(f"not a hand-off of a receiver: {error}") from None
     if not said.blocks:
@@ -304,13 +275,13 @@ def _merged(intervals: list[Interval]) -> list[Interval]:
     return list(seen.values())
 
 
-def _describe(block: Block) -> str:
+def _describe(block: BlockTimes) -> str:
     last = block.token_start + block.tokens - 1
     heads = f", heads {block.head_start}..{block.head_start + block.heads - 1}"
-    return f"{block.plane} of tokens {block.token_start}..{last}{heads if block.head_start else ''}"
+    return f"{block.part} of tokens {block.token_start}..{last}{heads if block.head_start else ''}"
 
 
-def _on_one_clock(blocks: list[Block]) -> tuple[list[Block], int]:
+def _on_one_clock(blocks: list[BlockTimes]) -> tuple[list[BlockTimes], int]:
     """Blocks with the sender's times on the receiver's clock, and how far they were moved.
 
     Two machines count from different beginnings. Their difference is taken to be what makes the
@@ -322,7 +293,7 @@ def _on_one_clock(blocks: list[Block]) -> tuple[list[Block], int]:
     return [_moved(block, fastest, 0) for block in blocks], fastest
 
 
-def _moved(block: Block, sender: int, receiver: int) -> Block:
+def _moved(block: BlockTimes, sender: int, receiver: int) -> BlockTimes:
     return msgspec.structs.replace(
         block,
         computed_ns=block.computed_ns + sender,
