@@ -10,6 +10,7 @@ is slow to touch first, and its decode step is free.
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,7 +20,8 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.base import BaseModelArgs
 
-from mlx_receiver.caches import plain as cache
+from mlx_receiver.caches import model as caches
+from mlx_receiver.caches.model import CacheBuffers
 from mlx_receiver.cli import main
 
 
@@ -57,22 +59,21 @@ class Model(nn.Module):  # type: ignore[misc]
         return mx.zeros((batch, count, self.args.vocab_size), mx.bfloat16)
 
 
-class OneLayer(cache.PlainKVBuffers):
+class OneLayer(CacheBuffers):
     """Memory of one layer, in every layer's place."""
 
     def grow(self) -> bool:
         """See ``CacheBuffers.grow``."""
-        if not self._arrays:
+        if not self._made or self.layers == len(self._layout.layers):
             return super().grow()
-        if self.layers == self._layers:
-            return False
-        self._arrays.append(list(self._arrays[0]))
-        self._aliases.append(self._aliases[0])
+        again: Any = copy.copy(self._made[0])
+        again._arrays = list(again._arrays)
+        self._made.append(again)
         return True
 
 
 if __name__ == "__main__":
-    cache.PlainKVBuffers = OneLayer  # type: ignore[misc]
+    caches.CacheBuffers = OneLayer  # type: ignore[misc]
     mx.set_default_device(mx.cpu)
     llama = ModuleType("mlx_lm.models.llama")
     llama.Model, llama.ModelArgs = Model, ModelArgs  # type: ignore[attr-defined]

@@ -187,7 +187,8 @@ def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
     """
     import torch
 
-    from vllm_mac_decode.worker.exporter import ExportedLayer
+    from mlx_receiver.wire.layout import FULL
+    from vllm_mac_decode.worker.paged_cache import ExportedLayer
     from vllm_mac_decode.worker.paged_layout import PagedLayout, PlaneMap
 
     blocks = -(-tokens // BLOCK)
@@ -211,7 +212,7 @@ def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
             padded = np.zeros((HEADS, blocks * BLOCK, HEAD_DIM), np.int16)
             padded[:, :tokens] = data
             raw[plane] = padded.reshape(HEADS, blocks, BLOCK, HEAD_DIM).swapaxes(0, 1)
-        layers[f"layers.{index}"] = ExportedLayer(index, cache, layout, 0)
+        layers[f"layers.{index}"] = ExportedLayer(index, cache, layout, 0, FULL)
 
     ids = torch.arange(blocks)
     out = torch.zeros((2, HEADS, blocks, BLOCK, HEAD_DIM), dtype=torch.bfloat16)

@@ -51,25 +51,17 @@ from mlx_receiver.transports.data_socket import tune
 from mlx_receiver.transports.landing import checksum
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.keys import new_ticket
+from mlx_receiver.wire.layout import CacheLayout, full_attention
 from mlx_receiver.wire.messages import DataTicket, Endpoint, Open, Sampling
-from mlx_receiver.wire.signature import ModelSignature
 
 HEADS, HEAD_DIM, ITEM = 8, 128, 2
 MESSAGE = 8 << 20
 CHECKED = "+checksum"
 
 
-def signature(layers: int) -> ModelSignature:
-    """Llama-3.1-8B's KV with that many layers."""
-    return ModelSignature(
-        model_type="llama",
-        layers=layers,
-        kv_heads=HEADS,
-        head_dim=HEAD_DIM,
-        hidden_size=4096,
-        vocab_size=128256,
-        rope=[],
-    )
+def layout(layers: int) -> CacheLayout:
+    """Llama-3.1-8B's cache with that many layers."""
+    return full_attention(layers, HEADS, HEAD_DIM, "bfloat16")
 
 
 def plane_data(layer: int, plane: int, tokens: int) -> np.ndarray[Any, Any]:
@@ -87,20 +79,19 @@ class Receiving:
     """The receiver's store, one listener and one client: a ``SessionEvents`` and an ``Owner``."""
 
     def __init__(self, transport: str, host: str, layers: int) -> None:
-        from mlx_receiver.caches.plain import PlainKV
+        from mlx_receiver.caches.model import ModelCache
         from mlx_receiver.metrics import Metrics
         from mlx_receiver.sessions.store import SessionStore
 
         self._layers = layers
         self._done = threading.Event()
         self._failure = ""
-        self.store = SessionStore(
-            PlainKV(), signature(layers), max_sessions=1, events=self, metrics=Metrics()
-        )
+        self.store = SessionStore(max_sessions=1, events=self, metrics=Metrics())
+        self._layout = layout(layers)
         self.ticket = new_ticket()
         self.id = self.ticket.client
         self.store.admit(self.ticket)
-        self.store.configure("bfloat16", 64 << 30)
+        self.store.configure(ModelCache(self._layout), 64 << 30)
         self.listener = plugins.transport(transport).listen(host, 0, self.store)
 
     def opened(self, session: Any) -> None:
@@ -117,7 +108,7 @@ class Receiving:
         """Reserve a session's memory, and wait until all of it is allocated."""
         self._done.clear()
         message = Open(number, "bench", list(range(tokens)), Sampling(max_tokens=32))
-        self.session = self.store.open(message, self, "bfloat16")
+        self.session = self.store.open(message, self, self._layout)
         until = time.monotonic() + 60
         while wait and self.session.allocated_layers < self._layers:
             if time.monotonic() > until:
@@ -260,17 +251,17 @@ def cut(
         tokens = pair[0].shape[1]
         for low in range(0, tokens, step):
             high = min(low + step, tokens)
-            for plane in Plane:
+            for plane in range(2):
                 rows = [memoryview(head[low:high]).cast("B") for head in pair[plane]]
                 header = Header(
                     kind=Kind.BLOCK,
                     session=session,
                     payload_bytes=sum(row.nbytes for row in rows),
                     layer=layer,
-                    plane=plane,
+                    part=plane,
                     dtype="bfloat16",
                     heads=HEADS,
-                    head_dim=HEAD_DIM,
+                    width=HEAD_DIM,
                     token_start=low,
                     tokens=high - low,
                 )

@@ -29,6 +29,7 @@ from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.frames import DataReply, Header
 from mlx_receiver.wire.keys import control_keys, new_ticket
+from mlx_receiver.wire.layout import layout_from_config
 from mlx_receiver.wire.signature import signature_from_config
 
 #: Prompt and output together; vLLM's own is longer.
@@ -303,7 +304,8 @@ def main() -> None:
     parser.add_argument("--no-data", action="store_true")
     parser.add_argument("--hold", type=float, default=0.0)
     options = parser.parse_args()
-    signature = signature_from_config(json.loads((Path(options.model) / "config.json").read_text()))
+    config = json.loads((Path(options.model) / "config.json").read_text())
+    signature, layout = signature_from_config(config), layout_from_config(config, "float32")
     known = {tuple(prompt): (lie, tokens) for lie, prompt, tokens in json.loads(
         Path(options.answers).read_text())}  # fmt: skip
     socket = zmq.Context().socket(zmq.ROUTER)
@@ -335,7 +337,7 @@ def main() -> None:
                 case m.Open() as opened:
                     prompt = opened.prompt_token_ids
                     lie, tokens = known.get(tuple(prompt), ("fails", [1] * 4))
-                    need = len(prompt) * signature.kv_bytes_per_token(4)
+                    need = layout.nbytes(len(prompt))
                     session = Session(opened, lie, tokens, need, signature.vocab_size)
                     script = random.choice(LIES) if lie == "any" else globals()[lie]
                     session.script = script(session)

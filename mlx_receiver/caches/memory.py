@@ -6,7 +6,6 @@ import threading
 from typing import Final
 
 from mlx_receiver.caches.model import ModelCache
-from mlx_receiver.wire.layout import ITEMSIZE
 from mlx_receiver.wire.messages import E_CAPACITY, WireError
 
 #: Tokens of decoded text that there is room for from the start. Beyond them the cache grows as
@@ -37,7 +36,7 @@ class Budget:
     def configure(self, cache: ModelCache, total: int) -> None:
         """What is known once the model is loaded."""
         self._cache = cache
-        self._itemsize = ITEMSIZE[cache.layout.kv_dtype]
+        self._itemsize = cache.layout.itemsize
         self.total = total
 
     @property
@@ -51,13 +50,13 @@ class Budget:
         return max(0, self.total - self._reserved - self.queued)
 
     def reserve(
-        self, tokens: int, output_tokens: int, kv_dtype: str | None = None, extra: int = 0
+        self, tokens: int, output_tokens: int, itemsize: int = 0, extra: int = 0
     ) -> Reservation:
         """Memory for a prompt, the first of its output, and ``extra`` bytes beside them.
 
-        ``kv_dtype`` is that of K and V that arrive. Raises WireError (``capacity``).
+        ``itemsize`` is that of the numbers that arrive. Raises WireError (``capacity``).
         """
-        width = max(self._itemsize, ITEMSIZE[kv_dtype] if kv_dtype else 0)
+        width = max(self._itemsize, itemsize)
         extra += tokens * _LISTED_BYTES
         need = self._kv_bytes(tokens, min(output_tokens, HEADROOM), width) + extra
         reservation = Reservation(self, extra)

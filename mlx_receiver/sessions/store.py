@@ -139,7 +139,7 @@ class SessionStore:
                     f"{len(self._sessions)} sessions are open, and {kept} of {self.max_sessions} "
                     "are kept for other clients (--max-sessions)",
                 )
-            reservation = self.budget.reserve(tokens, headroom, layout.kv_dtype, marks)
+            reservation = self.budget.reserve(tokens, headroom, layout.itemsize, marks)
             session = Session(message, client, layout, reservation)
             self._sessions[session.id] = session
             reservation.hold()  # for the allocating thread

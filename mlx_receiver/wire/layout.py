@@ -70,6 +70,11 @@ class CacheLayout(msgspec.Struct, frozen=True):
         return self.layers[0].parts[0].dtype
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of the widest number that travels."""
+        return max(ITEMSIZE[part.dtype] for layer in self.layers for part in layer.parts)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that each token of a prompt adds."""
         return self.nbytes(2) - self.nbytes(1)

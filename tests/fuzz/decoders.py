@@ -74,8 +74,14 @@ def _rely_on_client(message: m.ClientMessage) -> None:
         case m.Start():
             _token(message.first_token)
         case m.Hello():
-            assert len(message.signature.rope) <= 64
-            assert 0 <= message.signature.layers < 1 << 31
+            try:
+                me = m.introduction(message)
+            except m.WireError:
+                return
+            assert len(me.signature.rope) <= 64
+            assert 1 <= len(me.layout.layers) <= 4096
+            parts = [part for layer in me.layout.layers for part in layer.parts]
+            assert parts and all(1 <= part.row <= 1 << 40 for part in parts)
 
 
 def _rely_on_sampling(s: m.Sampling) -> None:

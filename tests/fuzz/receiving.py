@@ -40,7 +40,7 @@ event = st.one_of(
     st.tuples(st.just("reopen"), _client, _session),
     st.tuples(st.just("blocks"), _client, _session),
     st.tuples(
-        st.just("block"), _client, _session, st.integers(0, 1), st.sampled_from(Plane), _span,
+        st.just("block"), _client, _session, st.integers(0, 1), st.integers(0, 1), _span,
         st.sampled_from(["right", "right", "other", "torn", "dtype"]),
     ),
     st.tuples(st.just("start"), _client, _session, st.sampled_from([3, 50, 99])),
@@ -131,26 +131,28 @@ class _Machine:
         owner, opened = self._of(place)
         eventually(lambda: m.Opened(opened.session) in self.heard[owner], 0.2, pause=0.001)
         for layer in range(2):
-            for plane in Plane:
-                self.do_block(client, place, layer, plane, (0, 100), "right")
+            for part in range(2):
+                self.do_block(client, place, layer, part, (0, 100), "right")
 
     def do_block(
-        self, client: int, place: int, layer: int, plane: Plane, span: tuple[int, int], what: str
+        self, client: int, place: int, layer: int, part: int, span: tuple[int, int], what: str
     ) -> None:
         _, opened = self._of(place)
-        signature = self.receiver.source.signature
+        loaded = self.receiver.engine.loaded
+        assert loaded is not None
+        shape = loaded.cache.layout.layers[layer].parts[part]
         start = span[0] if span[0] < len(opened.prompt_token_ids) else 0
         count = min(span[1], len(opened.prompt_token_ids) - start)
         dtype = "bfloat16" if what == "dtype" else "float32"
         header = Header(
             Kind.BLOCK,
             opened.session,
-            signature.kv_heads * count * signature.head_dim * ITEMSIZE[dtype],
+            count * shape.row * ITEMSIZE[dtype],
             layer,
-            plane,
+            part,
             dtype,
-            heads=signature.kv_heads,
-            head_dim=signature.head_dim,
+            heads=shape.heads,
+            width=shape.width,
             token_start=start,
             tokens=count,
         )

@@ -15,19 +15,20 @@ import msgspec
 import numpy as np
 import zmq
 
+from mlx_receiver.decode.model import ModelSource
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.wire.layout import CacheLayout, layout_from_config
 from mlx_receiver.wire.messages import (
-    PROTOCOL_VERSION,
     Cancel,
     Complete,
     DataTicket,
     Decoded,
     Failed,
-    Hello,
+    Introduction,
     Open,
     Opened,
     Ping,
@@ -59,6 +60,11 @@ class Prefilled:
         return self.tokens[0]
 
 
+def layout_of(source: ModelSource, dtype: str) -> CacheLayout:
+    """What vLLM would say of its cache of that model."""
+    return layout_from_config(source.config, dtype)
+
+
 class FakeVllm:
     """One control connection and one bulk connection."""
 
@@ -81,13 +87,11 @@ class FakeVllm:
         self._alive = threading.Thread(target=self._ping, daemon=True)
 
     def hello(self, seconds: float = 20.0, **changes: Any) -> Any:
-        hello = Hello(
-            protocol=PROTOCOL_VERSION,
-            signature=self.receiver.source.signature,
-            kv_dtype=self.kv_dtype,
-            client="test",
-        )
-        self.send(msgspec.structs.replace(hello, **changes))
+        envelope = {name: changes.pop(name) for name in ("protocol", "payload") if name in changes}
+        source = self.receiver.source
+        me = Introduction(source.signature, layout_of(source, self.kv_dtype), "test")
+        hello = msgspec.structs.replace(me, **changes).hello()
+        self.send(msgspec.structs.replace(hello, **envelope))
         answer = self.wait(lambda m: isinstance(m, Welcome | Rejected), seconds)
         if isinstance(answer, Welcome):
             self.ticket = answer.ticket
@@ -213,11 +217,11 @@ def block(
         session=session,
         payload_bytes=payload.nbytes,
         layer=layer,
-        plane=Plane(plane),
+        part=plane,
         dtype=kv.dtype,
         head_start=heads.start,
         heads=data.shape[0],
-        head_dim=data.shape[2],
+        width=data.shape[2],
         token_start=tokens.start,
         tokens=data.shape[1],
     )

@@ -23,13 +23,14 @@ def prefill(tiny_llama_path: Path) -> Prefill:
     import mlx.core as mx
 
     source = find_model(str(tiny_llama_path))
-    model = load_model(source).model
+    loaded = load_model(source)
+    model = loaded.model
 
     @functools.cache
     def run(tokens: int, decode: int = 8, seed: int = 0) -> Prefilled:
         rng = np.random.default_rng((tokens, seed))
         prompt = rng.integers(20, source.signature.vocab_size, tokens).tolist()
-        cache = source.adapter.empty(source.signature)
+        cache = loaded.cache.empty()
         if tokens > 1:
             # Only the cache is evaluated: logits of every position would take most of the time.
             model(mx.array([prompt[:-1]]), cache=cache)

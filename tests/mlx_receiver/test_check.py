@@ -188,15 +188,19 @@ class Spoiling(PlainKV):
 
     def __init__(self, spoil: Callable[[Any], Any]) -> None:
         self._spoil = spoil
+        self._layers = 0
 
     def allocate(self, *arguments: Any) -> Any:
         buffers = super().allocate(*arguments)
         build, spoil = buffers.build, self._spoil
+        self._layers += 1
+        if self._layers != 2:
+            return buffers
 
-        def spoiled(dtype: Any) -> list[Any]:
-            caches = build(dtype)
-            caches[1].keys = spoil(caches[1].keys)
-            return caches
+        def spoiled(dtype: Any) -> Any:
+            cache = build(dtype)
+            cache.keys = spoil(cache.keys)
+            return cache
 
         buffers.build = spoiled  # type: ignore[method-assign]
         return buffers

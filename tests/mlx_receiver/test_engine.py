@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import queue
 import re
@@ -25,8 +24,8 @@ from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.decode.model import ModelError, Progress, find_model
 from mlx_receiver.decode.warmup import WARM_UP_JOBS
 from mlx_receiver.metrics import Metrics
+from mlx_receiver.wire.layout import LayerLayout
 from mlx_receiver.wire.messages import Sampling, WireError
-from mlx_receiver.wire.signature import ModelSignature
 from tests.mlx_receiver.conftest import Prefill
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
@@ -65,21 +64,24 @@ class Collector:
 
 
 def handed_over(engine: DecodeEngine, prompt: list[int], planes: Any, capacity: int) -> Any:
-    buffers = PlainKV().allocate(engine.source.signature, "float32", len(prompt), capacity)
+    assert engine.loaded is not None
+    cache = engine.loaded.cache
+    buffers = cache.allocate(cache.layout, len(prompt), capacity)
     while buffers.grow():
         pass
     for layer, pair in enumerate(planes):
         for plane, data in enumerate(pair):
-            buffers.plane(layer, plane)[:, : len(prompt)] = data
+            buffers.part(layer, plane)[:, : len(prompt)] = data
     return buffers
 
 
 def test_joining_an_empty_batch_copies_nothing(engine: DecodeEngine) -> None:
     tokens = 8192 - 64
     prompt = [30] * tokens
-    signature = engine.source.signature
-    one = np.full((signature.kv_heads, tokens, signature.head_dim), 0x3C000000, np.uint32)
-    buffers = handed_over(engine, prompt, [[one, one]] * signature.layers, 64)
+    layers = engine.source.layout.layers
+    keys = layers[0].parts[0]
+    one = np.full((keys.heads, tokens, keys.width), 0x3C000000, np.uint32)
+    buffers = handed_over(engine, prompt, [[one, one]] * len(layers), 64)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     sink = Collector()
@@ -87,7 +89,7 @@ def test_joining_an_empty_batch_copies_nothing(engine: DecodeEngine) -> None:
     assert len(sink.tokens()) == 7
     # Anything copied whole would be at least one layer's keys.
     grown = mx.get_peak_memory() - before
-    assert grown < buffers.nbytes / (2 * signature.layers), (grown, buffers.nbytes)
+    assert grown < one.nbytes, (grown, one.nbytes)
 
 
 def test_a_cache_that_cannot_be_built_fails_its_job_only(
@@ -198,13 +200,11 @@ class Watched(PlainKV):
         self.tokens: list[int] = []
         self._failing = failing
 
-    def allocate(
-        self, signature: ModelSignature, kv_dtype: str, tokens: int, headroom: int
-    ) -> PlainKVBuffers:
+    def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> PlainKVBuffers:
         self.tokens.append(tokens)
         if self._failing == "allocate":
             raise MemoryError("no room for a cache")
-        buffers = super().allocate(signature, kv_dtype, tokens, headroom)
+        buffers = super().allocate(layer, tokens, headroom)
         if self._failing == "build":
             del buffers._arrays
         return buffers
@@ -214,14 +214,16 @@ class Watched(PlainKV):
 def warmed_up(
     model: Path, adapter: PlainKV, metrics: Metrics, progress: Progress | None = None
 ) -> Iterator[DecodeEngine]:
-    source = dataclasses.replace(find_model(str(model)), adapter=adapter)
+    source = find_model(str(model))
     engine = DecodeEngine(source, max_batch=3, metrics=metrics, progress=progress, warm_up=True)
-    engine.start()
-    try:
-        engine.wait_loaded()
-        yield engine
-    finally:
-        engine.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_receiver.caches.model.adapters", lambda: [adapter])
+        engine.start()
+        try:
+            engine.wait_loaded()
+            yield engine
+        finally:
+            engine.stop()
 
 
 def test_warming_up_leaves_no_trace(

@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 from mlx_receiver.caches import plain as cache
 from mlx_receiver.caches.cuda_staging import Staging
 from mlx_receiver.caches.memory import Budget
-from mlx_receiver.caches.plain import PlainKV, PlainKVBuffers
-from mlx_receiver.sessions.session import Session, coverage_bytes
+from mlx_receiver.caches.model import CacheBuffers, ModelCache
+from mlx_receiver.caches.plain import PlainKV
+from mlx_receiver.sessions.session import Session
 from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.wire.layout import full_attention
 from mlx_receiver.wire.messages import Open, Sampling, WireError
-from mlx_receiver.wire.signature import ModelSignature
 
 LAYERS, HEADS, TOKENS, DIM = 3, 2, 5, 4
-SIGNATURE = ModelSignature("llama", LAYERS, HEADS, DIM, HEADS * DIM, 100, [])
+LAYOUT = full_attention(LAYERS, HEADS, DIM, "float32")
+MODEL = ModelCache(LAYOUT, [PlainKV()])
 
 
 class LateDriver:
@@ -67,27 +69,27 @@ def staged(driver: LateDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Late
     yield driver
 
 
-def session(buffers: PlainKVBuffers) -> Session:
+def session(buffers: CacheBuffers) -> Session:
     opened = Open(7, "r", list(range(TOKENS)), Sampling(max_tokens=9))
-    budget = Budget(PlainKV(), SIGNATURE)
-    budget.configure("float32", 1 << 20)
-    reservation = budget.reserve(TOKENS, 9, "float32", coverage_bytes(SIGNATURE, TOKENS))
-    made = Session(opened, None, SIGNATURE, "float32", reservation)
+    budget = Budget()
+    budget.configure(MODEL, 1 << 20)
+    reservation = budget.reserve(TOKENS, 9, extra=LAYOUT.cells(TOKENS))
+    made = Session(opened, None, LAYOUT, reservation)
     assert made.give_memory(buffers)
     return made
 
 
-def buffers(grown: bool = True) -> PlainKVBuffers:
-    made = PlainKV().allocate(SIGNATURE, "float32", TOKENS, 1)
+def buffers(grown: bool = True) -> CacheBuffers:
+    made = MODEL.allocate(LAYOUT, TOKENS, 1)
     while grown and made.grow():
         pass
     return made
 
 
-def block(layer: int, plane: Plane, start: int = 0, tokens: int = TOKENS) -> Header:
+def block(layer: int, part: int, start: int = 0, tokens: int = TOKENS) -> Header:
     return Header(
         kind=Kind.BLOCK, session=7, payload_bytes=HEADS * tokens * DIM * 4, layer=layer,
-        plane=plane, dtype="float32", head_start=0, heads=HEADS, head_dim=DIM,
+        part=part, dtype="float32", head_start=0, heads=HEADS, width=DIM,
         token_start=start, tokens=tokens,
     )  # fmt: skip
 
@@ -115,7 +117,7 @@ def test_every_block_is_where_it_belongs(
         request.getfixturevalue("staged")
     made = session(buffers())
     for layer in range(LAYERS):
-        for plane in Plane:
+        for plane in range(2):
             data = values(10 * layer + plane)
             # Two blocks each, the later one first; and one that breaks off in between.
             land(made, block(layer, plane, 2, 3), data[:, 2:])
@@ -125,7 +127,7 @@ def test_every_block_is_where_it_belongs(
     caches = made.take_memory().build(mx.float32)
     assert not driver.queued
     for layer, built in enumerate(caches):
-        for plane, array in ((Plane.KEYS, built.keys), (Plane.VALUES, built.values)):
+        for plane, array in ((0, built.keys), (1, built.values)):
             got = np.array(array)[0, :, :TOKENS]
             np.testing.assert_array_equal(got, values(10 * layer + plane))
 
@@ -134,7 +136,7 @@ def test_a_block_that_finds_every_buffer_in_use_lands_in_the_cache_itself(
     staged: LateDriver,
 ) -> None:
     made = session(buffers())
-    landings = [made.landing(block(layer, Plane.KEYS)) for layer in range(LAYERS)]
+    landings = [made.landing(block(layer, 0)) for layer in range(LAYERS)]
     assert [len(landing.buffers) for landing in landings] == [1, 1, HEADS]
     for landing in landings:
         for buffer in landing.buffers:
@@ -145,7 +147,7 @@ def test_a_block_that_finds_every_buffer_in_use_lands_in_the_cache_itself(
 
 def test_memory_of_an_ended_session_is_held_while_it_is_written(staged: LateDriver) -> None:
     made = session(buffers())
-    land(made, block(0, Plane.KEYS), values(1))
+    land(made, block(0, 0), values(1))
     made.end("cancelled")
     gc.collect()
     ((done, _, target),) = staged.queued
@@ -156,7 +158,7 @@ def test_memory_of_an_ended_session_is_held_while_it_is_written(staged: LateDriv
 def test_a_finished_cache_has_no_other_owner(staged: LateDriver) -> None:
     memory = buffers()
     made = session(memory)
-    land(made, block(0, Plane.KEYS), values(1))
+    land(made, block(0, 0), values(1))
     ((_, _, target),) = staged.queued
     memory.build(mx.float32)
     assert target() is None
@@ -164,21 +166,21 @@ def test_a_finished_cache_has_no_other_owner(staged: LateDriver) -> None:
 
 def test_a_duplicate_is_compared_with_what_was_staged(staged: LateDriver) -> None:
     made = session(buffers())
-    land(made, block(0, Plane.KEYS), values(1))
+    land(made, block(0, 0), values(1))
     assert staged.queued
-    land(made, block(0, Plane.KEYS), values(1))
+    land(made, block(0, 0), values(1))
     with pytest.raises(WireError, match="different bytes"):
-        land(made, block(0, Plane.KEYS), values(2))
+        land(made, block(0, 0), values(2))
 
 
 def test_a_block_waits_for_its_layer(driver: LateDriver) -> None:
     memory = buffers(grown=False)
     made = session(memory)
-    land(made, block(0, Plane.KEYS), values(0))
+    land(made, block(0, 0), values(0))
     landed = threading.Event()
 
     def last() -> None:
-        land(made, block(LAYERS - 1, Plane.KEYS), values(1))
+        land(made, block(LAYERS - 1, 0), values(1))
         landed.set()
 
     thread = threading.Thread(target=last, daemon=True)
@@ -194,5 +196,5 @@ def test_a_block_does_not_wait_for_memory_of_an_ended_session() -> None:
     made = session(buffers(grown=False))
     threading.Timer(0.2, made.end, ["cancelled"]).start()
     with pytest.raises(WireError, match="does not receive blocks"):
-        made.landing(block(1, Plane.KEYS))
+        made.landing(block(1, 0))
     assert not made.memory_grew()

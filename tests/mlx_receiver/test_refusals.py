@@ -21,6 +21,7 @@ from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
 from mlx_receiver.transports.tcp import dial
 from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.wire.layout import CacheLayout, LayerLayout
 from mlx_receiver.wire.messages import (
     Opened,
     Ping,
@@ -61,8 +62,8 @@ def opened(client: FakeVllm, prompt: list[int]) -> int:
         ({"head_start": 1}, "heads 1..2.*the model has 2 KV heads"),
         ({"token_start": 5}, "tokens 5..21.*the prompt has 17 tokens"),
         ({"token_start": 2**32 - 1}, "the prompt has 17 tokens"),
-        ({"head_dim": 16, "tokens": 34}, "head_dim is 16, the model's 32"),
-        ({"dtype": "float16", "head_dim": 64}, "head_dim is 64"),
+        ({"width": 16, "tokens": 34}, "a row is of 16 numbers, the model's of 32"),
+        ({"dtype": "float16", "width": 64}, "a row is of 64 numbers"),
         ({"dtype": "bfloat16", "tokens": 34}, "dtype is bfloat16, agreed was float32"),
         ({"checksum": 12345}, "checksum does not match"),
     ],
@@ -108,7 +109,7 @@ def test_a_hole_is_named_when_nothing_fills_it(
     session = opened(client, kv.prompt)
     assert client.bulk is not None
     for header, payload in blocks(session, kv):
-        if (header.layer, header.plane) != (3, 1):
+        if (header.layer, header.part) != (3, 1):
             client.bulk.send(header, [payload])
     header, payload = block(session, kv, 3, 1, HEADS, slice(0, 11))
     client.bulk.send(header, [payload])
@@ -137,7 +138,7 @@ def test_a_broken_connection_leaves_its_place_to_another(
     "garbage",
     [
         b"GET / HTTP/1.1\r\n\r\n" + b" " * 100,
-        Header(Kind.BLOCK, 1, 10, heads=1, tokens=1, head_dim=1).pack(),
+        Header(Kind.BLOCK, 1, 10, heads=1, tokens=1, width=1).pack(),
         Header(Kind.REPLY, 1, 0).pack(),
         b"\xff" * 200,
     ],
@@ -243,7 +244,9 @@ def test_a_session_id_in_use_is_refused(client: FakeVllm) -> None:
     [
         ({"protocol": 0}, "version", "upgrade vllm-mac-decode on the client's machine"),
         ({"protocol": 99}, "version", "upgrade vllm-mac-decode on the receiver's machine"),
-        ({"kv_dtype": "fp8"}, "unsupported", "fp8"),
+        ({"payload": b""}, "protocol", "introduction cannot be read"),
+        ({"payload": b"\x81\xa1x\x01" * 50}, "protocol", "introduction cannot be read"),
+        ({"payload": b"\xc1", "protocol": 3}, "version", "wire protocol 3, this receiver 2"),
     ],
 )
 def test_hellos_that_are_rejected(
@@ -258,12 +261,22 @@ def test_hellos_that_are_rejected(
 
 
 def test_another_model_is_rejected_naming_each_difference(receiver: Receiver) -> None:
-    other = msgspec.structs.replace(receiver.source.signature, layers=7, head_dim=128)
-    client = FakeVllm(receiver)
-    rejected = client.hello(signature=other)
-    assert rejected.code == "model"
-    assert_matches("layers: 4 here, 7 there; head_dim: 32 here, 128 there", rejected.reason)
-    client.close()
+    source = receiver.source
+    other = msgspec.structs.replace(source.signature, vocab_size=77)
+    wide = msgspec.structs.replace(source.layout.layers[1].parts[1], width=128)
+    kinds = list(source.layout.layers)
+    kinds[1] = LayerLayout(kinds[1].kind, [kinds[1].parts[0], wide])
+    kinds[3] = LayerLayout("latent", [wide])
+    for layout, named in (
+        (CacheLayout(kinds), "layer 1, values: width: 32 here, 128 there; "
+                             "layer 3, kind: full here, latent there"),
+        (CacheLayout(kinds[:2]), "layers: 4 here, 2 there"),
+    ):  # fmt: skip
+        client = FakeVllm(receiver)
+        rejected = client.hello(signature=other, layout=layout)
+        assert rejected.code == "model"
+        assert_matches(f"vocab_size: 49152 here, 77 there; {named}", rejected.reason)
+        client.close()
 
 
 @pytest.mark.parametrize("frames", [[b""], [b"\xc1"], [b"\x80"], [b"a", b"b"], [b"\x93" * 5000]])

@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.keys import new_ticket
+from mlx_receiver.wire.layout import full_attention
 from vllm_mac_decode.scheduler.port import EngineRules
 from vllm_mac_decode.scheduler.relay import Relay
 from vllm_mac_decode.settings import Settings
@@ -82,7 +83,9 @@ class Engine:
         self.relay = Relay(Settings(**settings))
         self.port, self.link = Port(), Link()
         self.relay.engine, self.relay.link = self.port, self.link  # type: ignore[assignment]
-        self.relay.vocab_size, self.relay.kv_bytes_per_token = VOCABULARY, BYTES
+        self.relay.vocab_size = VOCABULARY
+        self.relay.layout = full_attention(1, 4, 2, "float32")
+        assert self.relay.layout.bytes_per_token == BYTES
         self.requests: dict[str, Request] = {}
         self.connect()
 

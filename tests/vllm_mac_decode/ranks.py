@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlx_receiver.caches.model import ModelCache
 from mlx_receiver.caches.plain import PlainKV
 from mlx_receiver.metrics import Metrics
 from mlx_receiver.sessions.session import Session
@@ -21,12 +22,13 @@ from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire.frames import Header
 from mlx_receiver.wire.keys import new_ticket
+from mlx_receiver.wire.layout import FULL, full_attention
 from mlx_receiver.wire.messages import Endpoint, Open, Sampling
-from mlx_receiver.wire.signature import ModelSignature
 from tests.waiting import eventually
 from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
-from vllm_mac_decode.worker.exporter import ExportedLayer, Exporter
+from vllm_mac_decode.worker.exporter import Exporter
+from vllm_mac_decode.worker.paged_cache import ExportedLayer
 from vllm_mac_decode.worker.paged_layout import PagedLayout, PlaneMap
 
 LAYERS, HEADS, DIM, BLOCK = 4, 4, 16, 16
@@ -38,9 +40,9 @@ class Store(SessionStore):
     """The receiver's own store behind its own listener, which can stop to read or be slow."""
 
     def __init__(self, layers: int = LAYERS, dim: int = DIM) -> None:
-        signature = ModelSignature("llama", layers, HEADS, dim, 64, 100, [])
-        super().__init__(PlainKV(), signature, max_sessions=64, events=self, metrics=Metrics())
-        self.configure("float32", 1 << 30)
+        super().__init__(max_sessions=64, events=self, metrics=Metrics())
+        self.layout = full_attention(layers, HEADS, dim, "float32")
+        self.configure(ModelCache(self.layout, [PlainKV()]), 1 << 30)
         self.completed: set[int] = set()
         self.failures: list[str] = []
         self.reading = threading.Event()
@@ -69,7 +71,7 @@ class Store(SessionStore):
 
     def add(self, request: Request) -> Session:
         message = Open(request.session, request.id, [1] * request.tokens, Sampling(max_tokens=1))
-        return self.open(message, self, "float32")
+        return self.open(message, self, self.layout)
 
     def stop(self) -> None:
         self.reading.set()
@@ -100,8 +102,8 @@ class Request:
         """Every byte of it is in the session's memory."""
         buffers = session.take_memory()
         for layer in range(self.layers):
-            for plane in Plane:
-                got = buffers.plane(layer, plane)[:, : self.tokens].view(np.float32)
+            for plane in range(2):
+                got = buffers.part(layer, plane)[:, : self.tokens].view(np.float32)
                 assert np.array_equal(got, self.kv[layer, plane].numpy()), (layer, plane)
 
 
@@ -133,7 +135,7 @@ class Worker:
         )
         self.caches = {layer: torch.full(shape, torch.nan) for layer in layers}
         exported = {
-            f"layers.{layer}": ExportedLayer(layer, cache, layout, heads.start)
+            f"layers.{layer}": ExportedLayer(layer, cache, layout, heads.start, FULL)
             for layer, cache in self.caches.items()
         }
         self.exporter = Exporter(exported, block_size, Settings(**settings))

@@ -16,6 +16,8 @@ import zmq
 
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.keys import control_keys, new_ticket
+from mlx_receiver.wire.layout import full_attention
+from mlx_receiver.wire.messages import Introduction
 from mlx_receiver.wire.signature import ModelSignature
 from tests.conftest import free_port
 from tests.waiting import eventually
@@ -24,7 +26,9 @@ from vllm_mac_decode.scheduler.control import ControlSocket
 from vllm_mac_decode.scheduler.link import Link
 from vllm_mac_decode.settings import Settings
 
-SIGNATURE = ModelSignature("llama", 2, 2, 16, 64, 100, [])
+ME = Introduction(
+    ModelSignature("llama", 64, 100, []), full_attention(2, 2, 16, "float32"), "test", "test"
+)
 TICKET = new_ticket()
 WELCOME = m.Welcome("r", "m", "e", [m.Endpoint("tcp", "192.0.2.7", 9)], TICKET, 99, ["raw"])
 
@@ -99,7 +103,7 @@ def linked(
 ) -> Iterator[tuple[Link, Events]]:
     events = Events()
     settings = Settings(receiver=address, token=token, stall_timeout=stall_timeout)
-    link = Link(settings, SIGNATURE, "float32", "test", events)
+    link = Link(settings, ME, events)
     try:
         yield link, events
     finally:

@@ -107,20 +107,20 @@ def make_block(
     number: int,
     heads: int = 4,
     tokens: int = 16,
-    head_dim: int = 8,
+    width: int = 8,
     checksum: int = 0,
 ) -> tuple[Header, list[memoryview]]:
     """A block of random bytes in one part for each head, as the exporter sends them."""
     source = random.Random(f"{session} {number}")
-    rows = [memoryview(source.randbytes(2 * tokens * head_dim)) for _ in range(heads)]
+    rows = [memoryview(source.randbytes(2 * tokens * width)) for _ in range(heads)]
     header = Header(
         kind=Kind.BLOCK,
         session=session,
-        payload_bytes=2 * heads * tokens * head_dim,
+        payload_bytes=2 * heads * tokens * width,
         layer=number,
-        plane=Plane.VALUES,
+        part=1,
         heads=heads,
-        head_dim=head_dim,
+        width=width,
         tokens=tokens,
         checksum=checksum,
     )

@@ -353,7 +353,7 @@ def test_a_frame_has_a_time(
     monkeypatch.setattr(tcp_listener, "FRAME_SECONDS", 0.6)
     idle, slow = (peers.enter(listener, TICKET) for _ in range(2))
     calls += [idle, slow]
-    header, _ = make_block(1, 0, tokens=4096, head_dim=128)
+    header, _ = make_block(1, 0, tokens=4096, width=128)
     began = time.monotonic()
     slow.sendall(header.pack() + bytes(1000))
     sink.wait(lambda: sink.pending == 1)

@@ -29,7 +29,7 @@ TIMEOUT = 3.0
 
 _SENDS_FOREVER = """
 import sys
-from mlx_receiver.wire import hooks
+from mlx_receiver import plugins
 import msgspec
 from mlx_receiver.wire.messages import DataTicket, Endpoint
 from tests.wire.sink import make_block
@@ -38,7 +38,7 @@ endpoint, ticket = (
     for text, kind in zip(sys.argv[1:], (Endpoint, DataTicket))
 )
 sender = plugins.transport(endpoint.transport).connect(endpoint, ticket, 5.0)
-header, rows = make_block(1, 0, heads=8, tokens=4096, head_dim=128)
+header, rows = make_block(1, 0, heads=8, tokens=4096, width=128)
 while True:
     sender.send(header, rows)
 """
@@ -126,7 +126,7 @@ def test_blocks_land_intact(connect: Any, sink: MemorySink, shuffled: bool) -> N
 
 def test_the_payload_is_the_callers_again_after_send(connect: Any, sink: MemorySink) -> None:
     sender = connect()
-    header, rows = make_block(1, 0, heads=2, tokens=512, head_dim=128)
+    header, rows = make_block(1, 0, heads=2, tokens=512, width=128)
     reused = [bytearray(row) for row in rows]
     sink.gate.clear()
     threading.Timer(0.3, sink.gate.set).start()
@@ -171,7 +171,7 @@ def test_several_senders_at_once(connect: Any, sink: MemorySink) -> None:
 
 def test_a_slow_receiver_blocks_the_sender(connect: Any, sink: MemorySink) -> None:
     sender = connect()
-    header, rows = make_block(1, 0, heads=8, tokens=1024, head_dim=128)  # 2 MiB
+    header, rows = make_block(1, 0, heads=8, tokens=1024, width=128)  # 2 MiB
     sink.gate.clear()
     sent = []
 
@@ -198,7 +198,7 @@ def test_a_slow_receiver_blocks_the_sender(connect: Any, sink: MemorySink) -> No
 
 def test_many_tiny_frames(connect: Any, sink: MemorySink) -> None:
     sender = connect()
-    blocks = [make_block(1, n, heads=1, tokens=1, head_dim=1) for n in range(2000)]
+    blocks = [make_block(1, n, heads=1, tokens=1, width=1) for n in range(2000)]
     send_all(sender, blocks)
     sink.wait(lambda: len(sink.landed) == 2000)
     assert all(sink.landed[1, h.layer] == bytes(rows[0]) for h, rows in blocks)
@@ -206,7 +206,7 @@ def test_many_tiny_frames(connect: Any, sink: MemorySink) -> None:
 
 def test_the_largest_frame(connect: Any, sink: MemorySink) -> None:
     sender = connect()
-    header, rows = make_block(1, 0, heads=8, tokens=32768, head_dim=128)
+    header, rows = make_block(1, 0, heads=8, tokens=32768, width=128)
     assert header.payload_bytes == MAX_PAYLOAD
     sender.send(header, rows)
     sender.send(*make_block(1, 1))
@@ -226,7 +226,7 @@ def test_attach_is_answered(connect: Any) -> None:
 
 def test_a_refused_block_is_thrown_away(connect: Any, sink: MemorySink) -> None:
     sender = connect()
-    sender.send(*make_block(REFUSED, 0, tokens=5000, head_dim=64))
+    sender.send(*make_block(REFUSED, 0, tokens=5000, width=64))
     sender.send(*make_block(1, 0))
     sink.wait(lambda: bool(sink.landed))
     assert sink.refusals == [(REFUSED, E_SESSION)]
@@ -340,7 +340,7 @@ def test_a_receiver_that_goes_away(connect: Any, listener: Listener) -> None:
 
 def test_a_receiver_that_takes_nothing(connect: Any, sink: MemorySink) -> None:
     sender = connect(timeout=TIMEOUT)
-    header, rows = make_block(1, 0, heads=8, tokens=1024, head_dim=128)
+    header, rows = make_block(1, 0, heads=8, tokens=1024, width=128)
     sink.gate.clear()
     with pytest.raises(TransportError):
         for _ in range(100):
