@@ -12,8 +12,8 @@ import msgspec
 
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.seldom import Seldom, printable
-from vllm_mac_decode.scheduler.handoff import Session
-from vllm_mac_decode.scheduler.handoffs import Sessions
+from vllm_mac_decode.scheduler.handoff import Handoff, Phase
+from vllm_mac_decode.scheduler.handoffs import Handoffs
 from vllm_mac_decode.scheduler.promise import BrokenPromise
 from vllm_mac_decode.settings import Settings
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("vllm.mac_decode.relay")
 _PARKED_SECONDS = 60.0
 
 
-class Answers(Sessions):
+class Answers(Handoffs):
     """The ``LinkListener`` half of the relay; called from the link's thread."""
 
     def __init__(self, settings: Settings) -> None:
@@ -69,9 +69,10 @@ class Answers(Sessions):
         with self._lock:
             for session in list(self._sessions.values()):
                 promise = session.promise
-                if promise is None or not (session.started or session.handed_on):
+                if promise is None or session.phase not in (Phase.DECODING, Phase.PREFILLED):
                     continue
-                stall = _PARKED_SECONDS if session.handed_on else self._settings.stall_timeout
+                routed = session.phase is Phase.PREFILLED
+                stall = _PARKED_SECONDS if routed else self._settings.stall_timeout
                 cause = promise.overdue(now, stall, self._settings.queue_timeout)
                 if cause:
                     self._give_up(session, cause, breaker=cause == "stalled")
@@ -92,7 +93,7 @@ class Answers(Sessions):
                 case m.Complete():
                     promise.completed(message, now)
                     self._counts.events["kv_bytes"] += message.kv_bytes
-                    if session.handed_on:
+                    if session.phase is Phase.PREFILLED:
                         self._finish_parked(session)
                 case m.Refused():
                     promise.refused(message)
@@ -102,11 +103,11 @@ class Answers(Sessions):
         except BrokenPromise as error:
             self._broken(session, error)
 
-    def _failed(self, session: Session, cause: str, reason: str, breaker: bool = False) -> None:
+    def _failed(self, session: Handoff, cause: str, reason: str, breaker: bool = False) -> None:
         logger.debug("session of %s: %s", session.request_id, printable(reason))
         self._give_up(session, cause, breaker)
 
-    def _broken(self, session: Session, error: BrokenPromise) -> None:
+    def _broken(self, session: Handoff, error: BrokenPromise) -> None:
         self._complaints.warning(
             "the receiver broke the protocol in the session of %s: %s; "
             "the response goes on locally",
@@ -120,8 +121,8 @@ class Answers(Sessions):
         produced: dict[int, tuple[Request, m.Decoded]] = {}
         # Given up once their tokens, if there are any, are on their way: what ends the response
         # must not overtake them.
-        broken: list[tuple[Session, BrokenPromise]] = []
-        full: list[Session] = []
+        broken: list[tuple[Handoff, BrokenPromise]] = []
+        full: list[Handoff] = []
         for decoded in step:
             session = self._sessions.get(decoded.session)
             if session is None or session.promise is None:

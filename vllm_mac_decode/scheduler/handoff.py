@@ -1,10 +1,11 @@
-"""What the relay knows of a handed-off request, and what it counts."""
+"""One hand-off: its phases, what is known of it, and what is counted."""
 
 from __future__ import annotations
 
+import enum
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mlx_receiver.wire.messages import Sampling
 from vllm_mac_decode.scheduler.promise import Promise
@@ -16,22 +17,55 @@ if TYPE_CHECKING:
 KEPT_TIMES = 1024
 
 
+class Phase(enum.Enum):
+    """Where a hand-off is, as vLLM's side sees it."""
+
+    #: It will be handed off; nobody was told yet, and vLLM ends it after one token.
+    DECIDED = enum.auto()
+    #: Open was sent, and vLLM prefills.
+    OPEN = enum.auto()
+    #: The first token is out, vLLM's own request has ended, and the receiver owes the rest.
+    DECODING = enum.auto()
+    #: A router asks the receiver for the rest; only KV is left to be sent.
+    PREFILLED = enum.auto()
+    #: The receiver has no part in it any more; vLLM's own request goes on.
+    LOCAL = enum.auto()
+    #: Its continuation is on its way to vLLM's scheduler.
+    CONTINUING = enum.auto()
+    #: vLLM's scheduler has the continuation.
+    CONTINUED = enum.auto()
+    OVER = enum.auto()
+
+
+#: What may follow what.
+NEXT: Final = {
+    Phase.DECIDED: {Phase.OPEN, Phase.LOCAL, Phase.OVER},
+    Phase.OPEN: {Phase.DECODING, Phase.PREFILLED, Phase.LOCAL, Phase.OVER},
+    Phase.DECODING: {Phase.CONTINUING, Phase.OVER},
+    Phase.PREFILLED: {Phase.OVER},
+    # Given up in the same step in which vLLM ended it after its one token.
+    Phase.LOCAL: {Phase.CONTINUING, Phase.OVER},
+    Phase.CONTINUING: {Phase.CONTINUED, Phase.OVER},
+    Phase.CONTINUED: {Phase.OVER},
+    Phase.OVER: set[Phase](),
+}
+
+#: The receiver knows about it, and will do something for it.
+_REMOTE: Final = {Phase.OPEN, Phase.DECODING, Phase.PREFILLED}
+
+
 @dataclass
-class Session:
+class Handoff:
     """One handed-off request. ``tokens`` are its output so far, whoever produced them."""
 
     session: int
     request: Request
     max_tokens: int  # the client's
     sampling: Sampling  # as the receiver is told
-    asked: bool = False  # Open was sent
-    started: bool = False  # the first token is out, the local request has ended
-    ended: bool = False  # the receiver has no part in it any more
+    routed: bool = False  # a router's prefill: the receiver is asked for the rest over HTTP
+    phase: Phase = Phase.DECIDED
     continued_as: str = ""  # the local continuation's request id
-    queued: bool = False  # the continuation is on its way to vLLM's scheduler
     promise: Promise | None = None  # what the receiver owes, once Open was sent
-    parked: bool = False  # a router's prefill: the receiver is asked for the rest over HTTP
-    handed_on: bool = False  # the router knows about it; only KV is left to be sent
     tokens: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
 
@@ -39,6 +73,22 @@ class Session:
     def request_id(self) -> str:
         """The id under which the client's side knows it."""
         return self.request.request_id
+
+    @property
+    def remote(self) -> bool:
+        """Whether the receiver has a part in it now."""
+        return self.phase in _REMOTE
+
+    @property
+    def pending(self) -> bool:
+        """Whether the receiver has a part in it now, or will have."""
+        return self.remote or self.phase is Phase.DECIDED
+
+    def enter(self, phase: Phase) -> None:
+        """Every change of the phase passes here."""
+        if phase not in NEXT[self.phase]:
+            raise AssertionError(f"a hand-off cannot go from {self.phase.name} to {phase.name}")
+        self.phase = phase
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.layout import CacheLayout
 from vllm_mac_decode.scheduler.availability import Availability
-from vllm_mac_decode.scheduler.handoff import Counts, Session
+from vllm_mac_decode.scheduler.handoff import Counts, Handoff, Phase
 from vllm_mac_decode.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.mac_decode.relay")
 
 
-class Sessions:
+class Handoffs:
     """Whether there is a receiver is part of what the lock guards: a session is entered while one
     is connected and given up when that one is lost, never in between."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._lock = threading.RLock()
-        self._sessions: dict[int, Session] = {}
-        self._by_request: dict[str, Session] = {}
+        self._sessions: dict[int, Handoff] = {}
+        self._by_request: dict[str, Handoff] = {}
         self._ended: list[int] = []
         self._counts = Counts()
         self._available = Availability(settings)
@@ -41,26 +41,30 @@ class Sessions:
         self.layout: CacheLayout | None = None
         self.vocab_size = 0
 
-    def _finish_parked(self, session: Session) -> None:
+    def _finish_parked(self, session: Handoff) -> None:
         """All KV is there: neither the workers nor this side have a part in it any more."""
-        session.ended = True
+        session.enter(Phase.OVER)
         self._sessions.pop(session.session, None)
         self._tell_workers(session)
 
-    def _give_up(self, session: Session, cause: str, breaker: bool = True) -> None:
+    def _give_up(self, session: Handoff, cause: str, breaker: bool = True) -> None:
         """The receiver's part ends here; the response goes on locally."""
-        if session.ended:
+        if not session.pending:
             return
         self._counts.fallbacks[cause] += 1
         if breaker:
             self._available.failed()
-        self._cancel(session, cause)
-        if session.started:
-            self._continue_locally(session)
-        else:
-            session.request.max_tokens = session.max_tokens
+        self._part(session, cause)
+        match session.phase:
+            case Phase.DECODING:
+                self._continue_locally(session)
+            case Phase.PREFILLED:
+                session.enter(Phase.OVER)
+            case _:
+                session.enter(Phase.LOCAL)
+                session.request.max_tokens = session.max_tokens
 
-    def _continue_locally(self, session: Session) -> None:
+    def _continue_locally(self, session: Handoff) -> None:
         assert self.engine is not None
         request, name = session.request, f"{session.request_id}-local"
         try:
@@ -70,40 +74,42 @@ class Sessions:
             self.engine.emit_aborted(request)
             goes_on = False
         if goes_on:
-            session.continued_as, session.queued = name, True
+            session.enter(Phase.CONTINUING)
+            session.continued_as = name
             self._by_request[name] = session
         else:
             self._forget(session)
 
-    def _cancel(self, session: Session, reason: str) -> None:
-        session.ended = True
+    def _part(self, session: Handoff, reason: str) -> None:
+        """Tell the receiver and the workers that it is nothing of theirs any more."""
         self._sessions.pop(session.session, None)
-        if session.asked:
+        if session.remote:
             self._tell_workers(session)
             if self.link is not None:
                 self.link.send(m.Cancel(session.session, reason))
 
-    def _abort(self, session: Session) -> None:
-        if not session.ended:
+    def _abort(self, session: Handoff) -> None:
+        if session.pending:
             self._counts.events["aborted"] += 1
-            self._cancel(session, "the request was aborted")
+            self._part(session, "the request was aborted")
         self._forget(session)
 
-    def _tell_workers(self, session: Session) -> None:
+    def _tell_workers(self, session: Handoff) -> None:
         """The session is over. They hear of it in the engine's next step, as the metrics do, and an
         idle engine makes none by itself."""
         self._ended.append(session.session)
         if self.engine is not None:
             self.engine.wake()
 
-    def _forget(self, session: Session) -> None:
-        session.ended = True
+    def _forget(self, session: Handoff) -> None:
+        if session.phase is not Phase.OVER:
+            session.enter(Phase.OVER)
         self._sessions.pop(session.session, None)
         self._by_request.pop(session.request_id, None)
         if session.continued_as:
             self._by_request.pop(session.continued_as, None)
 
-    def _send(self, session: Session, message: m.Open | m.Start) -> None:
+    def _send(self, session: Handoff, message: m.Open | m.Start) -> None:
         """What cannot be said ends the hand-off: nobody will answer it."""
         if self.link is None or not self.link.send(message):
             self._give_up(session, "lost", breaker=False)

@@ -22,7 +22,7 @@ from mlx_receiver.wire import messages as m
 from mlx_receiver.wire import trust
 from vllm_mac_decode.scheduler import eligibility
 from vllm_mac_decode.scheduler.answers import Answers
-from vllm_mac_decode.scheduler.handoff import Counts, Session
+from vllm_mac_decode.scheduler.handoff import Counts, Handoff, Phase
 from vllm_mac_decode.scheduler.promise import Promise
 
 if TYPE_CHECKING:
@@ -46,15 +46,16 @@ class Relay(Answers):
         """Decide whether the request will be handed off, and if so end it after one token."""
         with self._lock:
             if (session := self._by_request.get(request.request_id)) is not None:
-                session.queued = False  # it is our continuation
+                if session.phase is Phase.CONTINUING:
+                    session.enter(Phase.CONTINUED)
                 return
             sampling = self._decide(request)
             if isinstance(sampling, str):
                 self._counts.local[sampling] += 1
                 logger.debug("request %s decodes locally: %s", request.request_id, sampling)
                 return
-            session = Session(secrets.randbits(62), request, request.max_tokens, sampling)
-            session.parked = eligibility.is_routed(request)
+            session = Handoff(secrets.randbits(62), request, request.max_tokens, sampling)
+            session.routed = eligibility.is_routed(request)
             self._sessions[session.session] = session
             self._by_request[request.request_id] = session
             request.max_tokens = 1
@@ -80,17 +81,17 @@ class Relay(Answers):
             return "out_of_range"
         return sampling
 
-    def scheduled(self, request_id: str) -> Session | None:
+    def scheduled(self, request_id: str) -> Handoff | None:
         """The request is about to be prefilled for the first time: open its session."""
         with self._lock:
             session = self._by_request.get(request_id)
-            if session is None or session.asked or session.ended or session.continued_as:
+            if session is None or session.phase is not Phase.DECIDED:
                 return None
             request, welcome, layout = session.request, self._available.welcome, self.layout
             assert request.prompt_token_ids is not None
             assert welcome is not None  # or ``disconnected`` had ended the session
             assert layout is not None
-            session.asked = True
+            session.enter(Phase.OPEN)
             session.promise = Promise(
                 session.sampling,
                 request.num_prompt_tokens,
@@ -104,10 +105,10 @@ class Relay(Answers):
                     request_id=m.clipped(request.request_id, 1024),
                     prompt_token_ids=request.prompt_token_ids,
                     sampling=session.sampling,
-                    parked=session.parked,
+                    parked=session.routed,
                 ),
             )
-            return None if session.ended else session
+            return session if session.pending else None
 
     def prefilled(self, request: Request) -> dict[str, Any]:
         """A router's prefill request is done: what the receiver must be told over HTTP to go on.
@@ -116,9 +117,9 @@ class Relay(Answers):
         """
         with self._lock:
             session = self._by_request.get(request.request_id)
-            parked = session is not None and session.asked and not session.ended
+            parked = session is not None and session.phase is Phase.OPEN
             if session is not None and parked:
-                session.handed_on = True
+                session.enter(Phase.PREFILLED)
                 assert session.promise is not None
                 session.promise.start(time.monotonic())
                 if session.promise.complete:
@@ -153,7 +154,7 @@ class Relay(Answers):
         """Whether the request's blocks are still wanted by a receiver."""
         with self._lock:
             session = self._by_request.get(request_id)
-            return session is not None and not session.ended
+            return session is not None and session.pending
 
     def has_news(self) -> bool:
         """Whether ``take_ended`` and ``take_counts`` would tell of a session's end."""
@@ -164,9 +165,9 @@ class Relay(Answers):
         """Whether there are responses, or blocks for a router, that vLLM's scheduler does not
         know about."""
         with self._lock:
-            return any(s.started or s.handed_on for s in self._sessions.values()) or any(
-                s.queued for s in self._by_request.values()
-            )
+            return any(
+                s.phase in (Phase.DECODING, Phase.PREFILLED) for s in self._sessions.values()
+            ) or any(s.phase is Phase.CONTINUING for s in self._by_request.values())
 
     def rewrite(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Adjust what one engine step is about to send to the clients, and to the metrics."""
@@ -192,8 +193,10 @@ class Relay(Answers):
 
     def _elsewhere(self) -> int:
         """Responses that run, although vLLM's scheduler does not know them."""
-        return sum(s.started for s in self._sessions.values()) + sum(
-            s.queued for name, s in self._by_request.items() if name == s.continued_as
+        return sum(s.phase is Phase.DECODING for s in self._sessions.values()) + sum(
+            s.phase is Phase.CONTINUING
+            for name, s in self._by_request.items()
+            if name == s.continued_as
         )
 
     def abort(self, request_ids: list[str]) -> list[str]:
@@ -228,16 +231,16 @@ class Relay(Answers):
         """vLLM gives every request up: the same for responses that its scheduler does not know."""
         with self._lock:
             for session in list(self._sessions.values()):
-                if session.started and self.engine is not None:
+                if session.phase is Phase.DECODING and self.engine is not None:
                     self.engine.emit_aborted(session.request)
-                if session.started or session.handed_on:
+                if session.phase in (Phase.DECODING, Phase.PREFILLED):
                     self._abort(session)
 
     def freeze(self) -> None:
         """vLLM holds every response until it is resumed: those of the receiver come home."""
         with self._lock:
             for session in list(self._sessions.values()):
-                if session.started:
+                if session.phase is Phase.DECODING:
                     self._give_up(session, "paused", breaker=False)
 
     def rejects(self, request_id: str, draining: bool) -> bool | None:
@@ -253,10 +256,10 @@ class Relay(Answers):
 
     # --- both threads, with the lock --------------------------------------------------------
 
-    def _keep(self, client: int, session: Session, output: EngineCoreOutput) -> bool:
+    def _keep(self, client: int, session: Handoff, output: EngineCoreOutput) -> bool:
         """Whether the step's output goes out with the step. False: it was sent from here."""
         assert self.engine is not None
-        if session.parked:
+        if session.routed:
             self._keep_prefilled(session, output)
             return True
         if session.continued_as:
@@ -273,29 +276,30 @@ class Relay(Answers):
         room = self.engine.max_model_len - session.request.num_prompt_tokens
         if not limit or len(session.tokens) >= room:
             # Finished by itself: a stop token, an error, or the client's own limit.
-            if not session.ended:
-                self._cancel(session, "finished at the first token")
+            if session.pending:
+                self._part(session, "finished at the first token")
             self._forget(session)
             return True
         output.finish_reason = None
-        session.started = True
         session.first_token_at = time.monotonic()
         # Sent from here, so that it is in the queue before the receiver can answer.
         self.engine.emit(client, [output])
-        if session.ended:
+        if not session.pending:
             self._continue_locally(session)
         else:
+            session.enter(Phase.DECODING)
             assert session.promise is not None
             session.promise.start(session.first_token_at)
             self._send(session, m.Start(session.session, session.tokens[-1]))
         return False
 
-    def _keep_prefilled(self, session: Session, output: EngineCoreOutput) -> None:
+    def _keep_prefilled(self, session: Handoff, output: EngineCoreOutput) -> None:
         if output.finish_reason is None:
             return
         self._by_request.pop(session.request_id, None)
-        if not session.handed_on and not session.ended:
-            self._cancel(session, "the prefill failed")
+        if session.phase in (Phase.DECIDED, Phase.OPEN):
+            self._part(session, "the prefill failed")
+            session.enter(Phase.OVER)
         if output.kv_transfer_params and output.new_logprobs is not None:
             # The router throws the first token's own response away.
             ids, values, ranks, *_ = output.new_logprobs
