@@ -128,8 +128,15 @@ def test_the_vllm_half_knows_only_the_wire_of_the_receiver() -> None:
         (source.name, name)
         for source, name in imported_names("vllm_mac_decode")
         if name.split(".")[0] in {"mlx", "mlx_lm", "mlx_receiver"}
-        and not f"{name}.".startswith("mlx_receiver.wire.")
+        and not f"{name}.".startswith(
+            ("mlx_receiver.wire.", "mlx_receiver.transports.", "mlx_receiver.plugins.")
+        )
     ] == []
+
+
+def test_the_scheduler_half_runs_without_vllm(tmp_path: Path) -> None:
+    loaded = top_level_modules_after_importing("vllm_mac_decode.scheduler", tmp_path)
+    assert not loaded & HEAVY
 
 
 def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:

@@ -116,7 +116,10 @@ def _rely_on_receiver(message: m.ReceiverMessage) -> None:
                     assert not any(map(math.isnan, row.values))
                     for token in row.token_ids:
                         _token(token)
-        case m.Refused() | m.Failed() | m.Rejected():
+        case m.Rejected():
+            # A later version may have a reason of its own.
+            assert len(message.code) <= 1024 and len(message.reason) <= 4096
+        case m.Refused() | m.Failed():
             assert message.code in get_args(m.Code) and len(message.reason) <= 4096
         case m.Status():
             assert len(message.sessions) <= 4096 and message.free_bytes >= 0
@@ -188,7 +191,7 @@ def headers(fields: tuple[Any, ...]) -> int:
             assert header.kind in (frames.Kind.ATTACH, frames.Kind.BLOCK)
             assert header.payload_bytes <= frames.MAX_PAYLOAD
             if header.kind is frames.Kind.BLOCK:
-                size = header.heads * header.tokens * header.head_dim
+                size = header.heads * header.tokens * header.width
                 assert header.payload_bytes == size * frames.ITEMSIZE[header.dtype] > 0
             else:
                 assert not header.payload_bytes

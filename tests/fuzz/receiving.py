@@ -20,7 +20,7 @@ from mlx_receiver.settings import Settings
 from mlx_receiver.wire import keys
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.frames import Header, Kind
-from mlx_receiver.wire.layout import ITEMSIZE
+from mlx_receiver.wire.layout import ITEMSIZE, layout_from_config
 from tests.conftest import cached_model
 from tests.models import MODELS
 from tests.waiting import eventually
@@ -84,8 +84,9 @@ class _Machine:
     def _welcome(self, index: int) -> Client:
         ticket = keys.new_ticket()
         self.store.admit(ticket)
+        layout = layout_from_config(self.receiver.source.config, "float32")
         return Client(
-            ticket.client, f"fuzz {index}", "float32", self.heard[index].append, self.handover
+            ticket.client, f"fuzz {index}", layout, self.heard[index].append, self.handover
         )
 
     def run(self, drawn: list[tuple[Any, ...]]) -> None:

@@ -245,7 +245,7 @@ def test_warming_up_leaves_no_trace(
             tiny_llama_path, adapter, metrics, lambda *step: seen.append(step)
         ) as engine:
             assert steps == {1, 2, 3}  # batches of one and of several; rows joined and left
-            assert adapter.tokens == [tokens for tokens, _ in WARM_UP_JOBS]
+            assert adapter.tokens == [tokens for tokens, _ in WARM_UP_JOBS for _ in range(4)]
             assert (engine.decoding, engine.waiting) == (0, 0)
             assert b"mlx_receiver_decoded_tokens_total 0.0" in generate_latest(metrics.registry)
             kv = prefill(255)

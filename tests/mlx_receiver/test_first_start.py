@@ -212,7 +212,7 @@ def test_the_download_shows_its_progress(tiny_llama_path: Path, tmp_path: Path) 
 def with_hub(server: Hub, home: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run code that calls ``mlx_receiver.decode.hub``, whose library reads its variables once."""
     return subprocess.run(
-        [sys.executable, "-c", f"from mlx_receiver import hub\n{code}"], capture_output=True,
+        [sys.executable, "-c", f"from mlx_receiver.decode import hub\n{code}"], capture_output=True,
         text=True, check=False, timeout=120, env={**os.environ, **server.environment(home)},
     )  # fmt: skip
 

@@ -60,10 +60,10 @@ def handed_off(receiver: Receiver) -> str:
 
 
 def hand_off(client: FakeVllm) -> str:
-    signature = client.receiver.source.signature
-    shape = (signature.kv_heads, 9, signature.head_dim)
+    layers = client.receiver.source.layout.layers
+    shape = (layers[0].parts[0].heads, 9, layers[0].parts[0].width)
     values = np.random.default_rng(0).standard_normal(shape, np.float32).view(np.uint32)
-    kv = Prefilled([7] * 9, [[values, values]] * signature.layers, "float32", [11])
+    kv = Prefilled([7] * 9, [[values, values]] * len(layers), "float32", [11])
     session = client.request(kv, Sampling(max_tokens=3, temperature=0.0))
     assert len(client.tokens(session)) == 2
     return f"request-{session}"
