@@ -6,14 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
-
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.layout import full_attention
+from tests.vllm_mac_decode.plain import Output, Outputs, Params, Request, Stats
 from vllm_mac_decode.scheduler.port import EngineRules
 from vllm_mac_decode.scheduler.relay import Relay
 from vllm_mac_decode.settings import Settings
@@ -36,12 +32,12 @@ class Port:
 
     def wake(self) -> None: ...
 
-    def is_length(self, output: EngineCoreOutput) -> bool:
-        return output.finish_reason == FinishReason.LENGTH
+    def is_length(self, output: Output) -> bool:
+        return output.finish_reason == "length"
 
-    def emit(self, client: int, outputs: list[EngineCoreOutput]) -> None:
+    def emit(self, client: int, outputs: list[Output]) -> None:
         for o in outputs:
-            self.out.append((o.request_id, list(o.new_token_ids), str(o.finish_reason or "")))
+            self.out.append((o.request_id, list(o.new_token_ids), o.finish_reason or ""))
 
     def emit_aborted(self, request: Request) -> None:
         self.out.append((request.request_id, [], "abort"))
@@ -59,7 +55,7 @@ class Port:
         self.resumed.append((request.request_id, as_id, list(tokens), max_tokens))
         return True
 
-    def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:
+    def continue_output(self, output: Output, request_id: str) -> None:
         output.request_id = request_id
 
 
@@ -99,14 +95,10 @@ class Engine:
 
     def add(self, name: str = "a", max_tokens: int = 8, **params: Any) -> Request:
         prompt = params.pop("prompt", PROMPT)
-        request = Request(
-            request_id=name,
-            prompt_token_ids=prompt,
-            sampling_params=SamplingParams(temperature=0, max_tokens=max_tokens, **params),
-            pooling_params=None,
-        )
+        transfer = params.pop("kv_transfer_params", None)
+        request = Request(name, prompt, Params(max_tokens, **params), transfer)
         self.requests[name] = request
-        self.relay.on_new_request(request)
+        self.relay.on_new_request(request)  # type: ignore[arg-type]
         return request
 
     def schedule(self, name: str = "a") -> int:
@@ -117,12 +109,12 @@ class Engine:
     def step(self, name: str = "a", token: int = 7, finished: bool | None = None) -> Any:
         """vLLM's engine has sampled a token; returns what goes out with the step."""
         finished = self.requests[name].max_tokens == 1 if finished is None else finished
-        reason = FinishReason.LENGTH if finished else None
-        outputs = EngineCoreOutputs(
-            outputs=[EngineCoreOutput(name, [token], finish_reason=reason)],
-            scheduler_stats=SchedulerStats(),
-        )
-        self.relay.rewrite({0: outputs})
+        return self.put_out(Output(name, [token], "length" if finished else None))
+
+    def put_out(self, output: Output) -> Outputs:
+        """A step of vLLM's engine has this output; returns what goes out with the step."""
+        outputs = Outputs([output], Stats())
+        self.relay.rewrite({0: outputs})  # type: ignore[dict-item]
         return outputs
 
     def say(self, *messages: m.ReceiverMessage) -> None:

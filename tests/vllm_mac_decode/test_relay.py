@@ -7,13 +7,10 @@ import time
 from typing import Any
 
 import pytest
-from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
 
 from mlx_receiver.wire import messages as m
 from tests.vllm_mac_decode.engine import BYTES, CONTEXT, PROMPT, Engine
+from tests.vllm_mac_decode.plain import Output, Outputs, Params, Request, Stats
 
 
 @pytest.fixture
@@ -237,24 +234,17 @@ def test_a_context_shorter_than_vllms(engine: Engine) -> None:
 @pytest.mark.parametrize("params", [
     {"stop_token_ids": [10**9]}, {"stop_token_ids": [-1]}, {"stop_token_ids": list(range(2000))},
     {"logit_bias": {99: float("inf")}}, {"logit_bias": dict.fromkeys(range(9000), 1.0)},
-    {"bad_words": None, "presence_penalty": float("nan")},
+    {"presence_penalty": float("nan")},
 ])  # fmt: skip
 def test_what_is_out_of_range_stays_local(engine: Engine, params: dict[str, Any]) -> None:
     engine.relay.vocab_size = 10_000
-    bad = {name: value for name, value in params.items() if name != "presence_penalty"}
-    request = Request("a", PROMPT, SamplingParams(max_tokens=8, **bad), None)
-    if "presence_penalty" in params:
-        assert request.sampling_params is not None
-        request.sampling_params.presence_penalty = params["presence_penalty"]
-    engine.relay.on_new_request(request)
-    assert request.max_tokens == 8
+    assert engine.add(**params).max_tokens == 8
     assert engine.counts().local == {"out_of_range": 1}
 
 
 def test_tokens_allowed_twice_are_said_once(engine: Engine) -> None:
     """The receiver hangs up on a list that is longer than its vocabulary."""
-    params = SamplingParams(max_tokens=8, allowed_token_ids=[5, 6] * 1000)
-    engine.relay.on_new_request(Request("a", PROMPT, params, None))
+    engine.add(allowed_token_ids=[5, 6] * 1000)
     engine.schedule("a")
     assert engine.link.said[0].sampling.allowed_token_ids == [5, 6]
 
@@ -269,19 +259,11 @@ def test_a_clients_long_request_id_does_no_harm(engine: Engine) -> None:
 
 
 def test_kv_for_a_router_that_never_completes_is_given_up(engine: Engine) -> None:
-    request = Request("a", PROMPT, SamplingParams(max_tokens=1), None)
-    request.kv_transfer_params = {"do_remote_decode": True}
-    engine.relay.on_new_request(request)
+    request = engine.add(max_tokens=1, kv_transfer_params={"do_remote_decode": True})
     engine.schedule()
-    request.append_output_token_ids(7)
+    request.output_token_ids.append(7)
     engine.relay.prefilled(request)
-    engine.relay.rewrite(
-        {
-            0: EngineCoreOutputs(
-                outputs=[EngineCoreOutput("a", [7], finish_reason=FinishReason.LENGTH)]
-            )
-        }
-    )
+    engine.put_out(Output("a", [7], "length"))
     assert engine.relay.busy(), "vLLM does not stop while it is sent"
     engine.relay.tick(time.monotonic() + 50)
     assert engine.relay.busy()
@@ -294,7 +276,7 @@ def test_kv_for_a_router_that_never_completes_is_given_up(engine: Engine) -> Non
 
 def test_what_the_receiver_decodes_runs(engine: Engine) -> None:
     def running() -> int:
-        outputs = EngineCoreOutputs(scheduler_stats=SchedulerStats(num_running_reqs=2))
+        outputs = Outputs(scheduler_stats=Stats(num_running_reqs=2))
         engine.relay.rewrite({0: outputs})
         assert outputs.scheduler_stats is not None
         return outputs.scheduler_stats.num_running_reqs
@@ -307,6 +289,6 @@ def test_what_the_receiver_decodes_runs(engine: Engine) -> None:
     assert running() == 3
     engine.lose()
     assert running() == 3, "its continuation is on its way"
-    continuation = Request("a-local", PROMPT, SamplingParams(max_tokens=7), None)
+    continuation = Request("a-local", PROMPT, Params(max_tokens=7))
     engine.relay.on_new_request(continuation)
     assert running() == 2

@@ -1,0 +1,146 @@
+"""Every phase of a hand-off, and every way from one to the next, without vLLM."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from typing import Any
+
+import pytest
+
+from mlx_receiver.wire import messages as m
+from tests.vllm_mac_decode.engine import BYTES, Engine
+from tests.vllm_mac_decode.plain import Output, Params, Request
+from vllm_mac_decode.scheduler.handoff import NEXT, Handoff, Phase
+
+Way = tuple[Phase, Phase]
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(Phase, Phase)))
+def test_only_what_the_table_says_follows(before: Phase, after: Phase) -> None:
+    handoff = Handoff(1, Request("a", [1], Params(3)), 3, m.Sampling(3), phase=before)  # type: ignore[arg-type]
+    if after in NEXT[before]:
+        handoff.enter(after)
+        assert handoff.phase is after
+    else:
+        with pytest.raises(AssertionError, match=f"from {before.name} to {after.name}"):
+            handoff.enter(after)
+        assert handoff.phase is before
+
+
+class Drive:
+    """An engine, a receiver and clients that do what they may, in an order that nobody chose."""
+
+    def __init__(self, seed: int) -> None:
+        self.source = random.Random(seed)
+        self.engine = Engine()
+        self.relay = self.engine.relay
+        self.numbers: dict[str, int] = {}
+        self.stepped: set[str] = set()
+        self.queued: set[str] = set()  # continuations that vLLM's scheduler has
+        self.gone: set[str] = set()  # requests that vLLM's scheduler has no more
+
+    def run(self, events: int) -> None:
+        for index in range(events):
+            name = self.source.choice([*self.engine.requests, ""])
+            match self.source.randrange(16):
+                case 0 | 1:
+                    routed = self.source.random() < 0.3
+                    transfer = {"do_remote_decode": True} if routed else None
+                    limit = 1 if routed else self.source.choice([2, 5, 8])
+                    self.engine.add(f"r{index}", limit, kv_transfer_params=transfer)
+                case 2 | 3 if name and name not in self.gone and name not in self.numbers:
+                    self.numbers[name] = self.engine.schedule(name)
+                case 4 | 5 if name in self.numbers and name not in self.stepped | self.gone:
+                    self.step(name)
+                case 6 | 7 | 8 if any(self.numbers.values()):
+                    self.engine.say(self.message(self.source.choice(list(self.numbers.values()))))
+                case 9 | 10:
+                    self.go_on(name)
+                case 11 if self.source.random() < 0.3:
+                    self.engine.lose()
+                    self.engine.connect()
+                case 12 if name and name not in self.gone:
+                    self.leave(name)
+                case 13 if name in self.numbers:
+                    if self.source.random() < 0.5:
+                        self.relay.preempted(name)
+                    else:
+                        self.relay.unreachable([self.numbers[name]])
+                case 14 if self.source.random() < 0.2:
+                    self.source.choice([self.relay.freeze, self.relay.abort_all])()
+                case 15 if self.source.random() < 0.1:
+                    self.relay.tick(time.monotonic() + self.source.choice([1.0, 3.0, 90.0]))
+
+    def step(self, name: str) -> None:
+        """Its first token; vLLM decided before the step whether that is the last."""
+        self.stepped.add(name)
+        request = self.engine.requests[name]
+        if request.kv_transfer_params:
+            request.output_token_ids.append(7)
+            self.relay.prefilled(request)  # type: ignore[arg-type]
+            self.engine.put_out(Output(name, [7], "length"))
+            self.gone.add(name)
+            return
+        last = bool(self.numbers[name]) and self.source.random() < 0.9
+        finish = self.source.choice(["length", "length", "stop"]) if last else None
+        self.engine.put_out(Output(name, [7], finish))
+        if finish:
+            self.gone.add(name)
+
+    def go_on(self, name: str) -> None:
+        """What is left to vLLM goes on: a continuation enters its scheduler, or something ends."""
+        local = f"{name}-local"
+        if local in self.queued:
+            finish = self.source.choice([None, "stop", "length"])
+            if self.source.random() < 0.2:
+                self.relay.aborted(local)
+            else:
+                self.engine.put_out(Output(local, [9], finish))
+        elif any(as_id == local for _, as_id, *_ in self.engine.port.resumed):
+            if self.source.random() < 0.3:
+                self.relay.aborted(local)  # vLLM stops
+            else:
+                self.queued.add(local)
+                self.relay.on_new_request(Request(local, [1], Params(3)))  # type: ignore[arg-type]
+        elif name in self.stepped and name not in self.gone:
+            self.engine.put_out(Output(name, [8], self.source.choice([None, "length"])))
+
+    def leave(self, name: str) -> None:
+        """Its client goes away."""
+        for known in self.relay.abort([name]):
+            self.relay.aborted(known)
+
+    def message(self, number: int) -> m.ReceiverMessage:
+        handoff = self.relay._sessions.get(number)
+        at = len(handoff.tokens) if handoff is not None else 1
+        finish: Any = self.source.choice(["", "", "length"])
+        said: list[Any] = [
+            m.Opened(number), m.Complete(number, 3 * BYTES), m.Failed(number, "internal", "x"),
+            m.Refused(number, "capacity", "x"),
+            *[m.Step([m.Decoded(number, at, [20], finish)])] * 3,
+        ]  # fmt: skip
+        return self.source.choice(said)
+
+
+def test_every_way_is_gone_and_nobody_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: set[Way] = set()
+    enter = Handoff.enter
+
+    def noted(self: Handoff, phase: Phase) -> None:
+        before = self.phase
+        enter(self, phase)
+        ways.add((before, phase))
+
+    monkeypatch.setattr(Handoff, "enter", noted)
+    monkeypatch.setattr("vllm_mac_decode.scheduler.availability.CircuitBreaker.is_open",
+                        lambda *_: False)  # fmt: skip
+    for seed in range(600):
+        drive = Drive(seed)
+        drive.run(80)
+        drive.engine.lose()
+        assert not drive.relay._sessions, seed
+        left = {handoff.phase for handoff in drive.relay._by_request.values()}
+        assert left <= {Phase.LOCAL, Phase.CONTINUING, Phase.CONTINUED}, seed
+    assert ways == {(before, after) for before in NEXT for after in NEXT[before]}
