@@ -230,6 +230,7 @@ def spark(told_json: str, control: int, tokens: int) -> None:
     from vllm_mac_decode.export import DataTarget, ExportSpan
     from vllm_mac_decode.settings import Settings
     from vllm_mac_decode.worker.exporter import Exporter
+    from vllm_mac_decode.worker.ledger import BlockLedger
 
     torch.set_num_threads(1)  # on the real machine the GPU gathers
     receiver = json.loads(told_json)
@@ -237,7 +238,9 @@ def spark(told_json: str, control: int, tokens: int) -> None:
     ticket = msgspec.convert(receiver["ticket"], DataTicket)
     target = DataTarget(endpoint, "receiver", ticket)
     layers, gather_rate = paged_cache(tokens)
-    exporter = Exporter(layers, BLOCK, Settings(transport=endpoint.transport, stall_timeout=30.0))
+    ledger = BlockLedger()
+    settings = Settings(transport=endpoint.transport, stall_timeout=30.0)
+    exporter = Exporter(layers, BLOCK, settings, ledger)
     lines = Lines(socket.create_connection((endpoint.host, control)))
     tell(gather_gb_per_s=gather_rate)
     for order in orders():
@@ -269,7 +272,7 @@ def spark(told_json: str, control: int, tokens: int) -> None:
             lines.hear()
         done = time.monotonic()
         exporter.begin_step([], [session], target)
-        while request not in exporter.finished({request}):
+        while request not in ledger.finished({request}):
             time.sleep(0.001)
         cpu = time.process_time() - cpu
         first = pace * prefill_seconds(*steps[0]) / LAYERS

@@ -38,6 +38,7 @@ from vllm_mac_decode.scheduler.relay import ROUTER_KEY, Relay
 from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_from
 from vllm_mac_decode.worker.exporter import Exporter
 from vllm_mac_decode.worker.layers import exported_layers, updates_before_hook
+from vllm_mac_decode.worker.ledger import BlockLedger
 from vllm_mac_decode.worker.paged_layout import LayoutError
 
 if TYPE_CHECKING:
@@ -83,12 +84,10 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self._report = WorkerReport("", "the KV caches were never registered")
         self._early = False
         self._attached = False
-        self._announced: set[str] = set()  # requests with spans whose end was not reported yet
-        self._waiting: set[str] = set()  # those of them that have finished
+        self._ledger = BlockLedger()
         self._fault = ""  # where there was one: everything is local from then on
         self.relay: Relay | None = None
         self._plan: ExportPlan | None = None
-        self._kept: set[str] = set()  # finished requests that vLLM keeps until workers report them
         if role is KVConnectorRole.SCHEDULER:
             adapter.install()
             self.relay = Relay(self._settings)
@@ -131,7 +130,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             if layers:
                 self._early = updates_before_hook(self._vllm_config, kv_caches)
                 self._exporter = Exporter(
-                    layers, _block_size(self._kv_cache_config), self._settings
+                    layers, _block_size(self._kv_cache_config), self._settings, self._ledger
                 )
             described = {layer.index: layer.described() for layer in layers.values()}
             self._report = WorkerReport(dtype, layers=described)
@@ -151,7 +150,10 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepExports)
         meta = connector_metadata
-        self._announced |= {span.request_id for span in meta.spans}
+        # Whatever happens now, and without an exporter (another worker holds the same heads, or a
+        # fault switched it off), vLLM waits for this worker's word.
+        for span in meta.spans:
+            self._ledger.announce(span.request_id, 0)
         if self._exporter is not None:
             self._exporter.begin_step(meta.spans, meta.ended, meta.target)
 
@@ -184,16 +186,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(lambda: (None, None))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose blocks have been read, so that vLLM can free them."""
-        # Counted here too: without an exporter (another worker holds the same heads, or a fault
-        # switched it off) vLLM still waits for this worker's word.
-        self._waiting |= finished_req_ids & self._announced
-        if self._exporter is not None:
-            done = self._exporter.finished(finished_req_ids)
-        else:
-            done = self._waiting.copy()
-        self._waiting -= done
-        self._announced -= done
-        return done or None, None
+        return self._ledger.finished(finished_req_ids) or None, None
 
     def build_connector_worker_meta(self) -> WorkerNews | None:
         """Tell the scheduler half of a fault, and of sessions that cannot be reached: it would wait
@@ -211,9 +204,9 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         """What the workers say after a step."""
         # vLLM's engine dies of a word about a request that it does not wait for, and a fault may
         # have kept ``request_finished`` from asking it to wait.
-        if sent := connector_output.finished_sending:
-            connector_output.finished_sending = sent & self._kept
-            self._kept -= sent
+        sent = connector_output.finished_sending
+        if sent and self._plan is not None:
+            connector_output.finished_sending = self._plan.released(sent)
         meta = connector_output.kv_connector_worker_meta
         if not isinstance(meta, WorkerNews) or self._fault:
             return
@@ -317,10 +310,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
                 "remote_engine_id": self._kv_transfer_config.engine_id,
                 ROUTER_KEY: relay.prefilled(request),
             }
-        kept = self._plan is not None and self._plan.forget(request.request_id)
-        if kept:
-            self._kept.add(request.request_id)
-        return kept, params
+        return self._plan is not None and self._plan.forget(request.request_id), params
 
     @_guarded(lambda: False)
     def has_pending_push_work(self) -> bool:

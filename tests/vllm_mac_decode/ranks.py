@@ -28,6 +28,7 @@ from tests.waiting import eventually
 from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.worker.exporter import Exporter
+from vllm_mac_decode.worker.ledger import BlockLedger
 from vllm_mac_decode.worker.paged_cache import ExportedLayer
 from vllm_mac_decode.worker.paged_layout import PagedLayout, PlaneMap
 
@@ -138,7 +139,8 @@ class Worker:
             f"layers.{layer}": ExportedLayer(layer, cache, layout, heads.start, FULL)
             for layer, cache in self.caches.items()
         }
-        self.exporter = Exporter(exported, block_size, Settings(**settings))
+        self.ledger = BlockLedger()
+        self.exporter = Exporter(exported, block_size, Settings(**settings), self.ledger)
 
     def write(self, layer: int, request: Request, start: int, end: int) -> None:
         """What the backend's cache update does."""
@@ -169,12 +171,12 @@ class Worker:
     def wait_finished(self, *requests: Request, seconds: float = 10.0) -> None:
         """What vLLM asks after each step, until every request's blocks may be freed."""
         wanted = {request.id for request in requests}
-        found = self.exporter.finished(set(wanted))
+        found = self.ledger.finished(set(wanted))
         until = time.monotonic() + seconds
         while found != wanted:
             assert time.monotonic() < until, f"still held after {seconds} s: {wanted - found}"
             time.sleep(0.005)
-            found |= self.exporter.finished(set())
+            found |= self.ledger.finished(set())
         self.check_alive()
 
     def check_alive(self) -> None:

@@ -15,6 +15,7 @@ from tests.waiting import eventually
 from vllm_mac_decode.export import ExportSpan
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.worker.exporter import Exporter
+from vllm_mac_decode.worker.ledger import BlockLedger
 from vllm_mac_decode.worker.paged_cache import ExportedLayer, PagedPart
 
 WIDTHS, BLOCK, BLOCKS, TOKENS = (6, 3), 4, 9, 18
@@ -42,7 +43,7 @@ def test_parts_of_different_widths() -> None:
     )
     store = Store()
     store.configure(ModelCache(layout, [Odd()]), 1 << 24)
-    exporter = Exporter(layers, BLOCK, Settings())
+    exporter = Exporter(layers, BLOCK, Settings(), BlockLedger())
     try:
         session = store.open(Open(3, "r", [1] * TOKENS, Sampling(max_tokens=2)), store, layout)
         ids = [8, 2, 3, 5, 1]

@@ -177,3 +177,12 @@ def test_block_lists_are_not_shared_with_vllm() -> None:
     plan.step(Step().new("a", blocks, 0, 20).output)
     plan.step(Step().cached("a", [3], 20, 20).output)
     assert blocks == [1, 2]
+
+
+def test_only_what_vllm_keeps_is_released() -> None:
+    """vLLM's engine dies of a word about a request that it does not wait for."""
+    plan = plan_for(("a", 1, 8), ("b", 2, 8))
+    plan.step(Step().new("a", [5], 0, 8).output)
+    assert plan.forget("a") and not plan.forget("b")
+    assert plan.released({"a", "b", "c"}) == {"a"}
+    assert plan.released({"a"}) == set()

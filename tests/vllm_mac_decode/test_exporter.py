@@ -160,20 +160,20 @@ def test_blocks_wait_until_the_session_is_accepted(store: Store, worker: Worker)
     request = Request(40, [9, 3, 4])
     worker.step([(request, 0, 40)], store.target)
     time.sleep(0.1)
-    assert worker.exporter.finished({request.id}) == set(), "the receiver has not heard of it"
+    assert worker.ledger.finished({request.id}) == set(), "the receiver has not heard of it"
     session = store.add(request)
     worker.wait_finished()
     assert eventually(lambda: session.complete, 10)
-    assert eventually(lambda: worker.exporter.finished(set()) == {request.id}, 10)
+    assert eventually(lambda: worker.ledger.finished(set()) == {request.id}, 10)
     request.check(session)
 
 
 def test_a_session_that_ends_unaccepted_releases_its_blocks(store: Store, worker: Worker) -> None:
     given_up, other = Request(40, [9, 3, 4]), Request(16, [5])
     worker.step([(given_up, 0, 40)], store.target)
-    assert worker.exporter.finished({given_up.id}) == set()
+    assert worker.ledger.finished({given_up.id}) == set()
     worker.exporter.begin_step([], [given_up.session], None)
-    assert eventually(lambda: worker.exporter.finished(set()) == {given_up.id}, 10)
+    assert eventually(lambda: worker.ledger.finished(set()) == {given_up.id}, 10)
     hand_over(store, [worker], [[(other, 0, 16)]])
 
 
@@ -338,8 +338,8 @@ def test_a_peer_that_does_not_read_costs_bounded_memory_and_time() -> None:
             worker.step([(request, 0, tokens)], stuck.target)
             assert time.monotonic() - began < 0.5, "the engine's thread waits for nobody"
             peak = 0
-            assert worker.exporter.finished({request.id}) == set()
-            while not worker.exporter.finished(set()):
+            assert worker.ledger.finished({request.id}) == set()
+            while not worker.ledger.finished(set()):
                 peak = max(peak, resident_mib() - before)
                 assert time.monotonic() - began < 5, "the blocks are still held"
                 time.sleep(0.02)
@@ -379,8 +379,8 @@ def test_after_a_fault_of_ours_all_blocks_are_free_and_nothing_more_is_sent() ->
         worker.exporter.begin_step([bad.span(16, 32)], [], store.target)
         worker.exporter.end_step()
         wanted = {good.id, bad.id}
-        found = worker.exporter.finished(set(wanted))
-        assert eventually(lambda: found.update(worker.exporter.finished(set())) or found == wanted)
+        found = worker.ledger.finished(set(wanted))
+        assert eventually(lambda: found.update(worker.ledger.finished(set())) or found == wanted)
         store.reading.set()
         assert not eventually(lambda: bool(store.completed), 1.5)
     assert eventually(lambda: len(store.failures) == 2, 10)
@@ -398,7 +398,7 @@ def test_closing_in_the_middle_is_quick() -> None:
         time.sleep(0.1)
         began = time.monotonic()
     assert time.monotonic() - began < 3
-    assert worker.exporter.finished({r.id for r in requests}) == {r.id for r in requests}
+    assert worker.ledger.finished({r.id for r in requests}) == {r.id for r in requests}
     stuck.stop()
 
 

@@ -31,6 +31,7 @@ class ExportPlan:
         self._block_size = block_size
         self._requests: dict[str, _Exported] = {}
         self._announced: set[str] = set()
+        self._kept: set[str] = set()  # finished requests that vLLM keeps until workers report them
 
     def add(self, request_id: str, session: int, prompt_tokens: int) -> None:
         """From now on the request's prompt is exported to the session."""
@@ -46,7 +47,15 @@ class ExportPlan:
         self._requests.pop(request_id, None)
         seen = request_id in self._announced
         self._announced.discard(request_id)
+        if seen:
+            self._kept.add(request_id)
         return seen
+
+    def released(self, request_ids: set[str]) -> set[str]:
+        """Those of the requests that vLLM keeps for us: workers have read their blocks."""
+        released = self._kept & request_ids
+        self._kept -= released
+        return released
 
     def preempted(self, output: SchedulerOutput) -> list[str]:
         """Exported requests whose blocks this step took away or gave back anew."""

@@ -3,7 +3,7 @@
 The engine's thread only notes that a layer's K and V are written (``layer_written``: a queue
 put, and on a GPU an event record). Threads do the rest: one gathers blocks into a bounded ring
 of staging buffers, others send them (``bulk``). The blocks themselves are the backlog: vLLM keeps a
-finished request's blocks until ``finished`` reports that they have been read.
+finished request's blocks until the ledger says that they have been read.
 
 Nothing here may stop or slow down the engine: every fault ends the session, never the step.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from mlx_receiver.wire.messages import WireError
 from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.worker.launch import LaunchGate
+from vllm_mac_decode.worker.ledger import BlockLedger
 from vllm_mac_decode.worker.paged_cache import ExportedLayer
 from vllm_mac_decode.worker.sender import Bulk, Staged
 from vllm_mac_decode.worker.staging import SLOT_BYTES, DeviceClock, StagingRing
@@ -61,9 +62,14 @@ class Exporter:
     """Streams spans of the paged cache to a receiver, in the background."""
 
     def __init__(
-        self, layers: dict[str, ExportedLayer], block_size: int, settings: Settings
+        self,
+        layers: dict[str, ExportedLayer],
+        block_size: int,
+        settings: Settings,
+        ledger: BlockLedger,
     ) -> None:
         self._layers = layers
+        self._ledger = ledger
         self._settings = settings
         first = next(iter(layers.values()))
         self._device = first.cache.device
@@ -75,8 +81,6 @@ class Exporter:
         self._bulk = Bulk(settings, self._ring, clock, self._is_dead, self._fail)
 
         self._lock = threading.Lock()
-        self._unread: defaultdict[str, int] = defaultdict(int)  # request: jobs not read yet
-        self._waiting: set[str] = set()  # finished requests whose blocks vLLM still holds
         #: Sessions that no longer matter, in the order in which they died. An old one may be
         #: forgotten, a young one must not be taken for new.
         self._dead: dict[int, None] = {}
@@ -113,8 +117,8 @@ class Exporter:
             self._bury(ended)
             if target is not None:
                 self._target = target
-            for span in spans:
-                self._unread[span.request_id] += len(self._layers)
+        for span in spans:
+            self._ledger.announce(span.request_id, len(self._layers))
         self._gate.begin()
         self._spans = spans
         self._unwritten = set(self._layers) if spans else set()
@@ -138,16 +142,6 @@ class Exporter:
         self._gate.end()
         self._spans = []
 
-    def finished(self, request_ids: set[str]) -> set[str]:
-        """Requests among these, and earlier ones, whose blocks have been read or given up."""
-        with self._lock:
-            self._waiting |= request_ids & self._unread.keys()
-            done = {r for r in self._waiting if self._closing or self._unread[r] <= 0}
-            self._waiting -= done
-            for request_id in done:
-                del self._unread[request_id]
-        return done
-
     def take_unreachable(self) -> list[int]:
         """Sessions given up since the last call because no connection could be made."""
         with self._lock:
@@ -157,6 +151,7 @@ class Exporter:
     def close(self, wait: bool = True) -> None:
         """Stop the threads, now or (without ``wait``) soon; what has not been sent is lost."""
         self._closing = True
+        self._ledger.release()
         if wait:
             self._end_threads()
         else:
@@ -179,13 +174,9 @@ class Exporter:
             if not self._closing:
                 logger.exception("a fault in the KV export")
                 self.stopped = True
-            self._closing = True  # ``finished`` reports everything from now on
+            self._closing = True
+            self._ledger.release()
             self._bulk.drop()  # the receiver gives up what it waits for
-
-    def _read(self, job: _Job, span: ExportSpan) -> None:
-        """One layer of a span has left the paged cache, or will never be wanted."""
-        with self._lock:
-            self._unread[span.request_id] -= 1
 
     def _is_dead(self, session: int) -> bool:
         # Once this is closing, vLLM may reuse blocks that a GPU has yet to gather: nothing is sent.
@@ -212,7 +203,7 @@ class Exporter:
     def _dispatch(self, job: _Job) -> None:
         span = job.spans[0]
         if self._is_dead(span.session):
-            self._read(job, span)
+            self._ledger.read(span.request_id)
             return
         session = self._sessions.get(span.session)
         if session is None:
@@ -265,7 +256,7 @@ class Exporter:
         while session.backlog:
             job = session.backlog.popleft()
             if self._is_dead(reply.session):
-                self._read(job, job.spans[0])
+                self._ledger.read(job.spans[0].request_id)
             else:
                 self._gather(job, job.spans[0])
 
@@ -285,7 +276,7 @@ class Exporter:
         """Forget dead sessions and the jobs that waited for them."""
         for session_id in [s for s in self._sessions if self._is_dead(s)]:
             for job in self._sessions.pop(session_id).backlog:
-                self._read(job, job.spans[0])
+                self._ledger.read(job.spans[0].request_id)
 
     def _gather(self, job: _Job, span: ExportSpan) -> None:
         """Copy one layer of a span into staging, piece by piece, and queue it for sending."""
@@ -301,7 +292,7 @@ class Exporter:
         for at in range((span.start - base) // size, last, per_piece):
             if self._is_dead(span.session) or self._closing:
                 self._ring.settle()
-                self._read(job, span)
+                self._ledger.read(span.request_id)
                 return
             piece = ids[at : min(at + per_piece, last)]
             count = len(piece)
@@ -329,9 +320,13 @@ class Exporter:
                 start = end
             # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
             queued = self._ring.stream is not None and at + count == last
-            self._bulk.put(Staged(slot, frames, partial(self._read, job, span) if queued else None))
+            self._bulk.put(
+                Staged(
+                    slot, frames, partial(self._ledger.read, span.request_id) if queued else None
+                )
+            )
         if self._ring.stream is None:
-            self._read(job, span)
+            self._ledger.read(span.request_id)
 
     def _tensor_blocks(self, span: ExportSpan) -> torch.Tensor:
         """The tensor's block ids of a span, on its device; the same for every layer of a step."""
