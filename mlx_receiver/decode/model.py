@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from mlx_receiver.decode import hub, weights
 from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, CacheLayout, layout_from_config
 from mlx_receiver.wire.signature import (
@@ -97,7 +95,7 @@ def find_model(name: str) -> ModelSource:
     try:
         signature = signature_from_config(config)
         layout = layout_from_config(config, DTYPES[0])
-    except (ValueError, msgspec.ValidationError) as error:
+    except ValueError as error:
         raise ModelError(str(error)) from None
     why = _refusal(config, signature)
     if why:

@@ -108,10 +108,14 @@ class CacheLayout(msgspec.Struct, frozen=True):
 
 
 def full_attention(layers: int, heads: int, width: int, dtype: str) -> CacheLayout:
-    """Layers that all keep K and V of every token. Raises msgspec.ValidationError."""
+    """Layers that all keep K and V of every token. Raises ValueError for numbers that no model
+    has."""
     parts = [{"name": name, "heads": heads, "width": width, "dtype": dtype}
              for name in (KEYS, VALUES)]  # fmt: skip
-    return msgspec.convert({"layers": [{"kind": FULL, "parts": parts}] * layers}, CacheLayout)
+    try:
+        return msgspec.convert({"layers": [{"kind": FULL, "parts": parts}] * layers}, CacheLayout)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"no cache has that shape: {error}") from None
 
 
 def layout_from_config(config: Mapping[str, Any], dtype: str) -> CacheLayout:
