@@ -113,7 +113,9 @@ def full_attention(layers: int, heads: int, width: int, dtype: str) -> CacheLayo
     parts = [{"name": name, "heads": heads, "width": width, "dtype": dtype}
              for name in (KEYS, VALUES)]  # fmt: skip
     try:
-        return msgspec.convert({"layers": [{"kind": FULL, "parts": parts}] * layers}, CacheLayout)
+        return msgspec.convert(
+            {"layers": [{"kind": FULL, "parts": parts}] * min(layers, 1 << 13)}, CacheLayout
+        )
     except msgspec.ValidationError as error:
         raise ValueError(f"no cache has that shape: {error}") from None
 
