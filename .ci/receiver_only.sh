@@ -12,6 +12,10 @@ shift
 models=$(mktemp -d)
 trap 'rm -rf "$models"' EXIT
 "${PYTHON:-python3}" -m venv "$models"
+if [[ $(uname) == Linux ]]; then
+    # PyPI's own build brings gigabytes of CUDA along.
+    "$models/bin/python" -m pip install --quiet torch --index-url https://download.pytorch.org/whl/cpu
+fi
 "$models/bin/python" -m pip install --quiet --editable ".[demo,dev]" torch transformers
 "$models/bin/python" -m tests.make_models
 
