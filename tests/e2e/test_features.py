@@ -78,8 +78,8 @@ def _embeddings() -> Any:
 
 
 def returned() -> set[str]:
-    """Every label that the policy and the relay can give."""
-    decide = (eligibility, Availability.local_reason, Relay._decide)
+    """Every label that there is in the code."""
+    decide = (eligibility, engine_rules, Availability.local_reason, Relay._decide)
     sources = [inspect.getsource(part) for part in decide]
     found = re.findall(r'(?:return|everything =) "(\w+)"', "".join(sources))
     assert len(found) > 15
@@ -172,20 +172,20 @@ def test_a_receiver_that_is_not_there_or_fails_is_left_alone(
     assert reason_now(Relay(Settings(enabled=False))) == {"disabled": 1}
     relay = Relay(settings)
     assert reason_now(relay) == {"no_receiver": 1}
-    signature, dtype = read_model(str(tiny_llama_path))
+    me = read_model(str(tiny_llama_path))
     # vLLM's engine is not needed to decide.
-    seam = SimpleNamespace(rules=EngineRules(), weights_changed=False, max_model_len=2048)
-    relay.engine = seam  # type: ignore[assignment]
-    relay.vocab_size = signature.vocab_size
-    relay.link = Link(settings, signature, dtype, "test", relay)
+    engine = SimpleNamespace(rules=EngineRules(), weights_changed=False, max_model_len=2048)
+    relay.engine = engine  # type: ignore[assignment]
+    relay.vocab_size = me.signature.vocab_size
+    relay.link = Link(settings, me, relay)
     try:
         until = time.monotonic() + 10
         while relay.link.target is None and time.monotonic() < until:
             time.sleep(0.05)
         assert reason_now(relay) == {}
-        seam.weights_changed = True
+        engine.weights_changed = True
         assert reason_now(relay) == {"weights_changed": 1}
-        seam.weights_changed = False
+        engine.weights_changed = False
         for _ in range(3):
             relay._available.failed()
         assert reason_now(relay) == {"circuit_open": 1}

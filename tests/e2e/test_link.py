@@ -11,6 +11,8 @@ import pytest
 
 from mlx_receiver.decode.model import find_model
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.layout import layout_from_config
+from mlx_receiver.wire.messages import Introduction
 from tests.servers import Receiver, start_receiver
 from vllm_mac_decode.scheduler.link import Link
 from vllm_mac_decode.settings import Settings
@@ -60,7 +62,9 @@ def test_a_lost_receiver_is_noticed_at_once_and_used_again(
     # No clock can be what notices.
     settings = Settings(receiver=receiver.address, stall_timeout=60.0)
     events = Events()
-    link = Link(settings, find_model(str(tiny_llama_path)).signature, "float32", "test", events)
+    source = find_model(str(tiny_llama_path))
+    me = Introduction(source.signature, layout_from_config(source.config, "float32"))
+    link = Link(settings, me, events)
     try:
         assert events.seen.get(timeout=10) == "connected"
         receiver.server.signal(signal.SIGKILL)
