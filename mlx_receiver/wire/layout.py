@@ -98,13 +98,14 @@ class CacheLayout(msgspec.Struct, frozen=True):
 
         A part's dtype is not compared: the receiver converts what arrives.
         """
+        lines = []
         if len(self.layers) != len(other.layers):
-            return [f"layers: {len(self.layers)} here, {len(other.layers)} there"]
+            lines = [f"layers: {len(self.layers)} here, {len(other.layers)} there"]
         found: dict[str, list[int]] = {}
-        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
+        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=False)):
             for line in _layer_differences(mine, theirs):
                 found.setdefault(line, []).append(index)
-        return [f"{_layers(indexes)}, {line}" for line, indexes in found.items()]
+        return lines + [f"{_layers(indexes)}, {line}" for line, indexes in found.items()]
 
 
 def full_attention(layers: int, heads: int, width: int, dtype: str) -> CacheLayout:
