@@ -171,7 +171,8 @@ def test_a_receiver_with_another_model_is_told_apart_by_field(
     with receiver_at(port, tiny_qwen3_path, logs / "model.log") as receiver:
         (line,) = wait_logged(lonely, r"refuses: .*model_type")
         for field, here, there in (
-            ("model_type", "qwen3", "llama"), ("layers", 3, 4), ("head_dim", 64, 32),
+            ("model_type", "qwen3", "llama"), ("layers", 3, 4),
+            ("layers 0..2, keys: width", 64, 32),
         ):  # fmt: skip
             assert f"{field}: {here} here, {there} there" in line
         assert "vocab_size" not in line, "it is equal"
