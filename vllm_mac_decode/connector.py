@@ -25,8 +25,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
+from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import merged
-from mlx_receiver.wire.messages import Introduction
 from mlx_receiver.wire.signature import PLAIN_KV_ARCHITECTURES, signature_from_config
 from vllm_mac_decode import settings
 from vllm_mac_decode.engine import adapter

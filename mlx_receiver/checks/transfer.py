@@ -12,7 +12,7 @@ import numpy as np
 from mlx_receiver.checks.finding import Finding
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Landing, Sender, TransportError
-from mlx_receiver.wire.frames import DataReply, Header, Kind
+from mlx_receiver.wire.frames import DataReply, Header, Kind, blocks
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.layout import full_attention
 from mlx_receiver.wire.messages import E_CREDENTIALS, Code, WireError
@@ -76,9 +76,9 @@ def check_loopback(transport: Any = None) -> Finding:
     buffers = ModelCache(_LAYOUT, [PlainKV()]).allocate(_LAYOUT, _TOKENS, 1)
     while buffers.grow():
         pass
-    headers = _headers()
     sink = _Sink(buffers)
     keys = _LAYOUT.layers[0].parts[0]
+    headers = list(blocks(1, _TOKENS, _LAYOUT, 2 * keys.row * _BLOCK_TOKENS))
     shape = (keys.heads, _BLOCK_TOKENS, keys.width)
     rows = np.random.default_rng(0).integers(0, 1 << 14, shape)
     block = rows.astype(np.uint16)
@@ -117,26 +117,6 @@ def check_loopback(transport: Any = None) -> Finding:
 
 
 _LOOK: Final = "Does a VPN or a security program watch connections of this machine to itself?"
-
-
-def _headers() -> list[Header]:
-    return [
-        Header(
-            kind=Kind.BLOCK,
-            session=1,
-            payload_bytes=2 * part.row * _BLOCK_TOKENS,
-            layer=layer,
-            part=index,
-            dtype=part.dtype,
-            heads=part.heads,
-            width=part.width,
-            token_start=start,
-            tokens=_BLOCK_TOKENS,
-        )
-        for layer, of_layer in enumerate(_LAYOUT.layers)
-        for index, part in enumerate(of_layer.parts)
-        for start in range(0, _TOKENS, _BLOCK_TOKENS)
-    ]
 
 
 def _timed(

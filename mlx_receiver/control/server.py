@@ -22,6 +22,7 @@ from mlx_receiver.control.guard import Guard
 from mlx_receiver.sessions.service import Client, Handover
 from mlx_receiver.settings import SettingsError
 from mlx_receiver.wire import addresses, keys
+from mlx_receiver.wire.handshake import introduction
 from mlx_receiver.wire.layout import CacheLayout
 from mlx_receiver.wire.messages import (
     E_MODEL,
@@ -46,7 +47,6 @@ from mlx_receiver.wire.messages import (
     clipped,
     decode_client,
     encode,
-    introduction,
     opened_session,
 )
 from mlx_receiver.wire.seldom import Seldom

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, MAX_PARTS
+from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, MAX_PARTS, CacheLayout
 from mlx_receiver.wire.messages import (
     E_BLOCK,
     E_PROTOCOL,
@@ -200,6 +201,32 @@ def unpack_client(head: bytes | bytearray | memoryview) -> Header:
     if header.kind is Kind.ATTACH and header.payload_bytes:
         raise WireError(E_PROTOCOL, f"an ATTACH of {header.payload_bytes} payload bytes")
     return header
+
+
+def blocks(
+    session: int, tokens: int, layout: CacheLayout, frame_bytes: int = MAX_PAYLOAD
+) -> Iterator[Header]:
+    """The headers of a prompt's whole cache: all heads of as many tokens as ``frame_bytes`` hold,
+    part by part, layer by layer."""
+    for layer, of_layer in enumerate(layout.layers):
+        for index, part in enumerate(of_layer.parts):
+            row = part.row * ITEMSIZE[part.dtype]
+            rows = part.tokens(tokens)
+            step = max(1, frame_bytes // row)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                yield Header(
+                    kind=Kind.BLOCK,
+                    session=session,
+                    payload_bytes=count * row,
+                    layer=layer,
+                    part=index,
+                    dtype=part.dtype,
+                    heads=part.heads,
+                    width=part.width,
+                    token_start=start,
+                    tokens=count,
+                )
 
 
 _Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]

@@ -30,9 +30,6 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from mlx_receiver.wire.layout import CacheLayout
-from mlx_receiver.wire.signature import ModelSignature
-
 #: Version of everything under ``mlx_receiver.wire``. Both sides must have the same one.
 #: 1: first release.
 #: 2: connections are authenticated by keys instead of a token in Hello and HELLO; every value has a
@@ -168,24 +165,11 @@ class Endpoint(msgspec.Struct, frozen=True):
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """First message of a connection: an envelope, which stays as it is in every version.
 
-    ``payload`` is a packed ``Introduction``, for whoever speaks that ``protocol``.
+    ``payload`` is a packed ``handshake.Introduction``, for whoever speaks that ``protocol``.
     """
 
     protocol: int
     payload: Annotated[bytes, Meta(max_length=1 << 20)] = b""
-
-
-class Introduction(msgspec.Struct, frozen=True):
-    """Who says Hello, and what it will send; numbers travel in the layout's dtypes."""
-
-    signature: ModelSignature
-    layout: CacheLayout
-    client: Name = ""  # for people
-    engine: Name = ""  # for people, e.g. "vllm 0.32.0"
-
-    def hello(self) -> Hello:
-        """In its envelope."""
-        return Hello(PROTOCOL_VERSION, _encoder.encode(self))
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
@@ -352,7 +336,6 @@ ReceiverMessage = Welcome | Rejected | Opened | Refused | Complete | Step | Fail
 _T = TypeVar("_T")
 
 _encoder = msgspec.msgpack.Encoder()
-_introduction_decoder = msgspec.msgpack.Decoder(Introduction)
 _client_decoder = msgspec.msgpack.Decoder(ClientMessage)
 _receiver_decoder = msgspec.msgpack.Decoder(ReceiverMessage)
 
@@ -439,19 +422,3 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
         raise WireError(
             E_PROTOCOL, f"not a message of protocol {PROTOCOL_VERSION}: {error}"
         ) from None
-
-
-def introduction(hello: Hello) -> Introduction:
-    """What the envelope holds. Raises WireError: ``version`` unless the client speaks this
-    PROTOCOL_VERSION, ``protocol`` for a payload that this version does not allow."""
-    if hello.protocol != PROTOCOL_VERSION:
-        older = "client" if hello.protocol < PROTOCOL_VERSION else "receiver"
-        raise WireError(
-            E_VERSION,
-            f"the client speaks wire protocol {hello.protocol}, this receiver {PROTOCOL_VERSION}: "
-            f"upgrade vllm-mac-decode on the {older}'s machine",
-        )
-    try:
-        return _introduction_decoder.decode(hello.payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(E_PROTOCOL, f"the client's introduction cannot be read: {error}") from None

@@ -11,8 +11,8 @@ import pytest
 
 from mlx_receiver.decode.model import find_model
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import layout_from_config
-from mlx_receiver.wire.messages import Introduction
 from tests.servers import Receiver, start_receiver
 from vllm_mac_decode.scheduler.link import Link
 from vllm_mac_decode.settings import Settings

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlx_receiver.wire import frames, trust
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.handshake import introduction
 from tests.fuzz.structures import VOCABULARY, right, variants
 
 
@@ -75,7 +76,7 @@ def _rely_on_client(message: m.ClientMessage) -> None:
             _token(message.first_token)
         case m.Hello():
             try:
-                me = m.introduction(message)
+                me = introduction(message)
             except m.WireError:
                 return
             assert len(me.signature.rope) <= 64

@@ -21,6 +21,7 @@ from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import CacheLayout, layout_from_config
 from mlx_receiver.wire.messages import (
     Cancel,
@@ -28,7 +29,6 @@ from mlx_receiver.wire.messages import (
     DataTicket,
     Decoded,
     Failed,
-    Introduction,
     Open,
     Opened,
     Ping,

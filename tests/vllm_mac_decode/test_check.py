@@ -19,6 +19,7 @@ from mlx_receiver.control.guard import Guard
 from mlx_receiver.wire import keys
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address, resolve
+from mlx_receiver.wire.handshake import Introduction
 from tests.conftest import free_port
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.tools.check import Report, engine, receiver, run_checks, software, transfer
@@ -275,7 +276,7 @@ def test_a_model_that_cannot_be_handed_off(tiny_llama_path: Path) -> None:
     model = read_model(str(tiny_llama_path))
     assert check_model("m", model).state == "fine"
 
-    def other(**fields: Any) -> m.Introduction:
+    def other(**fields: Any) -> Introduction:
         signature = msgspec.structs.replace(model.signature, **fields)
         return msgspec.structs.replace(model, signature=signature)
 

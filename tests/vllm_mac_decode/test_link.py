@@ -15,9 +15,9 @@ import pytest
 import zmq
 
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.keys import control_keys, new_ticket
 from mlx_receiver.wire.layout import full_attention
-from mlx_receiver.wire.messages import Introduction
 from mlx_receiver.wire.signature import ModelSignature
 from tests.conftest import free_port
 from tests.waiting import eventually

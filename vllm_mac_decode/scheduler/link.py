@@ -21,6 +21,7 @@ from typing import Final, Protocol
 import zmq
 
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.seldom import printable
 from vllm_mac_decode.export import DataTarget
 from vllm_mac_decode.scheduler.control import ControlSocket, NoAnswer
@@ -67,7 +68,7 @@ class Link:
     def __init__(
         self,
         settings: Settings,
-        me: m.Introduction,
+        me: Introduction,
         listener: LinkListener,
     ) -> None:
         self._settings = settings

@@ -30,7 +30,7 @@ from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.worker.launch import LaunchGate
 from vllm_mac_decode.worker.ledger import BlockLedger
-from vllm_mac_decode.worker.paged_cache import ExportedLayer
+from vllm_mac_decode.worker.paged_cache import ExportedLayer, PagedPart
 from vllm_mac_decode.worker.sender import Bulk, Staged
 from vllm_mac_decode.worker.staging import SLOT_BYTES, DeviceClock, StagingRing
 
@@ -316,7 +316,7 @@ class Exporter:
                     (low - first) * token,
                     (high - first) * token,
                 )
-                frames.append((self._header(job, span, index, low, high), payload))
+                frames.append((self._header(job, span, index, part, low, high), payload))
                 start = end
             # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
             queued = self._ring.stream is not None and at + count == last
@@ -342,8 +342,9 @@ class Exporter:
             self._ids_of, self._ids = key, ids
         return self._ids
 
-    def _header(self, job: _Job, span: ExportSpan, index: int, low: int, high: int) -> Header:
-        part = job.layer.layout.parts[index]
+    def _header(
+        self, job: _Job, span: ExportSpan, index: int, part: PagedPart, low: int, high: int
+    ) -> Header:
         return Header(
             kind=Kind.BLOCK,
             session=span.session,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class PagedLayout:
     keys: PlaneMap
     values: PlaneMap
 
-    @property
+    @cached_property
     def parts(self) -> Sequence[PagedPart]:
         """See ``PagedCache.parts``."""
         return [PagedPart(name, self.heads, self.head_dim) for name in (KEYS, VALUES)]

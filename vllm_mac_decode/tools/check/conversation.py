@@ -12,6 +12,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address
+from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.keys import guard_client
 
 ANSWER_SECONDS: Final = 3.0
@@ -67,7 +68,7 @@ class Conversation:
                     return False
         return None
 
-    def hello(self, me: m.Introduction) -> m.ReceiverMessage | None:
+    def hello(self, me: Introduction) -> m.ReceiverMessage | None:
         """The answer to a Hello, None without one. Raises WireError for what cannot be read."""
         self.send(me.hello())
         return self.receive(ANSWER_SECONDS)

@@ -10,6 +10,7 @@ from typing import Final
 from mlx_receiver.transports.transport import TransportError
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address, resolve, spelled
+from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import DTYPES, full_attention, layout_from_config
 from mlx_receiver.wire.signature import (
     PLAIN_KV_ARCHITECTURES,
@@ -32,7 +33,7 @@ SLOW: Final = 0.6e9
 _EXAMPLE_TOKENS: Final = 8192
 
 #: No model: whatever the receiver serves, it says so.
-_NO_MODEL: Final = m.Introduction(
+_NO_MODEL: Final = Introduction(
     ModelSignature("", 0, 0, []), full_attention(1, 1, 1, DTYPES[0]), NAME, NAME
 )
 
@@ -41,7 +42,7 @@ START: Final = (
 )
 
 
-def read_model(name: str) -> m.Introduction:
+def read_model(name: str) -> Introduction:
     """What vLLM would say of a model folder or Hugging Face id.
 
     Raises OSError when its config.json is not to be had, ValueError when that does not describe a
@@ -59,10 +60,10 @@ def read_model(name: str) -> m.Introduction:
     config = json.loads((path / "config.json").read_text())
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     layout = layout_from_config(config, dtype if dtype in DTYPES else DTYPES[0])
-    return m.Introduction(signature_from_config(config), layout, NAME, NAME)
+    return Introduction(signature_from_config(config), layout, NAME, NAME)
 
 
-def check_model(name: str, model: m.Introduction) -> Finding:
+def check_model(name: str, model: Introduction) -> Finding:
     """The model is of a kind that can be handed off."""
     reason = ""
     signature, layout = model.signature, model.layout
@@ -85,7 +86,7 @@ def check_model(name: str, model: m.Introduction) -> Finding:
 class ReceiverChecks:
     """One receiver. ``findings`` first; then ``best`` is the address to give to vLLM."""
 
-    def __init__(self, settings: Settings, model: m.Introduction | None) -> None:
+    def __init__(self, settings: Settings, model: Introduction | None) -> None:
         self._settings = settings
         self._model = model
         self.host, self.port = settings.address()

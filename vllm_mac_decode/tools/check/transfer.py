@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -16,8 +15,8 @@ from mlx_receiver.plugins import transport
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address
-from mlx_receiver.wire.frames import Header, Kind
-from mlx_receiver.wire.layout import ITEMSIZE, CacheLayout
+from mlx_receiver.wire.frames import blocks
+from mlx_receiver.wire.layout import CacheLayout
 from vllm_mac_decode.tools.check.conversation import Conversation
 
 #: Bytes to send, and seconds to send them for.
@@ -111,7 +110,7 @@ def _send(
     began = pinged = time.monotonic()
     sent = 0
     zeros = memoryview(bytes(_FRAME_BYTES))
-    for header in _blocks(session, tokens, layout):
+    for header in blocks(session, tokens, layout, _FRAME_BYTES):
         now = time.monotonic()
         if now - began > TRANSFER_SECONDS:
             return sent
@@ -123,29 +122,6 @@ def _send(
         sender.send(timed, [zeros[: header.payload_bytes]])
         sent += header.payload_bytes
     return sent
-
-
-def _blocks(session: int, tokens: int, layout: CacheLayout) -> Iterator[Header]:
-    """Every part of every layer, in blocks of at most _FRAME_BYTES."""
-    for layer, of_layer in enumerate(layout.layers):
-        for index, part in enumerate(of_layer.parts):
-            row = part.row * ITEMSIZE[part.dtype]
-            rows = part.tokens(tokens)
-            step = max(1, _FRAME_BYTES // row)
-            for start in range(0, rows, step):
-                count = min(step, rows - start)
-                yield Header(
-                    kind=Kind.BLOCK,
-                    session=session,
-                    payload_bytes=count * row,
-                    layer=layer,
-                    part=index,
-                    dtype=part.dtype,
-                    heads=part.heads,
-                    width=part.width,
-                    token_start=start,
-                    tokens=count,
-                )
 
 
 def _arrived(talk: Conversation, session: int, sent: int) -> float:
