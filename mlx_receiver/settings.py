@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Final
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
 _UNITS: Final = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _MAX_PORT: Final = 65_535
+
+#: What ``--dtype`` takes; ``auto`` leaves the weights as they are stored.
+_DTYPES: Final = ("auto", "bfloat16", "float16", "float32")
+
+#: Begins the names of the variables that set options.
+ENV_PREFIX: Final = "MLX_RECEIVER_"
 
 
 class SettingsError(Exception):
@@ -16,35 +23,89 @@ class SettingsError(Exception):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of ``mlx-receiver start``; the command's help explains each.
+    """Options of ``mlx-receiver start``, and nowhere else: ``options`` makes the command line, the
+    environment and the documentation of them.
 
-    ``port`` and ``data_port`` may be 0 (any free port), ``http_port`` None (no HTTP).
-    ``transport`` names one bulk transport or several, separated by commas; the first listens on
-    ``data_port``, the others on the ports after it (any free ones when it is 0).
-    ``prefill`` is the base URL of a vLLM that prefills for the HTTP API's clients; empty: none.
-    ``allowed_hosts`` are further names of this machine for the HTTP API, separated by commas.
-    An empty ``served_model_name`` means ``model``.
-    ``kv_memory`` is in bytes, None for a share of what the machine has.
+    ``http_port`` None is no HTTP; ``kv_memory`` is in bytes, None for a share of what the machine
+    has.
     """
 
-    model: str
-    host: str = "127.0.0.1"
-    port: int = 7790
-    data_port: int = 0
-    http_port: int | None = 7791
-    token: str = ""
-    api_key: str = ""
-    allowed_hosts: str = ""
-    served_model_name: str = ""
-    prefill: str = ""
-    prefill_min_tokens: int = 512
-    prefill_timeout: float = 60.0
-    prefill_api_key: str = ""
-    dtype: str = "auto"
-    kv_memory: int | None = None
-    max_sessions: int = 64
-    max_batch: int = 32
-    transport: str = "tcp"
+    model: Annotated[str, Meta(description="A model folder or Hugging Face id.")]
+    host: Annotated[str, Meta(description="Address to listen on; others need a token.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Meta(description="Control port, the one vLLM is told; 0: any.")] = 7790
+    data_port: Annotated[
+        int,
+        Meta(description="Port for KV blocks, and those after it for further transports; 0: any."),
+    ] = 0
+    transport: Annotated[
+        str,
+        Meta(description="Data transports to offer, e.g. tcp,zmq (nixl where it is installed)."),
+    ] = "tcp"
+    http_port: Annotated[
+        int | None,
+        Meta(
+            description="OpenAI API, health, metrics; 0: any port, -1: no HTTP.",
+            extra={"type": int},
+        ),
+    ] = 7791
+    token: Annotated[
+        str,
+        Meta(
+            description="Shared secret that clients must show.",
+            extra={"variable": "MAC_DECODE_TOKEN"},
+        ),
+    ] = ""
+    api_key: Annotated[str, Meta(description="Key that clients of the OpenAI API must send.")] = ""
+    allowed_hosts: Annotated[
+        str,
+        Meta(
+            description="Names of this machine that HTTP clients may use besides its addresses, "
+            "localhost and *.local, separated by commas."
+        ),
+    ] = ""
+    served_model_name: Annotated[
+        str, Meta(description="The model's name in the OpenAI API, if not that of --model.")
+    ] = ""
+    prefill: Annotated[
+        str,
+        Meta(
+            description="Front door: the URL of a vLLM with mac_decode that prefills long prompts."
+        ),
+    ] = ""
+    prefill_min_tokens: Annotated[int, Meta(description="Shorter prompts are prefilled here.")] = (
+        512
+    )
+    prefill_timeout: Annotated[
+        float, Meta(description="Seconds after which a prompt is prefilled here after all.")
+    ] = 60.0
+    prefill_api_key: Annotated[str, Meta(description="The API key of that vLLM.")] = ""
+    dtype: Annotated[
+        str,
+        Meta(description="Cast the weights: auto (as stored), bfloat16, float16 or float32."),
+    ] = "auto"
+    kv_memory: Annotated[
+        int | None,
+        Meta(
+            description="Memory for received KV, e.g. 24GB; auto: a share of what the model "
+            "leaves.",
+            extra={"type": str, "default": "auto"},
+        ),
+    ] = None
+    max_sessions: Annotated[int, Meta(description="Sessions open at once.")] = 64
+    max_batch: Annotated[int, Meta(description="Sessions decoded at once.")] = 32
+
+    @classmethod
+    def typed(cls, options: dict[str, Any]) -> Settings:
+        """The settings that somebody has typed. Raises SettingsError."""
+        values = dict(options)
+        values["http_port"] = None if values["http_port"] < 0 else values["http_port"]
+        memory = values["kv_memory"]
+        values["kv_memory"] = None if memory == "auto" else parse_bytes(memory)
+        settings = cls(**values)
+        settings.check()
+        return settings
 
     @property
     def transports(self) -> list[str]:
@@ -59,6 +120,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise SettingsError for a combination that must not run."""
         check_ports(self.port, self.data_port, self.http_port, len(self.transports))
+        check_dtype(self.dtype)
         if not self.token and not is_loopback(self.host):
             raise SettingsError(
                 f"--host {self.host} is reachable from other machines, and without a token anyone "
@@ -82,6 +144,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise SettingsError(f"--{name.replace('_', '-')} must be at least 1")
         if self.kv_memory is not None and self.kv_memory < 1:
             raise SettingsError("--kv-memory must be positive")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise SettingsError for what weights cannot be cast to."""
+    if dtype not in _DTYPES:
+        raise SettingsError(f"--dtype {dtype} is not one of {', '.join(_DTYPES)}")
 
 
 def check_ports(port: int, data_port: int, http_port: int | None, transports: int = 1) -> None:

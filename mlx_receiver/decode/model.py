@@ -19,9 +19,6 @@ from mlx_receiver.wire.signature import (
 if TYPE_CHECKING:
     from mlx_receiver.caches.model import ModelCache
 
-#: What ``--dtype`` takes; ``auto`` leaves the weights as they are stored.
-DTYPE_CHOICES: Final = ("auto", "bfloat16", "float16", "float32")
-
 #: Assumed where config.json does not say how long a text may be.
 _DEFAULT_MAX_TOKENS: Final = 131_072
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import msgspec
+from starlette.responses import Response
 
-from starlette.responses import JSONResponse, Response
-
+from mlx_receiver.http.replies import as_json
 from mlx_receiver.wire.messages import E_CAPACITY, E_SHUTDOWN, E_UNSUPPORTED, WireError
 
 _TYPES = {
@@ -22,6 +22,21 @@ _TYPES = {
 }
 
 
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """What was wrong; ``param`` names the field at fault, ``code`` is the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """What is sent instead of an answer."""
+
+    error: ErrorDetail
+
+
 class ApiError(Exception):
     """What a client is told instead of an answer; ``param`` names the field at fault."""
 
@@ -31,16 +46,10 @@ class ApiError(Exception):
         self.message = message
         self.param = param
 
-    def body(self) -> dict[str, Any]:
-        """The JSON object."""
+    def body(self) -> ErrorBody:
+        """What is sent."""
         kind = _TYPES.get(self.status, "InternalServerError")
-        error = {
-            "message": self.message,
-            "type": kind,
-            "param": self.param,
-            "code": self.status,
-        }
-        return {"error": error}
+        return ErrorBody(ErrorDetail(self.message, kind, self.param, self.status))
 
     def response(self) -> Response:
         """The HTTP answer."""
@@ -49,7 +58,7 @@ class ApiError(Exception):
             headers = {"WWW-Authenticate": "Bearer"}
         elif self.status in (429, 503):
             headers = {"Retry-After": "1"}
-        return JSONResponse(self.body(), self.status, headers)
+        return as_json(self.body(), self.status, headers)
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:

@@ -20,6 +20,7 @@ from mlx_receiver.http.admission import Admission, max_body_bytes
 from mlx_receiver.http.connections import Connection
 from mlx_receiver.http.errors import ApiError
 from mlx_receiver.http.openai.routes import api_routes
+from mlx_receiver.http.openai.service import Service
 from mlx_receiver.http.served import Served
 from mlx_receiver.http.status import status_routes
 from mlx_receiver.settings import SettingsError
@@ -59,7 +60,6 @@ class HttpServer:
             loop="asyncio",
             # A stranger's nonsense is not worth a line each.
             log_level="error",
-            lifespan="off",
             # Whom a request comes from is what the socket says.
             proxy_headers=False,
             # What is accepted at once, before any limit is looked at.
@@ -89,8 +89,10 @@ class HttpServer:
 def application(receiver: Served) -> Starlette:
     """All routes behind the checks of who asks and of how much is under way."""
     max_body = max_body_bytes(receiver.source.max_tokens)
+    service = Service(receiver)
     return Starlette(
-        routes=[*status_routes(receiver), *api_routes(receiver)],
+        routes=[*status_routes(receiver), *api_routes(service)],
+        lifespan=service.running,
         middleware=[
             Middleware(Access, settings=receiver.settings),
             Middleware(Admission, max_body=max_body),

@@ -6,17 +6,47 @@ import dataclasses
 import time
 from typing import Any
 
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_receiver import __version__
 from mlx_receiver.decode.device import engine_name, machine_name
-from mlx_receiver.http.openai.replies import as_json
+from mlx_receiver.http.replies import as_json
 from mlx_receiver.http.served import Served
 from mlx_receiver.sessions.session import Ended, Session
 from mlx_receiver.wire.handoffs import HandoffSummary, HandoffTimes
+
+
+class Status(msgspec.Struct, frozen=True):
+    """``/health`` for everybody."""
+
+    status: str
+
+
+class Health(Status, frozen=True, kw_only=True):
+    """``/health`` for those who may know."""
+
+    version: str = __version__
+    engine: str
+    machine: str
+    model: str
+    dtype: str | None
+    sessions: int
+    decoding: int
+    waiting: int
+    clients: list[str]
+    kv_reserved_bytes: int
+    kv_memory_bytes: int
+    uptime_seconds: float
+
+
+class Unknown(msgspec.Struct, frozen=True):
+    """A hand-off that is not remembered."""
+
+    error: str
 
 
 def status_routes(receiver: Served) -> list[BaseRoute]:
@@ -27,24 +57,26 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
         status = receiver.status
         code = 200 if status == "ok" else 503
         if not request.state.trusted:
-            return JSONResponse({"status": status}, code)
+            return as_json(Status(status), code)
         store = receiver.store
-        body = {
-            "status": status,
-            "version": __version__,
-            "engine": engine_name(),
-            "machine": machine_name(),
-            "model": receiver.source.name,
-            "dtype": loaded.dtype if loaded is not None else None,
-            "sessions": len(store.sessions()),
-            "decoding": receiver.engine.decoding,
-            "waiting": receiver.engine.waiting,
-            "clients": receiver.control.clients,
-            "kv_reserved_bytes": store.reserved_bytes,
-            "kv_memory_bytes": store.budget_bytes,
-            "uptime_seconds": round(time.monotonic() - receiver.started, 3),
-        }
-        return JSONResponse(body, code)
+        health = Health(
+            status=status,
+            engine=engine_name(),
+            machine=machine_name(),
+            model=receiver.source.name,
+            dtype=loaded.dtype if loaded is not None else None,
+            sessions=len(store.sessions()),
+            decoding=receiver.engine.decoding,
+            waiting=receiver.engine.waiting,
+            clients=receiver.control.clients,
+            kv_reserved_bytes=store.reserved_bytes,
+            kv_memory_bytes=store.budget_bytes,
+            uptime_seconds=round(time.monotonic() - receiver.started, 3),
+        )
+        return as_json(health, code)
+
+    def known() -> list[Session | Ended]:
+        return [*receiver.store.recent(), *receiver.store.sessions()]
 
     # These are no coroutines: Starlette runs them in a thread, since they may take long.
 
@@ -52,18 +84,14 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
         return Response(generate_latest(receiver.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def handoffs(_request: Request) -> Response:
-        store = receiver.store
-        known: list[Session | Ended] = [*store.recent(), *store.sessions()]
-        return as_json([_told(session) for session in known])
+        return as_json([_told(session) for session in known()])
 
     def handoff(request: Request) -> Response:
         wanted = request.path_params["request_id"]
-        store = receiver.store
-        known: list[Session | Ended] = [*store.recent(), *store.sessions()]
-        for session in reversed(known):
+        for session in reversed(known()):
             if session.request_id == wanted:
                 return as_json(_told(session, with_blocks=True))
-        return JSONResponse({"error": f"no hand-off of request {wanted} is remembered"}, 404)
+        return as_json(Unknown(f"no hand-off of request {wanted} is remembered"), 404)
 
     return [
         Route("/health", health),

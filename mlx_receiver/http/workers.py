@@ -30,6 +30,11 @@ class Workers:
         self._large = ThreadPoolExecutor(1, thread_name_prefix="http-large")
         self._rested = 0.0
 
+    def close(self) -> None:
+        """Begin nothing more."""
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
+
     async def run(
         self, size: int, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
     ) -> _T:

@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from mlx_receiver.http.openai.completions import completions
-from mlx_receiver.http.openai.replies import DONE
 from mlx_receiver.http.openai.service import Service
+from mlx_receiver.http.openai.streams import DONE
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from tests.mlx_receiver.conftest import Prefill

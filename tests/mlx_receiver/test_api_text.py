@@ -83,11 +83,11 @@ def test_tool_calls_as_they_come(with_tools: Tokenizer, size: int) -> None:
         content += more
         calls += found
     assert content == "Let me see. < not a call"
-    assert [entry["index"] for entry in calls] == [0, 1]
-    assert len({entry["id"] for entry in calls}) == 2
+    assert [entry.index for entry in calls] == [0, 1]
+    assert len({entry.id for entry in calls}) == 2
     for entry in calls:
-        assert entry["function"]["name"] == "weather"
-        assert json.loads(entry["function"]["arguments"]) == {"city": "Zürich"}
+        assert entry.function.name == "weather"
+        assert json.loads(entry.function.arguments) == {"city": "Zürich"}
 
 
 def test_what_is_no_tool_call_stays_text(with_tools: Tokenizer) -> None:

@@ -7,7 +7,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from mlx_receiver.options import typed
 from vllm_mac_decode import __version__
+from vllm_mac_decode.settings import ENV_PREFIX, Settings, SettingsError, load
 
 app = typer.Typer(
     help="Prefill with vLLM, decode on a Mac with MLX: see, trace and check the hand-off.",
@@ -70,9 +72,6 @@ _ApiKey = Annotated[
 _ReceiverHttp = Annotated[
     str, typer.Option(envvar="MAC_DECODE_RECEIVER_HTTP", help="The receiver's HTTP address.")
 ]
-_Receiver = Annotated[
-    str, typer.Option(help="host[:port]. Default: MAC_DECODE_RECEIVER, else 127.0.0.1:7790.")
-]
 _Token = Annotated[
     str,
     typer.Option(envvar="MAC_DECODE_TOKEN", help="The receiver's --token.", show_default=False),
@@ -122,8 +121,8 @@ def trace(
 
 
 @app.command()
+@typed(Settings, ENV_PREFIX, "receiver", "token")
 def check(
-    receiver: _Receiver = "",
     model: Annotated[
         str,
         typer.Option(
@@ -131,8 +130,8 @@ def check(
             "of it is started."
         ),
     ] = "",
-    token: _Token = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    **given: str,
 ) -> None:
     """Say whether this machine is ready to hand requests off, and if not, what to do.
 
@@ -142,12 +141,10 @@ def check(
     from rich.console import Console
     from rich.markup import escape
 
-    from vllm_mac_decode.settings import SettingsError, load
     from vllm_mac_decode.tools.check import Report, run_checks
 
-    given = {"receiver": receiver, "token": token}
     try:
-        settings = load({name: value for name, value in given.items() if value})
+        settings = load(given)
     except SettingsError as error:
         _give_up(str(error), 2)
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)

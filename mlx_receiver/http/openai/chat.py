@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from msgspec import UNSET
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_receiver.http.errors import bad_request
 from mlx_receiver.http.openai import logprobs, parameters
+from mlx_receiver.http.openai.answer import Answer, respond
 from mlx_receiver.http.openai.bodies import ChatBody, parse
-from mlx_receiver.http.openai.generation import Delta, merged
+from mlx_receiver.http.openai.generation import Delta
 from mlx_receiver.http.openai.parked import HandOff, forwarded_prompt, hand_off
-from mlx_receiver.http.openai.replies import (
-    as_json,
-    event,
-    identity,
-    stream,
-    unless_gone,
-    usage,
-    wants_usage,
+from mlx_receiver.http.openai.responses import (
+    ChatChoice,
+    ChatLogprobs,
+    ChatMessage,
+    Reply,
+    ToolCall,
 )
 from mlx_receiver.http.openai.sample import Sample
 from mlx_receiver.http.openai.service import Service
@@ -32,20 +32,21 @@ from mlx_receiver.http.openai.tools import ToolStream
 
 
 @dataclass(slots=True)
-class _Choice:
-    """What one choice has become."""
+class _Sample:
+    """What one sample has become."""
 
     tools: ToolStream | None
     content: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: dict[str, Any] = field(default_factory=dict)
+    logprobs: ChatLogprobs = field(default_factory=ChatLogprobs)
     finish: str | None = None
     stop_reason: int | str | None = None
 
 
-class _Request:
-    """One request's samples and how they are written."""
+class _Chat(Answer[ChatBody, ChatChoice]):
+    prefix = "chatcmpl"
+    kind = "chat.completion.chunk"
 
     def __init__(
         self,
@@ -55,10 +56,8 @@ class _Request:
         handoff: HandOff | None,
         http: Request,
     ) -> None:
-        self.service = service
-        self.body = body
+        super().__init__(service, body, http)
         self.prompt = prompt
-        self.id, self.created = identity(http, "chatcmpl")
         tools = body.tools if body.tools and body.tool_choice != "none" else None
         parses = tools is not None and service.tokenizer.wrapper.has_tool_calling
         self.role, self.echo = _voice(body)
@@ -70,167 +69,104 @@ class _Request:
         sampling = service.sampling(body)
         self.samples = [
             Sample(index, prompt, parameters.fitted(sampling, room, index), rules)
-            for index in range(body.n or 1)
+            for index in range(self.n)
         ]
         # vLLM answers with the parameters of the last sample.
         self.samples[-1].handoff = handoff
-        self.choices = [
-            _Choice(ToolStream(service.tokenizer, tools) if parses and tools else None)
+        self._grown = [
+            _Sample(ToolStream(service.tokenizer, tools) if parses and tools else None)
             for _ in self.samples
         ]
 
-    def _take(self, delta: Delta) -> tuple[_Choice, str, list[dict[str, Any]]]:
-        """Add a delta to its choice; the content and the calls that it adds."""
-        choice = self.choices[delta.index]
+    def token_ids(self, index: int) -> list[int]:
+        return self._grown[index].token_ids
+
+    def opening(self) -> Iterator[Reply[ChatChoice]]:
+        """The role of each choice, then what is echoed."""
+        for sample in self.samples:
+            delta = ChatMessage(role=self.role, content="")
+            reply = self.reply([ChatChoice(index=sample.index, delta=delta)])
+            if self.body.return_token_ids:
+                reply.prompt_token_ids = self.prompt
+            yield reply
+        for sample in self.samples if self.echo else ():
+            delta = ChatMessage(content=self.echo)
+            yield self.reply([ChatChoice(index=sample.index, delta=delta)])
+
+    def push(self, delta: Delta) -> ChatChoice | None:
+        grown, body = self._grown[delta.index], self.body
         content = delta.text
-        calls: list[dict[str, Any]] = []
-        if choice.tools is not None:
-            content, calls = choice.tools.push(delta.text, delta.finish is not None)
-        choice.content += content
-        choice.calls += calls
-        choice.token_ids += delta.token_ids
-        choice.finish, choice.stop_reason = delta.finish, delta.stop_reason
-        if delta.finish == "stop" and choice.calls:
-            choice.finish = "tool_calls"
-        return choice, content, calls
-
-    def _logprobs(self, choice: _Choice, rows: list[Any]) -> dict[str, Any] | None:
-        """Of the choice's latest tokens. Called for each step's: all of a long answer's at once
-        would hold up everybody else."""
-        if not self.body.logprobs:
+        calls: list[ToolCall] = []
+        if grown.tools is not None:
+            content, calls = grown.tools.push(delta.text, delta.finish is not None)
+        grown.content += content
+        grown.calls += calls
+        grown.token_ids += delta.token_ids
+        grown.finish, grown.stop_reason = delta.finish, delta.stop_reason
+        if delta.finish == "stop" and grown.calls:
+            grown.finish = "tool_calls"
+        silent = not content and not calls and delta.finish is None
+        if silent and not (body.return_token_ids or delta.logprobs):
             return None
-        before = choice.token_ids[: len(choice.token_ids) - len(rows)]
-        as_ids = bool(self.body.return_tokens_as_token_ids)
-        names = logprobs.Names(self.service.tokenizer, before, as_ids)
-        return logprobs.for_chat(rows, self.body.top_logprobs or 0, names)
+        message = ChatMessage()
+        if content or not calls:
+            message.content = content
+        if calls:
+            message.tool_calls = calls
+        choice = ChatChoice(index=delta.index, delta=message, finish_reason=grown.finish)
+        if body.logprobs:
+            names = self.names(delta.index, len(delta.logprobs))
+            choice.logprobs = logprobs.for_chat(delta.logprobs, body.top_logprobs or 0, names)
+        if delta.finish is not None:
+            choice.stop_reason = delta.stop_reason
+        if body.return_token_ids:
+            choice.token_ids = delta.token_ids
+        return choice
 
-    def _usage(self, samples: list[Sample] | None = None) -> dict[str, Any]:
-        counted = self.samples if samples is None else samples
-        tokens = sum(len(self.choices[s.index].token_ids) for s in counted)
-        return usage(len(self.prompt), tokens, self.samples[-1].cached_tokens)
+    def keep(self, choice: ChatChoice) -> None:
+        if choice.logprobs is not None:
+            logprobs.extend(self._grown[choice.index].logprobs, choice.logprobs)
 
-    async def whole(self) -> dict[str, Any]:
-        """The response of a request that does not stream."""
-        deltas = merged(self.service, self.samples)
-        async with contextlib.aclosing(deltas):
-            async for delta in deltas:
-                choice, _, _ = self._take(delta)
-                if (rows := self._logprobs(choice, delta.logprobs)) is not None:
-                    logprobs.extend(choice.logprobs, rows)
-        choices = []
-        for index, choice in enumerate(self.choices):
-            content = self.echo + choice.content
-            message: dict[str, Any] = {"role": self.role, "content": content}
-            if choice.calls:
-                message["content"] = content or None
-                message["tool_calls"] = [
-                    {key: call[key] for key in ("id", "type", "function")} for call in choice.calls
-                ]
-            choices.append(
-                {
-                    "index": index,
-                    "message": message,
-                    "logprobs": choice.logprobs if self.body.logprobs else None,
-                    "finish_reason": choice.finish,
-                    "stop_reason": choice.stop_reason,
-                    "token_ids": choice.token_ids if self.body.return_token_ids else None,
-                }
+    def whole(self) -> Reply[ChatChoice]:
+        wanted = bool(self.body.return_token_ids)
+        reply = self.reply([], "chat.completion")
+        for index, grown in enumerate(self._grown):
+            content = self.echo + grown.content
+            message = ChatMessage(role=self.role, content=content)
+            if grown.calls:
+                message.content = content or None
+                message.tool_calls = [replace(call, index=UNSET) for call in grown.calls]
+            choice = ChatChoice(
+                index=index,
+                message=message,
+                logprobs=grown.logprobs if self.body.logprobs else None,
+                finish_reason=grown.finish,
+                stop_reason=grown.stop_reason,
+                token_ids=grown.token_ids if wanted else None,
             )
-        return {
-            "id": self.id,
-            "object": "chat.completion",
-            "created": self.created,
-            "model": self.service.model,
-            "choices": choices,
-            "usage": self._usage(),
-            "prompt_logprobs": None,
-            "prompt_token_ids": self.prompt if self.body.return_token_ids else None,
-            "kv_transfer_params": None,
-        }
-
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The response of a request that streams."""
-        final, continuous = wants_usage(self.body)
-        head: dict[str, Any] = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.service.model,
-        }
-        begun = False
-        deltas = merged(self.service, self.samples)
-        async with contextlib.aclosing(deltas):
-            async for delta in deltas:
-                if not begun:
-                    begun = True
-                    for sample in self.samples:
-                        yield event(self._opening(head, sample, continuous, ""))
-                    for sample in self.samples if self.echo else ():
-                        yield event(self._opening(head, sample, continuous, self.echo))
-                choice, content, calls = self._take(delta)
-                ids = delta.token_ids
-                silent = not content and not calls and delta.finish is None
-                if silent and not (self.body.return_token_ids or delta.logprobs):
-                    continue
-                message: dict[str, Any] = {"content": content} if content or not calls else {}
-                if calls:
-                    message["tool_calls"] = calls
-                entry = {
-                    "index": delta.index,
-                    "delta": message,
-                    "logprobs": self._logprobs(choice, delta.logprobs),
-                    "finish_reason": choice.finish,
-                }
-                if delta.finish is not None:
-                    entry["stop_reason"] = delta.stop_reason
-                if self.body.return_token_ids:
-                    entry["token_ids"] = ids
-                chunk = {**head, "choices": [entry]}
-                if continuous:
-                    chunk["usage"] = self._usage([self.samples[delta.index]])
-                yield event(chunk)
-        if final:
-            yield event({**head, "choices": [], "usage": self._usage()})
-
-    def _opening(
-        self, head: dict[str, Any], sample: Sample, continuous: bool, echo: str
-    ) -> dict[str, Any]:
-        """The chunk that names the role, or the one with what is echoed."""
-        entry = {
-            "index": sample.index,
-            "delta": {"content": echo} if echo else {"role": self.role, "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-        chunk = {**head, "choices": [entry]}
-        if self.body.return_token_ids and not echo:
-            chunk["prompt_token_ids"] = self.prompt
-        if continuous:
-            chunk["usage"] = usage(len(self.prompt), 0, sample.cached_tokens)
-        return chunk
+            reply.choices.append(choice)
+        reply.prompt_logprobs = None
+        reply.prompt_token_ids = self.prompt if wanted else None
+        reply.kv_transfer_params = None
+        return reply
 
 
 async def chat_completions(service: Service, request: Request) -> Response:
     """Answer a conversation. Raises ApiError."""
-    raw = await request.body()
-    work = await service.workers.run(len(raw), _prepare, service, raw, request)
-    if work.body.stream:
-        return await stream(request, work.events())
-    return as_json(await unless_gone(request, work.whole()))
+    return await respond(service, request, _prepare)
 
 
-def _prepare(service: Service, raw: bytes, http: Request) -> _Request:
-    """Everything that takes long, in a thread. Raises ApiError."""
+def _prepare(service: Service, raw: bytes, http: Request) -> _Chat:
     vocab = service.vocab_size
     body = parse(raw, ChatBody, vocab)
     handoff = hand_off(body.kv_transfer_params, vocab)
     service.check_model(None if handoff else body.model)
     if handoff is not None:
-        return _Request(service, body, handoff.prompt_token_ids, handoff, http)
+        return _Chat(service, body, handoff.prompt_token_ids, handoff, http)
     prompt = forwarded_prompt(body.kv_transfer_params, vocab)
     if prompt is None or body.echo:
         prompt = _prompt(service, body)
-    return _Request(service, body, prompt, None, http)
+    return _Chat(service, body, prompt, None, http)
 
 
 #: Parameters of the function that applies the template: not for clients, who could otherwise bring

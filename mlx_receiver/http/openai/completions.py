@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +10,11 @@ from starlette.responses import Response
 
 from mlx_receiver.http.errors import bad_request
 from mlx_receiver.http.openai import logprobs, parameters
+from mlx_receiver.http.openai.answer import Answer, respond
 from mlx_receiver.http.openai.bodies import MAX_SAMPLES, CompletionBody, parse
-from mlx_receiver.http.openai.generation import Delta, merged
+from mlx_receiver.http.openai.generation import Delta
 from mlx_receiver.http.openai.parked import HandOff, forwarded_prompt, hand_off
-from mlx_receiver.http.openai.replies import (
-    as_json,
-    event,
-    identity,
-    stream,
-    unless_gone,
-    usage,
-    wants_usage,
-)
+from mlx_receiver.http.openai.responses import CompletionChoice, CompletionLogprobs, Reply
 from mlx_receiver.http.openai.sample import Sample
 from mlx_receiver.http.openai.service import Service
 
@@ -36,31 +27,29 @@ class _Prompt:
 
 
 @dataclass(slots=True)
-class _Choice:
-    """What one choice has become."""
+class _Sample:
+    """What one sample has become."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: dict[str, Any] = field(default_factory=dict)
+    logprobs: CompletionLogprobs = field(default_factory=CompletionLogprobs)
     offset: int = 0
     begun: bool = False
     last: Delta | None = None
 
 
-class _Request:
-    """One request's samples and how they are written."""
+class _Completion(Answer[CompletionBody, CompletionChoice]):
+    prefix = "cmpl"
+    kind = "text_completion"
 
     def __init__(
         self, service: Service, body: CompletionBody, prompts: list[_Prompt], http: Request
     ) -> None:
-        self.service = service
-        self.body = body
+        super().__init__(service, body, http)
         self.prompts = prompts
-        self.id, self.created = identity(http, "cmpl")
-        self.n = body.n
         rules = parameters.text_rules(body)
         sampling = service.sampling(body)
-        self.samples: list[Sample] = []
+        self.samples = []
         for prompt in prompts:
             room = service.room(prompt.token_ids)
             for i in range(self.n):
@@ -68,129 +57,72 @@ class _Request:
                 self.samples.append(Sample(len(self.samples), prompt.token_ids, fitted, rules))
             # vLLM answers with the parameters of the last sample.
             self.samples[-1].handoff = prompt.handoff
-        self.choices = [_Choice() for _ in self.samples]
+        self._grown = [_Sample() for _ in self.samples]
 
-    def _prompt(self, index: int) -> _Prompt:
-        return self.prompts[index // self.n]
+    def token_ids(self, index: int) -> list[int]:
+        return self._grown[index].token_ids
 
-    def _take(self, delta: Delta) -> tuple[_Choice, str]:
-        """Add a delta to its choice; the text it adds, an echoed prompt included."""
-        choice = self.choices[delta.index]
-        text = delta.text
-        if self.body.echo and not choice.begun:
-            text = (self._prompt(delta.index).text or "") + text
-        choice.text += text
-        choice.token_ids += delta.token_ids
-        choice.last = delta
-        return choice, text
-
-    def _logprobs(self, choice: _Choice, rows: list[Any]) -> dict[str, Any] | None:
-        """Of the choice's latest tokens. Called for each step's: all of a long answer's at once
-        would hold up everybody else."""
-        if self.body.logprobs is None:
-            return None
-        before = choice.token_ids[: len(choice.token_ids) - len(rows)]
-        as_ids = bool(self.body.return_tokens_as_token_ids)
-        names = logprobs.Names(self.service.tokenizer, before, as_ids)
-        found, choice.offset = logprobs.for_completion(
-            rows, self.body.logprobs, names, choice.offset
+    def push(self, delta: Delta) -> CompletionChoice:
+        """An echoed prompt is part of its first text."""
+        grown, body = self._grown[delta.index], self.body
+        prompt = self.prompts[delta.index // self.n]
+        first, grown.begun = not grown.begun, True
+        text = (prompt.text or "") + delta.text if body.echo and first else delta.text
+        grown.text += text
+        grown.token_ids += delta.token_ids
+        grown.last = delta
+        choice = CompletionChoice(
+            index=delta.index,
+            text=text,
+            logprobs=None,
+            finish_reason=delta.finish,
+            stop_reason=delta.stop_reason,
         )
-        return found
-
-    def _usage(self, samples: list[Sample] | None = None) -> dict[str, Any]:
-        counted = self.samples if samples is None else samples
-        prompts = {s.index // self.n: s for s in counted}.values()
-        return usage(
-            sum(len(s.prompt) for s in prompts),
-            sum(len(self.choices[s.index].token_ids) for s in counted),
-            sum(s.cached_tokens for s in counted),
-        )
-
-    async def whole(self) -> dict[str, Any]:
-        """The response of a request that does not stream."""
-        deltas = merged(self.service, self.samples)
-        async with contextlib.aclosing(deltas):
-            async for delta in deltas:
-                choice, _ = self._take(delta)
-                choice.begun = True
-                if (rows := self._logprobs(choice, delta.logprobs)) is not None:
-                    logprobs.extend(choice.logprobs, rows)
-        choices = []
-        for index, choice in enumerate(self.choices):
-            assert choice.last is not None
-            wanted = bool(self.body.return_token_ids)
-            choices.append(
-                {
-                    "index": index,
-                    "text": choice.text,
-                    "logprobs": choice.logprobs if self.body.logprobs is not None else None,
-                    "finish_reason": choice.last.finish,
-                    "stop_reason": choice.last.stop_reason,
-                    "token_ids": choice.token_ids if wanted else None,
-                    "prompt_logprobs": None,
-                    "prompt_token_ids": self._prompt(index).token_ids if wanted else None,
-                }
+        if body.logprobs is not None:
+            names = self.names(delta.index, len(delta.logprobs))
+            choice.logprobs, grown.offset = logprobs.for_completion(
+                delta.logprobs, body.logprobs, names, grown.offset
             )
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.service.model,
-            "choices": choices,
-            "usage": self._usage(),
-            "kv_transfer_params": None,
-        }
+        if body.return_token_ids:
+            choice.prompt_token_ids = prompt.token_ids if first else None
+            choice.token_ids = delta.token_ids
+        return choice
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The response of a request that streams."""
-        final, continuous = wants_usage(self.body)
-        head = {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.service.model,
-        }
-        deltas = merged(self.service, self.samples)
-        async with contextlib.aclosing(deltas):
-            async for delta in deltas:
-                choice, text = self._take(delta)
-                entry: dict[str, Any] = {
-                    "index": delta.index,
-                    "text": text,
-                    "logprobs": self._logprobs(choice, delta.logprobs),
-                    "finish_reason": delta.finish,
-                    "stop_reason": delta.stop_reason,
-                }
-                if self.body.return_token_ids:
-                    prompt = self._prompt(delta.index).token_ids
-                    entry["prompt_token_ids"] = None if choice.begun else prompt
-                    entry["token_ids"] = delta.token_ids
-                choice.begun = True
-                chunk = {**head, "choices": [entry]}
-                if continuous:
-                    chunk["usage"] = self._usage([self.samples[delta.index]])
-                yield event(chunk)
-        if final:
-            yield event({**head, "choices": [], "usage": self._usage()})
+    def keep(self, choice: CompletionChoice) -> None:
+        if choice.logprobs is not None:
+            logprobs.extend(self._grown[choice.index].logprobs, choice.logprobs)
+
+    def whole(self) -> Reply[CompletionChoice]:
+        wanted = bool(self.body.return_token_ids)
+        reply = self.reply([])
+        for index, grown in enumerate(self._grown):
+            assert grown.last is not None
+            choice = CompletionChoice(
+                index=index,
+                text=grown.text,
+                logprobs=grown.logprobs if self.body.logprobs is not None else None,
+                finish_reason=grown.last.finish,
+                stop_reason=grown.last.stop_reason,
+                token_ids=grown.token_ids if wanted else None,
+                prompt_logprobs=None,
+                prompt_token_ids=self.prompts[index // self.n].token_ids if wanted else None,
+            )
+            reply.choices.append(choice)
+        reply.kv_transfer_params = None
+        return reply
 
 
 async def completions(service: Service, request: Request) -> Response:
     """Continue prompts. Raises ApiError."""
-    raw = await request.body()
-    work = await service.workers.run(len(raw), _prepare, service, raw, request)
-    body = work.body
-    if body.stream:
-        return await stream(request, work.events())
-    return as_json(await unless_gone(request, work.whole()))
+    return await respond(service, request, _prepare)
 
 
-def _prepare(service: Service, raw: bytes, http: Request) -> _Request:
-    """Everything that takes long, in a thread. Raises ApiError."""
+def _prepare(service: Service, raw: bytes, http: Request) -> _Completion:
     vocab = service.vocab_size
     body = parse(raw, CompletionBody, vocab)
     handoff = hand_off(body.kv_transfer_params, vocab)
     service.check_model(None if handoff else body.model)
-    return _Request(service, body, _prompts(service, body, handoff), http)
+    return _Completion(service, body, _prompts(service, body, handoff), http)
 
 
 def _prompts(service: Service, body: CompletionBody, handoff: HandOff | None) -> list[_Prompt]:

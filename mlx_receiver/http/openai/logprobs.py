@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import msgspec
 
+from mlx_receiver.http.openai.responses import (
+    Alternative,
+    ChatLogprobs,
+    CompletionLogprobs,
+    TokenLogprobs,
+)
 from mlx_receiver.http.openai.tokenizer import Tokenizer
 from mlx_receiver.wire.messages import Logprobs
 
@@ -21,52 +27,50 @@ _LONGEST_CHARACTER: Final = 4
 
 def for_completion(
     rows: Sequence[Logprobs], count: int, names: Names, offset: int
-) -> tuple[dict[str, Any], int]:
+) -> tuple[CompletionLogprobs, int]:
     """OpenAI's ``logprobs`` of completions, and the text offset behind it."""
-    tokens, offsets, likeliest = [], [], []
+    found = CompletionLogprobs()
     for row in rows:
         token = names.of(row.token_ids[0])
-        tokens.append(token)
-        offsets.append(offset)
-        likeliest.append({names.of(t): v for t, v in _alternatives(row, count)})
+        found.text_offset.append(offset)
+        found.token_logprobs.append(_finite(row.values[0]))
+        found.tokens.append(token)
+        found.top_logprobs.append({names.of(t): v for t, v in _alternatives(row, count)})
         offset += len(token)
         names.sampled(row.token_ids[0])
-    found = {
-        "text_offset": offsets,
-        "token_logprobs": [_finite(row.values[0]) for row in rows],
-        "tokens": tokens,
-        "top_logprobs": likeliest,
-    }
     return found, offset
 
 
-def extend(whole: dict[str, list[Any]], part: dict[str, list[Any]]) -> None:
-    """Add what ``for_completion`` or ``for_chat`` returned for later tokens.
+_Found = TypeVar("_Found", CompletionLogprobs, ChatLogprobs)
+
+
+def extend(whole: _Found, part: _Found) -> None:
+    """Add those of later tokens.
 
     Each entry becomes JSON now: an answer may have a million of them.
     """
-    for name, values in part.items():
-        if values and isinstance(values[0], dict):
+    for name in part.__struct_fields__:
+        values = getattr(part, name)
+        if values and isinstance(values[0], dict | msgspec.Struct):
             values = [msgspec.Raw(msgspec.json.encode(value)) for value in values]
-        whole.setdefault(name, []).extend(values)
+        getattr(whole, name).extend(values)
 
 
-def for_chat(rows: Iterable[Logprobs], count: int, names: Names) -> dict[str, Any]:
+def for_chat(rows: Iterable[Logprobs], count: int, names: Names) -> ChatLogprobs:
     """OpenAI's ``logprobs`` of chat completions."""
 
-    def entry(token: int, value: float) -> dict[str, Any]:
+    def told(token: int, value: float) -> tuple[str, float, list[int]]:
         name = names.of(token)
-        return {"token": name, "logprob": _finite(value), "bytes": list(name.encode())}
+        return name, _finite(value), list(name.encode())
 
-    content = []
+    found = ChatLogprobs()
     for row in rows:
-        alternatives = zip(row.token_ids[1 : count + 1], row.values[1:], strict=False)
-        content.append(
-            entry(row.token_ids[0], row.values[0])
-            | {"top_logprobs": [entry(token, value) for token, value in alternatives]}
-        )
+        sampled = told(row.token_ids[0], row.values[0])
+        others = zip(row.token_ids[1 : count + 1], row.values[1:], strict=False)
+        alternatives = [Alternative(*told(token, value)) for token, value in others]
+        found.content.append(TokenLogprobs(*sampled, alternatives))
         names.sampled(row.token_ids[0])
-    return {"content": content}
+    return found
 
 
 class Names:

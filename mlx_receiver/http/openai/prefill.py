@@ -42,10 +42,18 @@ class Prefill:
         self._min_tokens = min_tokens
         self._base = base.rstrip("/")
         self._seconds = seconds
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http: httpx.AsyncClient | None = None
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(seconds, connect=min(_CONNECT_SECONDS, seconds)),
+        )
         self._model: str | None = None
         self._not_before = 0.0
+
+    async def __aenter__(self) -> Prefill:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self._http.aclose()
 
     def pays(self, prompt: list[int], sampling: Sampling) -> bool:
         """Whether vLLM should be asked. Its API takes bad words as text only."""
@@ -69,9 +77,6 @@ class Prefill:
 
     async def _ask(self, prompt: list[int], sampling: Sampling) -> HandOff:
         http = self._http
-        if http is None:
-            timeout = httpx.Timeout(self._seconds, connect=min(_CONNECT_SECONDS, self._seconds))
-            http = self._http = httpx.AsyncClient(headers=self._headers, timeout=timeout)
         if self._model is None:
             listed = _checked(await http.get(f"{self._base}/v1/models"))
             with contextlib.suppress(KeyError, IndexError, TypeError):

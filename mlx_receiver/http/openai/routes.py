@@ -10,12 +10,10 @@ from mlx_receiver.http.openai.chat import chat_completions
 from mlx_receiver.http.openai.completions import completions
 from mlx_receiver.http.openai.models import models
 from mlx_receiver.http.openai.service import Service
-from mlx_receiver.http.served import Served
 
 
-def api_routes(receiver: Served) -> list[BaseRoute]:
+def api_routes(service: Service) -> list[BaseRoute]:
     """Everything under ``/v1``."""
-    service = Service(receiver)
     endpoints = (
         ("/v1/models", models, "GET"),
         ("/v1/completions", completions, "POST"),

@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Final
 
+from starlette.applications import Starlette
+
 from mlx_receiver.decode.local import check_prompt
 from mlx_receiver.decode.sampling import check_sampling
 from mlx_receiver.http.errors import ApiError, bad_request
@@ -52,6 +54,15 @@ class Service:
                 settings.prefill_timeout,
                 self.vocab_size,
             )
+
+    @contextlib.asynccontextmanager
+    async def running(self, _application: Starlette) -> AsyncGenerator[None, None]:
+        """What lives as long as the server: the connections to vLLM, and the threads."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self.workers.close)
+            if self._prefill is not None:
+                await stack.enter_async_context(self._prefill)
+            yield
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) for a model that is not the one served, 503 before it is loaded."""

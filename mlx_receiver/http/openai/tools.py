@@ -7,6 +7,7 @@ import logging
 import uuid
 from typing import Any
 
+from mlx_receiver.http.openai.responses import FunctionCall, ToolCall
 from mlx_receiver.http.openai.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,11 @@ class ToolStream:
         self._inside = False
         self.calls = 0
 
-    def push(self, text: str, over: bool) -> tuple[str, list[dict[str, Any]]]:
-        """New content and new calls (OpenAI's ``tool_calls`` entries with their ``index``)."""
+    def push(self, text: str, over: bool) -> tuple[str, list[ToolCall]]:
+        """New content and new calls, with their ``index``."""
         self._held += text
-        content, calls = "", []
+        content = ""
+        calls: list[ToolCall] = []
         while True:
             if not self._inside:
                 before, marker, behind = self._held.partition(self._start)
@@ -62,7 +64,7 @@ class ToolStream:
         content, self._blank = self._blank + content, ""
         return content, calls
 
-    def _calls(self, text: str) -> list[dict[str, Any]]:
+    def _calls(self, text: str) -> list[ToolCall]:
         try:
             parsed = self._parse(text, self._tools)
             entries = [
@@ -73,20 +75,17 @@ class ToolStream:
             logger.info("a tool call could not be parsed: %s", error)
             return []
         for entry in entries:
-            entry["index"] = self.calls
+            entry.index = self.calls
             self.calls += 1
         return entries
 
     @staticmethod
-    def _entry(call: dict[str, Any]) -> dict[str, Any]:
+    def _entry(call: dict[str, Any]) -> ToolCall:
         arguments = call.get("arguments", {})
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        return {
-            "id": call.get("id") or f"chatcmpl-tool-{uuid.uuid4().hex[:16]}",
-            "type": "function",
-            "function": {"name": str(call["name"]), "arguments": arguments},
-        }
+        identity = str(call.get("id") or f"chatcmpl-tool-{uuid.uuid4().hex[:16]}")
+        return ToolCall(id=identity, function=FunctionCall(str(call["name"]), arguments))
 
 
 def _overlap(text: str, marker: str) -> int:

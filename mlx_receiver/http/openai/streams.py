@@ -1,11 +1,9 @@
-"""What both endpoints send: server-sent events, usage, and answers to clients that may go away."""
+"""Server-sent events, and answers to clients that may go away."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
@@ -14,43 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from mlx_receiver.http.errors import ApiError
-from mlx_receiver.http.openai.bodies import SamplingBody
 
 _T = TypeVar("_T")
 
 DONE = b"data: [DONE]\n\n"
 
 
-def identity(request: Request, prefix: str) -> tuple[str, int]:
-    """The response's id, after the client's ``X-Request-Id`` if there is one, and its time."""
-    name = request.headers.get("x-request-id", "")[:256] or uuid.uuid4().hex
-    return f"{prefix}-{name}", int(time.time())
-
-
-def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
-    """OpenAI's ``usage``; ``cached`` prompt tokens were in a prefix cache."""
-    return {
-        "prompt_tokens": prompt,
-        "total_tokens": prompt + completion,
-        "completion_tokens": completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-
-
-def wants_usage(body: SamplingBody) -> tuple[bool, bool]:
-    """Whether a stream ends with usage, and whether every chunk carries it."""
-    options = body.stream_options
-    if options is None or not options.include_usage:
-        return False, False
-    return True, bool(options.continuous_usage_stats)
-
-
-def as_json(content: Any) -> Response:
-    """A JSON answer of anything that msgspec writes."""
-    return Response(msgspec.json.encode(content), media_type="application/json")
-
-
-def event(content: dict[str, Any]) -> bytes:
+def event(content: msgspec.Struct) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
