@@ -5,8 +5,8 @@ MLX receiver on this machine, the other carries an ``extra_args`` marker that ke
 What differs between their times to the first token is what exporting costs.
 
     python -m bench.overlap_gpu --receiver-gpu 1     # a machine with two GPUs
-    python -m bench.overlap_gpu --hollow             # with one, see bench/hollow.py
-    python -m bench.overlap_gpu --hollow --add       # once more, pooled with what --out holds
+    python -m bench.overlap_gpu --null-model             # with one, see bench/null_model.py
+    python -m bench.overlap_gpu --null-model --add       # once more, pooled with what --out holds
 
 One process is one sample of what differs between processes: run several, on several machines.
 
@@ -118,18 +118,18 @@ class ReceiverProcess:
     """``mlx-receiver start`` on this machine."""
 
     def __init__(
-        self, model: Path, dtype: str, log: Path, gpu: str = "", hollow: bool = False
+        self, model: Path, dtype: str, log: Path, gpu: str = "", null_model: bool = False
     ) -> None:
-        """``gpu``: the only one that it sees; by default the first, beside vLLM. ``hollow``: it
+        """``gpu``: the only one that it sees; by default the first, beside vLLM. ``null_model``: it
         computes nothing, on no GPU."""
         port, self.http = free_ports(2)
         self.address = f"127.0.0.1:{port}"
         self.log = log
         real = "from mlx_receiver.cli import main; main()"
-        program = ["-m", "bench.hollow"] if hollow else ["-c", real]
+        program = ["-m", "bench.null_model"] if null_model else ["-c", real]
         self.process = subprocess.Popen(
             [sys.executable, *program,
-             "start", "--model", str(model), *([] if hollow else ["--dtype", dtype]),
+             "start", "--model", str(model), *([] if null_model else ["--dtype", dtype]),
              "--port", str(port), "--http-port", str(self.http)],
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
             stdout=log.open("wb"), stderr=subprocess.STDOUT,
@@ -339,7 +339,7 @@ def main() -> None:
         help="the receiver's own GPU, as on another machine: two processes on one take turns",
     )
     receivers.add_argument(
-        "--hollow", action="store_true", help="a receiver that lands KV and computes nothing"
+        "--null-model", action="store_true", help="a receiver that lands KV and computes nothing"
     )
     parser.add_argument("--add", action="store_true", help="add the rows to those in --out")
     parser.add_argument("--out", type=Path, default=RESULTS / "overlap_gpu.json")
@@ -354,7 +354,7 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "gpus": 2 if options.receiver_gpu else 1,
     }
-    result["receiver"] = "hollow" if options.hollow else "mlx"
+    result["receiver"] = "null model" if options.null_model else "mlx"
     result["rows"] = []
     if options.add:
         earlier = json.loads(options.out.read_text())
@@ -368,7 +368,7 @@ def main() -> None:
             "bfloat16",
             options.out.with_suffix(".receiver.log"),
             gpu=options.receiver_gpu,
-            hollow=options.hollow,
+            null_model=options.null_model,
         )
     longest = max(options.lengths) + options.tokens
     try:

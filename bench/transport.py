@@ -1,4 +1,4 @@
-"""How fast each bulk transport fills finished MLX caches, beside the floors of the same run.
+"""How fast each data transport fills finished MLX caches, beside the floors of the same run.
 
     python -m bench.transport                      # loopback and a shaped 10 Gbit link
     python -m bench.transport --transports tcp --tokens 2048 --repeats 2 --links loopback
@@ -383,7 +383,7 @@ def main() -> None:
     os.environ.setdefault("UCX_TLS", "tcp")
     console = Console(stderr=True)
     nbytes = 2 * options.layers * HEADS * options.tokens * HEAD_DIM * ITEM
-    result: dict[str, Any] = record("bulk transports into finished MLX caches") | {
+    result: dict[str, Any] = record("data transports into finished MLX caches") | {
         "bytes": nbytes,
         "layers": options.layers,
         "tokens": options.tokens,

@@ -1,4 +1,4 @@
-"""Registers the built-in bulk transports."""
+"""Registers the built-in data transports."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """Extension points: pluggy hooks, found through the entry-point group ``mac_decode``.
 
+They are the project's public interface, with ``transports.transport``, ``caches.adapter`` and
+``wire.layout``, whose types they speak of.
+
 The built-in transport and cache adapters register through the same hooks as anyone else's.
 An entry point names a module (or object) that carries hook implementations::
 
@@ -19,6 +22,8 @@ import pluggy
 
 from mlx_receiver.transports.transport import Transport
 
+__all__ = ["PROJECT", "Specifications", "hookimpl", "manager", "transport", "transports"]
+
 PROJECT = "mac_decode"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -30,11 +35,12 @@ class Specifications:
 
     @hookspec
     def mac_decode_transports(self) -> list[Transport]:  # type: ignore[empty-body]
-        """Bulk transports (``mlx_receiver.transports.transport.Transport``)."""
+        """Data transports (``mlx_receiver.transports.transport.Transport``)."""
 
     @hookspec
     def mac_decode_cache_adapters(self) -> list[Any]:  # type: ignore[empty-body]
-        """Cache adapters (``caches.plain.CacheAdapter``), asked on the receiver only."""
+        """Cache adapters (``mlx_receiver.caches.adapter.CacheAdapter``), asked on the receiver
+        only: vLLM's side has no MLX to import that class with."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A whole receiver: model, decode engine, sessions, control channel, bulk channel, HTTP."""
+"""A whole receiver: model, decode engine, sessions, control channel, data channel, HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_receiver.decode.device import engine_name
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.model import LoadedModel, ModelSource, Progress, find_model
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.sessions.service import Handover
+from mlx_receiver.sessions.service import SessionService
 from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.settings import Settings, SettingsError
 from mlx_receiver.transports.tcp import TcpTransport
@@ -50,18 +50,18 @@ class Receiver:
             progress=progress,
             warm_up=True,
         )
-        self.handover = Handover(self.engine, self.metrics)
+        self.sessions = SessionService(self.engine, self.metrics)
         self.store = SessionStore(
             max_sessions=settings.max_sessions,
-            events=self.handover,
+            events=self.sessions,
             metrics=self.metrics,
         )
-        self.handover.store = self.store
+        self.sessions.store = self.store
         self.engine.budget = self.store.budget
         self.metrics.sessions_active.set_function(lambda: len(self.store.sessions()))
         self.metrics.kv_reserved_bytes.set_function(lambda: self.store.reserved_bytes)
         self.metrics.queued_bytes.set_function(lambda: self.store.budget.queued)
-        self.control = ControlServer(self.handover, self.source.signature, settings.token)
+        self.control = ControlServer(self.sessions, self.source.signature, settings.token)
         self.port = 0
         self.http: HttpServer | None = None
         self.started = time.monotonic()
@@ -81,12 +81,12 @@ class Receiver:
 
     @property
     def data_endpoint(self) -> Endpoint:
-        """Where the first bulk transport listens."""
+        """Where the first data transport listens."""
         return self._listeners[0].endpoint
 
     @property
     def data_endpoints(self) -> list[Endpoint]:
-        """Where each bulk transport listens."""
+        """Where each data transport listens."""
         return [listener.endpoint for listener in self._listeners]
 
     def start(self) -> None:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from mlx_receiver.wire.layout import LayerLayout
 
+__all__ = ["CacheAdapter", "LayerBuffers", "Rows", "mlx_dtype", "wire_dtype"]
+
 _DTYPES: Final = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -87,6 +88,8 @@ def _guarded(check: str, look: Callable[[], Finding]) -> Iterator[Line]:
 def main(arguments: list[str]) -> None:
     """``python -m mlx_receiver.checks.child [MODEL]``."""
     use_fast_blas()
+    # What goes wrong is a finding; a line of our own log would stand in the middle of the report.
+    logging.getLogger("mlx_receiver").addHandler(logging.NullHandler())
     # Libraries print to where they like; the lines have the standard output alone.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

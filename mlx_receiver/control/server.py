@@ -19,7 +19,7 @@ import msgspec
 import zmq
 
 from mlx_receiver.control.guard import Guard
-from mlx_receiver.sessions.service import Client, Handover
+from mlx_receiver.sessions.service import Client, SessionService
 from mlx_receiver.settings import SettingsError
 from mlx_receiver.wire import addresses, keys
 from mlx_receiver.wire.handshake import introduction
@@ -79,11 +79,11 @@ class _Unsent:
 class ControlServer:
     """A ROUTER socket and its thread. ``bind`` first, ``start`` when there is a model to serve."""
 
-    def __init__(self, handover: Handover, signature: ModelSignature, token: str) -> None:
-        self._handover = handover
+    def __init__(self, sessions: SessionService, signature: ModelSignature, token: str) -> None:
+        self._sessions = sessions
         self._signature = signature
         self._layout: CacheLayout | None = None
-        max_tokens = handover.source.max_tokens
+        max_tokens = sessions.source.max_tokens
         self._decoder = client_decoder(max_tokens, signature.vocab_size)
         self._context = zmq.Context()
         # A ROUTER numbers its connections from C's ``rand()``. A peer that knows the next number
@@ -263,19 +263,19 @@ class ControlServer:
     def _serve(self, client: Client, message: ClientMessage) -> None:
         match message:
             case Ping():
-                client.post(self._handover.status(client, message.sent_ns))
+                client.post(self._sessions.status(client, message.sent_ns))
             case Open():
                 try:
-                    self._handover.open(client, message)
+                    self._sessions.open(client, message)
                 except WireError as error:
                     client.post(Refused(message.session, error.code, clipped(error.reason)))
             case Start():
                 try:
-                    self._handover.start(client, message)
+                    self._sessions.start(client, message)
                 except WireError as error:
                     client.post(Failed(message.session, error.code, clipped(error.reason)))
             case Cancel():
-                self._handover.cancel(client, message)
+                self._sessions.cancel(client, message)
 
     def _greet(self, identity: bytes, hello: Hello, descriptor: int) -> None:
         """Welcome a client. Raises WireError saying why not."""
@@ -300,13 +300,13 @@ class ControlServer:
             peer.client,
             peer.layout,
             lambda message: self._post(identity, message),
-            self._handover,
+            self._sessions,
         )
         self._guard.watch(self._gone)
         self._guard.welcome(descriptor)
         self._clients[identity] = client
         self._descriptors[descriptor] = identity
-        self._handover.store.admit(ticket)
+        self._sessions.store.admit(ticket)
         logger.info(
             "client %s (%s) connected, KV in %s", peer.client, peer.engine, peer.layout.kv_dtype
         )
@@ -317,7 +317,7 @@ class ControlServer:
         for identity, client in list(self._clients.items()):
             if client.last_heard + SILENCE_SECONDS < now:
                 self._forget(identity, "silent", f"said nothing for {SILENCE_SECONDS:.0f} s")
-        self._handover.store.sweep()
+        self._sessions.store.sweep()
 
     def _gone(self, descriptor: int) -> None:
         """A client's connection has ended."""
@@ -334,7 +334,7 @@ class ControlServer:
                 self._guard.dismiss(descriptor)
         if client is None:
             return
-        dropped = self._handover.drop_client(client, outcome)
+        dropped = self._sessions.drop_client(client, outcome)
         if outcome == "disconnected" and not dropped:
             logger.info("client %s left", client.name)
         else:
@@ -346,10 +346,10 @@ class ControlServer:
         """Throw away what waits for a connection."""
         unsent = self._unsent.pop(identity, None)
         if unsent is not None:
-            self._handover.store.budget.queued -= unsent.nbytes
+            self._sessions.store.budget.queued -= unsent.nbytes
 
     def _flush(self) -> None:
-        budget = self._handover.store.budget
+        budget = self._sessions.store.budget
         while self._outbox:
             identity, message = self._outbox.popleft()
             frame = encode(message)
@@ -375,9 +375,9 @@ class ControlServer:
             self._discard(identity)
 
     def _say_goodbye(self, identity: bytes, client: Client) -> None:
-        for session in self._handover.store.of_client(client):
+        for session in self._sessions.store.of_client(client):
             self._outbox.append(
                 (identity, Failed(session.id, E_SHUTDOWN, "the receiver is stopping"))
             )
-        self._handover.drop_client(client, "shutdown")
+        self._sessions.drop_client(client, "shutdown")
         self._outbox.append((identity, Rejected(E_SHUTDOWN, "the receiver is stopping")))

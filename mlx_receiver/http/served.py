@@ -8,7 +8,7 @@ from mlx_receiver.control.server import ControlServer
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.model import ModelSource
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.sessions.service import Handover
+from mlx_receiver.sessions.service import SessionService
 from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.settings import Settings
 
@@ -20,7 +20,7 @@ class Served(Protocol):
     source: ModelSource
     engine: DecodeEngine
     store: SessionStore
-    handover: Handover
+    sessions: SessionService
     control: ControlServer
     metrics: Metrics
     #: When it was made, by ``time.monotonic()``.

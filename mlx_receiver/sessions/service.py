@@ -45,7 +45,7 @@ class Client:
     """A welcomed vLLM, and the engine's sink for its jobs: one Step message a decode step."""
 
     def __init__(
-        self, id: str, name: str, layout: CacheLayout, post: Post, handover: Handover
+        self, id: str, name: str, layout: CacheLayout, post: Post, sessions: SessionService
     ) -> None:
         #: Its ticket's; "" for one that has no data channel.
         self.id = id
@@ -55,7 +55,7 @@ class Client:
         self.post = post
         self.last_heard = time.monotonic()
         self.jobs: dict[Job, Session] = {}
-        self._handover = handover
+        self._sessions = sessions
 
     def decoded(self, outputs: list[Output]) -> None:
         """See ``engine.Sink.decoded``."""
@@ -74,7 +74,7 @@ class Client:
                     output.logprobs,
                 )
             )
-            self._handover.progressed(session, output)
+            self._sessions.progressed(session, output)
         if decoded:
             self.post(Step(decoded))
 
@@ -82,10 +82,10 @@ class Client:
         """See ``engine.Sink.failed``."""
         session = self.jobs.pop(job, None)
         if session is not None:
-            self._handover.store.fail(session, code, reason)
+            self._sessions.store.fail(session, code, reason)
 
 
-class Handover:
+class SessionService:
     """The receiver's answers to Open, Start and Cancel, and to what happens to a session."""
 
     store: SessionStore
@@ -140,7 +140,7 @@ class Handover:
     def claim(
         self, session_id: int, prompt_token_ids: list[int], sampling: Sampling, post: Post
     ) -> Client:
-        """Take a parked session over; its ``Step`` and ``Failed`` messages go to ``post``.
+        """Take an unclaimed session over; its ``Step`` and ``Failed`` messages go to ``post``.
 
         Decoding begins with ``start``. Raises WireError (``session``) when there is no such
         session; its prompt must be known, so that nobody continues another's by accident.
@@ -150,7 +150,7 @@ class Handover:
             client = Client("", "http", session.layout, post, self)
             if self.store.adopt(session, client, sampling):
                 return client
-        raise WireError(E_SESSION, "no such session is parked here: it is unknown or has expired")
+        raise WireError(E_SESSION, "no such session waits here: it is unknown or has expired")
 
     def drop_client(self, client: Client, outcome: str) -> int:
         """Forget all sessions of a client; how many there were."""

@@ -93,7 +93,7 @@ class Ended:
 class Session:
     """Coverage and memory of one request's cache.
 
-    Thread-safe: bulk threads call ``landing`` and its ``commit`` concurrently.
+    Thread-safe: data threads call ``landing`` and its ``commit`` concurrently.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class Session:
         self.prompt_token_ids = opened.prompt_token_ids
         self.sampling = opened.sampling
         self.client = client
-        #: Whose blocks arrive; a parked session that is claimed gets another ``client``.
+        #: Whose blocks arrive; an unclaimed session that is claimed gets another ``client``.
         self.opener = client
-        self.parked = opened.parked
+        self.unclaimed = opened.unclaimed
         self.layout = layout
         self.reservation = reservation
         self.phase = Phase.RECEIVING

@@ -41,8 +41,8 @@ STALL_SECONDS: Final = 15.0
 #: The same for a session that nothing has started yet: vLLM may be computing a long step.
 IDLE_SECONDS: Final = 30.0
 
-#: Seconds after its last block in which a parked session must be claimed.
-PARK_SECONDS: Final = 30.0
+#: Seconds after its last block in which an unclaimed session must be claimed.
+LEASE_SECONDS: Final = 30.0
 
 #: Ended sessions whose timelines are kept.
 KEPT_TIMELINES: Final = 32
@@ -54,7 +54,7 @@ Reply = Callable[[DataReply], None]
 
 
 class SessionEvents(Protocol):
-    """What the store tells its owner. Called from bulk and allocator threads; must not block."""
+    """What the store tells its owner. Called from data and allocator threads; must not block."""
 
     def opened(self, session: Session) -> None:
         """The session's memory is there."""
@@ -116,9 +116,9 @@ class SessionStore:
         Raises WireError: ``capacity`` when it does not fit, ``session`` for an id in use.
         """
         tokens = len(message.prompt_token_ids)
-        # Whoever claims a parked session says only then how much text it may become.
+        # Whoever claims an unclaimed session says only then how much text it may become.
         headroom = memory.HEADROOM
-        if not message.parked:
+        if not message.unclaimed:
             headroom = min(message.sampling.max_tokens, headroom)
         marks = layout.cells(tokens)
         with self._lock:
@@ -152,11 +152,11 @@ class SessionStore:
             return self._sessions.get(session_id)
 
     def adopt(self, session: Session, client: Owner, sampling: Sampling) -> bool:
-        """Give a parked session to the client that claims it; False when it is too late."""
+        """Give an unclaimed session to the client that claims it; False when it is too late."""
         with self._lock:
-            if session.id not in self._sessions or not session.parked:
+            if session.id not in self._sessions or not session.unclaimed:
                 return False
-            session.parked = False
+            session.unclaimed = False
             session.client, session.sampling = client, sampling
             return True
 
@@ -185,7 +185,7 @@ class SessionStore:
 
     def sweep(self) -> None:
         """Answer attaches that waited too long; give up sessions that have come to nothing: whose
-        last blocks never came, for which nothing comes, and parked ones that nobody wants."""
+        last blocks never came, for which nothing comes, and unclaimed ones that nobody wants."""
         now = time.monotonic()
         with self._lock:
             late = {
@@ -205,12 +205,14 @@ class SessionStore:
             idle = [
                 s
                 for s in self._sessions.values()
-                if s.first_token is None and not s.parked and s.last_progress + IDLE_SECONDS < now
+                if s.first_token is None
+                and not s.unclaimed
+                and s.last_progress + IDLE_SECONDS < now
             ]
             unclaimed = [
                 s
                 for s in self._sessions.values()
-                if s.parked and s.last_progress + PARK_SECONDS < now
+                if s.unclaimed and s.last_progress + LEASE_SECONDS < now
             ]
         for (_, session_id), replies in late.items():
             _answer(replies, DataReply(session_id, False, E_SESSION, "no such session was opened"))
@@ -224,7 +226,7 @@ class SessionStore:
         for session in idle:
             self.fail(session, E_SESSION, f"no block and no Start came for {IDLE_SECONDS:.0f} s")
         for session in unclaimed:
-            self.fail(session, E_SESSION, f"nobody claimed it within {PARK_SECONDS:.0f} s")
+            self.fail(session, E_SESSION, f"nobody claimed it within {LEASE_SECONDS:.0f} s")
 
     def close(self) -> None:
         """Accept nothing any more and end every session."""
@@ -299,7 +301,7 @@ class SessionStore:
         with self._lock:
             key = self._keys.get(client)
         if key is None:
-            raise WireError(E_CREDENTIALS, "a bulk connection with a ticket that is not valid")
+            raise WireError(E_CREDENTIALS, "a data connection with a ticket that is not valid")
         return key
 
     def attach(self, client: str, session: int, reply: Reply) -> None:

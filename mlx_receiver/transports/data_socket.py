@@ -1,4 +1,4 @@
-"""What both ends of a ``tcp`` bulk connection do with their socket.
+"""What both ends of a ``tcp`` data connection do with their socket.
 
 Timeouts are the kernel's SO_SNDTIMEO: Python's ``settimeout`` would make the descriptor
 non-blocking, on which MSG_WAITALL has no effect.
@@ -24,7 +24,7 @@ _KEEPALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPALIVE": 10, "TCP_KEEPINTVL": 5
 
 
 def tune(sock: socket.socket) -> None:
-    """The options of a bulk connection, on either side."""
+    """The options of a data connection, on either side."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():

@@ -81,7 +81,7 @@ class _Memory:
 
 
 class NixlSender:
-    """A vLLM worker's bulk connection. ``replies`` may be called while ``send`` waits."""
+    """A vLLM worker's data connection. ``replies`` may be called while ``send`` waits."""
 
     def __init__(self, control: TcpSender, timeout: float) -> None:
         self._control = control

@@ -46,7 +46,7 @@ _MAX_INBOX: Final = 4 * MAX_SMALL_PAYLOAD
 
 
 class TcpSender:
-    """A vLLM worker's bulk connection."""
+    """A vLLM worker's data connection."""
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._sock: socket.socket | None = sock

@@ -51,7 +51,7 @@ from mlx_receiver.wire.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
-_CLOSED: Final = "bulk connection from %s closed: %s"
+_CLOSED: Final = "data connection from %s closed: %s"
 
 #: Largest payload of a frame of the handshake, in bytes.
 MAX_HANDSHAKE_PAYLOAD: Final = 1024
@@ -208,7 +208,7 @@ class TcpListener:
         for server in self._servers:
             server.setblocking(False)
             self._selector.register(server, selectors.EVENT_READ)
-        self._door = threading.Thread(target=self._keep_door, name="bulk-accept", daemon=True)
+        self._door = threading.Thread(target=self._keep_door, name="data-accept", daemon=True)
         self._door.start()
 
     @property
@@ -240,7 +240,7 @@ class TcpListener:
                 self._expire(time.monotonic())
             except Exception:
                 # Whatever it is: without a door no client comes in any more.
-                logger.exception("the door of the bulk connections failed")
+                logger.exception("the door of the data connections failed")
                 time.sleep(_TICK)
         for stranger in list(self._strangers):
             self._dismiss(stranger)
@@ -401,7 +401,7 @@ class TcpListener:
             if not self._closing and not connection.cut:
                 self._complaints.warning(_CLOSED, connection.peer, error)
         except Exception:
-            logger.exception("bulk connection from %s failed", connection.peer)
+            logger.exception("data connection from %s failed", connection.peer)
         finally:
             with self._lock:
                 self._connections.pop(connection, None)

@@ -1,4 +1,4 @@
-"""What a bulk transport must do, on both ends. ``tcp`` is the built-in one.
+"""What a data transport must do, on both ends. ``tcp`` is the built-in one.
 
 A transport moves BLOCK frames (``frames``) from a vLLM worker into memory that the receiver
 names, without a copy in between, and carries a few small replies back.
@@ -12,6 +12,8 @@ from typing import Protocol
 
 from mlx_receiver.wire.frames import DataReply, Header
 from mlx_receiver.wire.messages import Code, DataTicket, Endpoint
+
+__all__ = ["BlockSink", "Landing", "Listener", "Sender", "Transport", "TransportError"]
 
 
 class TransportError(ConnectionError):

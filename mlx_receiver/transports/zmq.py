@@ -61,7 +61,7 @@ from mlx_receiver.wire.seldom import Seldom
 
 logger = logging.getLogger(__name__)
 
-_CLOSED: Final = "bulk connection from %s closed: %s"
+_CLOSED: Final = "data connection from %s closed: %s"
 
 #: What one sender may have on the way: enough for a 10 Gbit link and a receiver's pause of 20 ms.
 WINDOW_BYTES: Final = 32 << 20
@@ -94,7 +94,7 @@ _LOST: Final = (
 
 
 class ZmqSender:
-    """A vLLM worker's bulk connection. ``replies`` may be called while ``send`` waits."""
+    """A vLLM worker's data connection. ``replies`` may be called while ``send`` waits."""
 
     def __init__(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> None:
         self._peer = spelled(endpoint.host, endpoint.port)
@@ -297,7 +297,7 @@ class ZmqListener:
             server.setblocking(False)
             set_option(zmq.USE_FD, server.detach())
             self._socket.bind(f"tcp://127.0.0.1:{self._port}")
-        self._thread = threading.Thread(target=self._run, name="bulk-zmq", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="data-zmq", daemon=True)
         self._thread.start()
 
     @property
@@ -331,7 +331,7 @@ class ZmqListener:
                 self._turn(dict(poller.poll()))
             except Exception:
                 # Whatever it is: without this thread no block comes in any more.
-                logger.exception("the zmq bulk channel had to pause")
+                logger.exception("the zmq data channel had to pause")
                 time.sleep(_PAUSE)
         self._socket.close(linger=0)
         self._doorman.close(linger=0)
@@ -380,7 +380,7 @@ class ZmqListener:
             self._take(identity, client, [frame.buffer for frame in frames])
         except Exception as error:
             if not isinstance(error, WireError | TransportError):
-                logger.exception("a zmq bulk message of client %s failed", client)
+                logger.exception("a zmq data message of client %s failed", client)
             # The connection cannot be closed from here; it gets no credits any more.
             self._complaints.warning(_CLOSED, f"client {client}", error)
             self._refused[identity] = None

@@ -1,10 +1,12 @@
-"""The wire between vLLM and the receiver: messages, block frames, transports.
+"""The language of vLLM's side and the receiver.
 
 Light by design: both sides import it, so nothing here imports mlx, torch or vllm.
 
-- ``messages``: the control channel (msgspec structs over ZeroMQ).
-- ``frames``: the bulk channel's block header.
-- ``signature``: the model signature that both sides compare before any KV moves.
-- ``transport``: what a bulk transport must do; ``tcp`` is the built-in one.
-- ``hooks``: the pluggy hooks through which transports and codecs register.
+- ``handshake``: an envelope that every version can read.
+- ``messages``: the control channel (msgspec structs over ZeroMQ), and ``trust``: which of their
+  numbers depend on the model.
+- ``frames``: the data channel's block header.
+- ``signature``, ``layout``: what both sides compare before any KV moves.
+- ``keys``: how peers prove that they know a secret.
+- ``handoffs``: what ``/handoffs`` says.
 """

@@ -1,4 +1,4 @@
-"""Frames of the bulk channel: one fixed header, then the payload.
+"""Frames of the data channel: one fixed header, then the payload.
 
 A BLOCK is a rectangle of one part of one layer (``layout``): ``heads`` x ``tokens`` x ``width``,
 head-major and contiguous (``[heads, tokens, width]``), so that each head's rows land in the
@@ -143,21 +143,21 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         sent,
     ) = _HEADER.unpack(data)
     if magic != MAGIC:
-        raise WireError(E_PROTOCOL, f"a bulk frame starts with {magic!r}, not {MAGIC!r}")
+        raise WireError(E_PROTOCOL, f"a data frame starts with {magic!r}, not {MAGIC!r}")
     if version != PROTOCOL_VERSION:
         raise WireError(
-            E_PROTOCOL, f"a bulk frame of protocol {version}, this side speaks {PROTOCOL_VERSION}"
+            E_PROTOCOL, f"a data frame of protocol {version}, this side speaks {PROTOCOL_VERSION}"
         )
     if session > MAX_SESSION:
-        raise WireError(E_PROTOCOL, f"a bulk frame of session {session}, which no client can open")
+        raise WireError(E_PROTOCOL, f"a data frame of session {session}, which no client can open")
     if payload > MAX_PAYLOAD:
-        raise WireError(E_PROTOCOL, f"a bulk frame of {payload} bytes is over {MAX_PAYLOAD}")
+        raise WireError(E_PROTOCOL, f"a data frame of {payload} bytes is over {MAX_PAYLOAD}")
     try:
         frame_kind = Kind(kind)
     except ValueError:
-        raise WireError(E_PROTOCOL, f"a bulk frame of unknown kind {kind}") from None
+        raise WireError(E_PROTOCOL, f"a data frame of unknown kind {kind}") from None
     if bits >> _PART_BITS >= len(DTYPES):
-        raise WireError(E_PROTOCOL, f"a bulk frame of unknown dtype code {bits >> _PART_BITS}")
+        raise WireError(E_PROTOCOL, f"a data frame of unknown dtype code {bits >> _PART_BITS}")
     header = Header(
         kind=frame_kind,
         session=session,
@@ -233,7 +233,7 @@ _Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
 class DataHello(msgspec.Struct, frozen=True):
-    """Payload of HELLO: which client (``DataTicket.client``) opens this bulk connection."""
+    """Payload of HELLO: which client (``DataTicket.client``) opens this data connection."""
 
     client: Annotated[str, Meta(min_length=1, max_length=64)]
     nonce: _Nonce

@@ -8,7 +8,7 @@ A conversation::
                                     <-       Welcome(endpoints, features) | Rejected(reason)
     Open(session, prompt, sampling) ->
                                     <-       Opened(session) | Refused(session, reason)
-       ... KV blocks arrive on the bulk channel (``frames``) ...
+       ... KV blocks arrive on the data channel (``frames``) ...
                                     <-       Complete(session)
     Start(session, first_token)     ->
                                     <-       Step([Decoded(session, ...), ...]) once a decode step
@@ -147,7 +147,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where a bulk transport listens. The client takes the control connection's host, whatever
+    """Where a data transport listens. The client takes the control connection's host, whatever
     ``host`` says: workers connect nowhere else.
 
     ``nonce`` names this listener, so that a proof made for it is worth nothing elsewhere.
@@ -176,8 +176,8 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     """Ask for a session. ``session`` is a random number below 2**63, chosen by the client.
 
     ``prompt_token_ids`` are the tokens whose KV will arrive; the receiver never tokenises.
-    A ``parked`` session gets no Start: it waits for whoever shows its id over HTTP, with a first
-    token and sampling of their own, and expires if nobody does.
+    An ``unclaimed`` session gets no Start: it waits for whoever shows its id over HTTP, with a
+    first token and sampling of their own, and expires if nobody does.
     """
 
     session: SessionId
@@ -185,7 +185,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)]
     sampling: Sampling
     codec: Name = "raw"
-    parked: bool = False
+    unclaimed: bool = False
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -372,7 +372,7 @@ def client_decoder(max_tokens: int, vocab_size: int) -> msgspec.msgpack.Decoder[
             ("prompt_token_ids", prompt),
             ("sampling", sampling),
             ("codec", Name, "raw"),
-            ("parked", bool, False),
+            ("unclaimed", bool, False),
         ],
         bases=(Open,),
         frozen=True,

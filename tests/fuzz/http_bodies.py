@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from mlx_receiver.http.errors import ApiError
-from mlx_receiver.http.openai import parked
+from mlx_receiver.http.openai import claims
 from mlx_receiver.http.openai.bodies import ChatBody, CompletionBody, SamplingBody, parse
 from tests.fuzz.structures import VOCABULARY, variants
 
@@ -29,7 +29,7 @@ def bodies(drawn: tuple[Any, Any]) -> int:
             continue  # what JSON cannot say
         try:
             body = parse(raw, kind, VOCABULARY)
-            parked.hand_off(body.kv_transfer_params, VOCABULARY)
+            claims.hand_off(body.kv_transfer_params, VOCABULARY)
         except ApiError as error:
             assert 400 <= error.status < 500, f"{error.status}: {error.message}"
             continue
@@ -44,7 +44,7 @@ def hand_offs(drawn: tuple[Any, Any]) -> int:
     for variant in variants(kind, value):
         count += 1
         try:
-            found = parked.hand_off({parked.KEY: variant}, VOCABULARY)
+            found = claims.hand_off({claims.KEY: variant}, VOCABULARY)
         except ApiError as error:
             assert error.status == 400
             continue

@@ -74,7 +74,7 @@ def receiver() -> Receiver:
 class _Machine:
     def __init__(self) -> None:
         self.receiver = receiver()
-        self.store, self.handover = self.receiver.store, self.receiver.handover
+        self.store, self.sessions = self.receiver.store, self.receiver.sessions
         #: Every message a client got, in order; the last one is for whoever claims over HTTP.
         self.heard: list[list[m.ReceiverMessage]] = [[] for _ in range(CLIENTS + 1)]
         self.clients = [self._welcome(index) for index in range(CLIENTS)]
@@ -86,7 +86,7 @@ class _Machine:
         self.store.admit(ticket)
         layout = layout_from_config(self.receiver.source.config, "float32")
         return Client(
-            ticket.client, f"fuzz {index}", layout, self.heard[index].append, self.handover
+            ticket.client, f"fuzz {index}", layout, self.heard[index].append, self.sessions
         )
 
     def run(self, drawn: list[tuple[Any, ...]]) -> None:
@@ -94,7 +94,7 @@ class _Machine:
             with contextlib.suppress(m.WireError):  # a refusal is an answer
                 getattr(self, f"do_{name}")(*arguments)
         for client in self.clients:
-            self.handover.drop_client(client, "fuzzed")
+            self.sessions.drop_client(client, "fuzzed")
         for session in self.store.sessions():
             self.store.end(session, "fuzzed")  # those that were claimed
         assert eventually(lambda: self.store.reserved_bytes == 0, 20, pause=0.001), (
@@ -111,22 +111,24 @@ class _Machine:
 
     # --- events ---------------------------------------------------------------------------------
 
-    def do_open(self, client: int, tokens: int, limit: int, parked: bool, eos: int | None) -> None:
+    def do_open(
+        self, client: int, tokens: int, limit: int, unclaimed: bool, eos: int | None
+    ) -> None:
         message = m.Open(
             session=_next_session(),
             request_id="fuzz",
             prompt_token_ids=[(7 * i + tokens) % 100 for i in range(tokens)],
             sampling=m.Sampling(max_tokens=limit, temperature=0.0, eos_token_id=eos),
-            parked=parked,
+            unclaimed=unclaimed,
         )
-        self.handover.open(self.clients[client], message)
+        self.sessions.open(self.clients[client], message)
         self.opened.append((client, message))
 
     def do_reopen(self, client: int, place: int) -> None:
         _, message = self._of(place)
         if self.store.get(message.session) is None:
             return  # its number is free again, which ``_check_order`` does not follow
-        self.handover.open(self.clients[client], message)
+        self.sessions.open(self.clients[client], message)
 
     def do_blocks(self, client: int, place: int) -> None:
         owner, opened = self._of(place)
@@ -170,10 +172,10 @@ class _Machine:
             self.store.rejected(sender, header, error.code, error.reason)
 
     def do_start(self, client: int, place: int, token: int) -> None:
-        self.handover.start(self.clients[client], m.Start(self._of(place)[1].session, token))
+        self.sessions.start(self.clients[client], m.Start(self._of(place)[1].session, token))
 
     def do_cancel(self, client: int, place: int) -> None:
-        self.handover.cancel(self.clients[client], m.Cancel(self._of(place)[1].session))
+        self.sessions.cancel(self.clients[client], m.Cancel(self._of(place)[1].session))
 
     def do_attach(self, client: int, place: int) -> None:
         self.store.attach(self.clients[client].id, self._of(place)[1].session, lambda reply: None)
@@ -182,7 +184,7 @@ class _Machine:
         self.store.detached(self.clients[client].id, self._of(place)[1].session)
 
     def do_status(self, client: int) -> None:
-        status = self.handover.status(self.clients[client], 1)
+        status = self.sessions.status(self.clients[client], 1)
         assert 0 <= status.free_bytes <= self.store.budget_bytes
         mine = {opened.session for owner, opened in self.opened if owner == client}
         assert {progress.session for progress in status.sessions} <= mine
@@ -191,13 +193,13 @@ class _Machine:
         _, opened = self._of(place)
         prompt = opened.prompt_token_ids if right else [*opened.prompt_token_ids, 1]
         sampling = m.Sampling(max_tokens=3, temperature=0.0)
-        client = self.handover.claim(opened.session, prompt, sampling, self.heard[-1].append)
-        assert right and opened.parked
+        client = self.sessions.claim(opened.session, prompt, sampling, self.heard[-1].append)
+        assert right and opened.unclaimed
         self.claimed.add(opened.session)
-        self.handover.start(client, m.Start(opened.session, 5))
+        self.sessions.start(client, m.Start(opened.session, 5))
 
     def do_drop(self, client: int) -> None:
-        self.handover.drop_client(self.clients[client], "left")
+        self.sessions.drop_client(self.clients[client], "left")
         self.clients[client] = self._welcome(client)
 
     def do_sweep(self) -> None:

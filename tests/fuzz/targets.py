@@ -10,7 +10,7 @@ from typing import Any, get_args
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from mlx_receiver.http.openai.parked import HandOff
+from mlx_receiver.http.openai.claims import HandOff
 from mlx_receiver.wire import frames
 from mlx_receiver.wire import messages as m
 from tests.fuzz import decoders, http_bodies, receiving

@@ -66,7 +66,7 @@ def layout_of(source: ModelSource, dtype: str) -> CacheLayout:
 
 
 class FakeVllm:
-    """One control connection and one bulk connection."""
+    """One control connection and one data connection."""
 
     def __init__(self, receiver: Receiver, *, token: str = "", kv_dtype: str = "float32") -> None:
         self.receiver = receiver
@@ -81,7 +81,7 @@ class FakeVllm:
         #: Messages not yet waited for; of a Step its entries.
         self.inbox: list[Any] = []
         self.largest_step = 0
-        self.bulk: Sender | None = None
+        self.data: Sender | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._alive = threading.Thread(target=self._ping, daemon=True)
@@ -95,7 +95,7 @@ class FakeVllm:
         answer = self.wait(lambda m: isinstance(m, Welcome | Rejected), seconds)
         if isinstance(answer, Welcome):
             self.ticket = answer.ticket
-            self.bulk = self.connect_bulk()
+            self.data = self.connect_data()
             self._alive.start()
         return answer
 
@@ -104,7 +104,7 @@ class FakeVllm:
         assert self.ticket is not None
         return self.ticket.client
 
-    def connect_bulk(self) -> Sender:
+    def connect_data(self) -> Sender:
         assert self.ticket is not None
         endpoint = msgspec.structs.replace(self.receiver.data_endpoint, host="127.0.0.1")
         return TcpTransport().connect(endpoint, self.ticket, 5.0)
@@ -174,9 +174,9 @@ class FakeVllm:
 
     def send_kv(self, session: int, kv: Prefilled, rng: random.Random | None = None) -> None:
         """Every block, in order whole planes or with ``rng`` in random rectangles and order."""
-        assert self.bulk is not None
+        assert self.data is not None
         for header, payload in blocks(session, kv, rng):
-            self.bulk.send(header, [payload])
+            self.data.send(header, [payload])
 
     def request(self, kv: Prefilled, sampling: Sampling, rng: random.Random | None = None) -> int:
         """A whole hand-off up to Start."""
@@ -194,8 +194,8 @@ class FakeVllm:
         self._closing.set()
         if self._alive.is_alive():
             self._alive.join()
-        if self.bulk is not None:
-            self.bulk.close()
+        if self.data is not None:
+            self.data.close()
         self.socket.close()
         self._context.term()
 

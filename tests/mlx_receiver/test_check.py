@@ -222,7 +222,7 @@ def test_a_hidden_copy_is_noticed() -> None:
     assert (found.state, "copies 1 of 4 arrays" in found.seen) == ("warning", True)
 
 
-def test_an_alias_that_outlives_the_handover_is_noticed() -> None:
+def test_an_alias_that_outlives_the_handoff_is_noticed() -> None:
     """Then MLX copies at the first decode step."""
     import mlx.core as mx
 
@@ -471,6 +471,8 @@ def test_the_command_says_what_is_wrong_and_ends_with_1() -> None:
     assert f"✗ port: {port} cannot be used" in done.stdout
     assert "✗ model: there is no folder /no/such/folder" in done.stdout
     assert done.stdout.splitlines()[-1] == "Not ready: port, model"
+    # No log of ours between the lines of the report.
+    assert "mlx_receiver" not in done.stderr and "connection" not in done.stderr
 
 
 def test_options_that_cannot_be_used_end_it_with_2() -> None:

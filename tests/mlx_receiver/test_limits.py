@@ -36,7 +36,7 @@ from mlx_receiver.wire.messages import (
 )
 from tests.mlx_receiver.client import FakeVllm, block, connected
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.test_refusals import opened, raw_bulk
+from tests.mlx_receiver.test_refusals import opened, raw_data
 from tests.waiting import eventually
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
@@ -206,11 +206,11 @@ def test_other_clients_blocks_attaches_and_errors_reach_no_session(
     header, payload = block(session, kv, 0, 0, slice(0, 2), slice(0, 17))
     wrong, _ = block(session, kv, 0, 0, slice(0, 2), slice(0, 17), {"layer": 99})
     with connected(receiver) as other:
-        assert other.bulk is not None
-        other.bulk.send(header, [memoryview(bytes(payload.nbytes))])
-        other.bulk.send(wrong, [payload])
-        other.bulk.send(Header(Kind.ATTACH, session, 0))
-        assert not eventually(lambda: any(r.accepted for r in other.bulk.replies()), 0.3)
+        assert other.data is not None
+        other.data.send(header, [memoryview(bytes(payload.nbytes))])
+        other.data.send(wrong, [payload])
+        other.data.send(Header(Kind.ATTACH, session, 0))
+        assert not eventually(lambda: any(r.accepted for r in other.data.replies()), 0.3)
     client.send_kv(session, kv)
     client.start(session, kv.first)
     assert [kv.first, *client.tokens(session)] == kv.tokens
@@ -221,15 +221,15 @@ def test_one_clients_waiting_attaches_are_its_own(
 ) -> None:
     monkeypatch.setattr("mlx_receiver.sessions.store._MAX_WAITING", 3)
     with connected(receiver) as other:
-        assert other.bulk is not None
+        assert other.data is not None
         for session in range(5000, 5004):
-            other.bulk.send(Header(Kind.ATTACH, session, 0))
+            other.data.send(Header(Kind.ATTACH, session, 0))
         replies: list[Any] = []
-        assert eventually(lambda: bool(replies.extend(other.bulk.replies()) or replies))
+        assert eventually(lambda: bool(replies.extend(other.data.replies()) or replies))
         assert "too many workers" in replies[0].reason
-        assert client.bulk is not None
-        client.bulk.send(Header(Kind.ATTACH, opened(client, [5, 6]), 0))
-        assert eventually(lambda: any(r.accepted for r in client.bulk.replies()))
+        assert client.data is not None
+        client.data.send(Header(Kind.ATTACH, opened(client, [5, 6]), 0))
+        assert eventually(lambda: any(r.accepted for r in client.data.replies()))
 
 
 def test_sessions_to_which_nothing_comes_are_given_up(
@@ -304,7 +304,7 @@ def test_memory_that_is_still_written_counts(
     known = client.receiver.store.get(session)
     assert known is not None
     header, payload = block(session, kv, 0, 0, slice(0, 2), slice(0, 17))
-    torn = raw_bulk(client)
+    torn = raw_data(client)
     torn.sendall(header.pack() + payload[: payload.nbytes // 2])
     time.sleep(0.2)
     client.cancel(session)

@@ -1,4 +1,4 @@
-"""A receiver that offers several bulk transports at once."""
+"""A receiver that offers several data transports at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OverTransport(FakeVllm):
 
     name = ""
 
-    def connect_bulk(self) -> Sender:
+    def connect_data(self) -> Sender:
         (endpoint,) = (e for e in self.receiver.data_endpoints if e.transport == self.name)
         endpoint = msgspec.structs.replace(endpoint, host=endpoint.host or "127.0.0.1")
         assert self.ticket is not None

@@ -74,12 +74,12 @@ def test_a_block_that_does_not_fit_fails_its_session_only(
     kv = prefill(17)
     bad, good = opened(client, kv.prompt), opened(client, kv.prompt)
     header, payload = block(bad, kv, 0, 0, HEADS, TOKENS, changes)
-    assert client.bulk is not None
-    client.bulk.send(header, [payload])
+    assert client.data is not None
+    client.data.send(header, [payload])
     failed = client.failed(bad)
     assert failed.code == "block"
     assert_matches(names, failed.reason)
-    # The same bulk connection goes on.
+    # The same data connection goes on.
     client.send_kv(good, kv)
     client.start(good, kv.first)
     assert [kv.first, *client.tokens(good)] == kv.tokens
@@ -93,9 +93,9 @@ def test_conflicting_duplicate_names_the_place(
     header, payload = block(session, kv, 2, 1, HEADS, TOKENS)
     wrong = np.frombuffer(payload, np.uint32).reshape(2, 17, 32).copy()
     wrong[1, 9, 3] ^= 1
-    assert client.bulk is not None
-    client.bulk.send(header, [payload])
-    client.bulk.send(header, [wrong.data.cast("B")])
+    assert client.data is not None
+    client.data.send(header, [payload])
+    client.data.send(header, [wrong.data.cast("B")])
     failed = client.failed(session)
     assert failed.code == "block"
     assert_matches("layer 2, values.*different bytes, first at head 1, token 9", failed.reason)
@@ -107,12 +107,12 @@ def test_a_hole_is_named_when_nothing_fills_it(
     monkeypatch.setattr("mlx_receiver.sessions.store.STALL_SECONDS", 0.3)
     kv = prefill(17)
     session = opened(client, kv.prompt)
-    assert client.bulk is not None
+    assert client.data is not None
     for header, payload in blocks(session, kv):
         if (header.layer, header.part) != (3, 1):
-            client.bulk.send(header, [payload])
+            client.data.send(header, [payload])
     header, payload = block(session, kv, 3, 1, HEADS, slice(0, 11))
-    client.bulk.send(header, [payload])
+    client.data.send(header, [payload])
     client.start(session, kv.first)
     failed = client.failed(session)
     assert failed.code == "block"
@@ -125,7 +125,7 @@ def test_a_broken_connection_leaves_its_place_to_another(
     kv = prefill(17)
     session = opened(client, kv.prompt)
     header, payload = block(session, kv, 0, 0, HEADS, TOKENS)
-    torn = raw_bulk(client)
+    torn = raw_data(client)
     torn.sendall(header.pack() + payload[: payload.nbytes // 2])
     time.sleep(0.1)
     torn.close()
@@ -146,7 +146,7 @@ def test_a_broken_connection_leaves_its_place_to_another(
 def test_forged_frames_close_only_their_connection(
     client: FakeVllm, prefill: Prefill, bystander: None, garbage: bytes
 ) -> None:
-    forged = raw_bulk(client)
+    forged = raw_data(client)
     forged.sendall(garbage)
     forged.settimeout(5)
     # Closing with unread bytes resets the connection.
@@ -175,17 +175,17 @@ def test_attach_waits_for_the_open_and_gives_up(
 ) -> None:
     monkeypatch.setattr("mlx_receiver.sessions.store.ATTACH_SECONDS", 1.0)
     kv = prefill(17)
-    assert client.bulk is not None
+    assert client.data is not None
     early = client.open(kv.prompt, GREEDY) + 1
-    client.bulk.send(Header(Kind.ATTACH, early, 0))
-    client.bulk.send(Header(Kind.ATTACH, 555, 0))
+    client.data.send(Header(Kind.ATTACH, early, 0))
+    client.data.send(Header(Kind.ATTACH, 555, 0))
     time.sleep(0.1)
     assert opened(client, kv.prompt) == early
     replies = {}
-    assert client.bulk is not None
+    assert client.data is not None
 
     def both() -> bool:
-        replies.update({reply.session: reply for reply in client.bulk.replies()})
+        replies.update({reply.session: reply for reply in client.data.replies()})
         return len(replies) == 2
 
     assert eventually(both)
@@ -378,8 +378,8 @@ def test_stopping_tells_the_clients(tiny_llama_path: Path) -> None:
     receiver.stop()
 
 
-def raw_bulk(client: FakeVllm) -> socket.socket:
-    """A bulk connection that has proved itself, to be misused."""
+def raw_data(client: FakeVllm) -> socket.socket:
+    """A data connection that has proved itself, to be misused."""
     assert client.ticket is not None
     endpoint = msgspec.structs.replace(client.receiver.data_endpoint, host="127.0.0.1")
     sock, _ = dial(endpoint, client.ticket, 5.0)

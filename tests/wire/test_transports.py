@@ -1,4 +1,4 @@
-"""What every bulk transport owes: the same cases on each of them."""
+"""What every data transport owes: the same cases on each of them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import zmq
 
-from mlx_receiver.transports import zmq as zmq_bulk
+from mlx_receiver.transports import zmq as zmq_data
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.transports.zmq import ZmqListener, ZmqTransport
 from mlx_receiver.wire.frames import MAX_PAYLOAD, Header, Kind
@@ -71,7 +71,7 @@ def test_a_block_is_of_whoever_proved_itself(
 ) -> None:
     header, rows = make_block(1, 0)
     parts = [header.pack(), b"".join(rows)]
-    proof = zmq_bulk._password(TICKET.key, listener.endpoint.nonce)
+    proof = zmq_data._password(TICKET.key, listener.endpoint.nonce)
     with zmq.Context() as context:
         claims = dealer(
             context,
@@ -114,7 +114,7 @@ def test_strangers_get_nothing_through(
 def test_a_stranger_that_says_no_more_is_closed(
     sink: MemorySink, monkeypatch: pytest.MonkeyPatch, greets: bool
 ) -> None:
-    monkeypatch.setattr(zmq_bulk, "_HANDSHAKE_MS", 500)
+    monkeypatch.setattr(zmq_data, "_HANDSHAKE_MS", 500)
     listener = ZmqListener("127.0.0.1", 0, sink)
     with peers.call(listener) as sock:
         if greets:
@@ -144,7 +144,7 @@ def test_the_thread_goes_on_after_a_fault(
     real = getattr(listener, where)
 
     def failing(*arguments: Any) -> None:
-        if left[0] and threading.current_thread().name == "bulk-zmq":
+        if left[0] and threading.current_thread().name == "data-zmq":
             left[0] -= 1
             if where == "_admit":
                 listener._doorman.send(b"no answer of ZAP")
@@ -176,7 +176,7 @@ def test_a_fault_of_the_sink_ends_one_handshake(
 def test_refused_connections_are_forgotten_in_the_end(
     listener: ZmqListener, worker: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zmq_bulk, "_MAX_REFUSED", 3)
+    monkeypatch.setattr(zmq_data, "_MAX_REFUSED", 3)
     for _ in range(6):
         sender = ZmqTransport().connect(listener.endpoint, TICKET, 5.0)
         with contextlib.suppress(ConnectionError):

@@ -24,7 +24,7 @@ logger = logging.getLogger("vllm.mac_decode.relay")
 
 #: Seconds after which the KV for a router is given up. This side does not hear of its progress any
 #: more once another has claimed the session.
-_PARKED_SECONDS = 60.0
+_LEASE_SECONDS = 60.0
 
 
 class Answers(Handoffs):
@@ -46,7 +46,7 @@ class Answers(Handoffs):
             if self._sessions:
                 self._available.failed()
             for session in list(self._sessions.values()):
-                self._give_up(session, "lost", breaker=False)
+                self._fall_back(session, "lost", breaker=False)
 
     def message(self, message: m.ReceiverMessage, arrived: float) -> None:
         """Act on what the receiver says; what it says of unknown sessions is ignored."""
@@ -72,10 +72,10 @@ class Answers(Handoffs):
                 if promise is None or session.phase not in (Phase.DECODING, Phase.PREFILLED):
                     continue
                 routed = session.phase is Phase.PREFILLED
-                stall = _PARKED_SECONDS if routed else self._settings.stall_timeout
+                stall = _LEASE_SECONDS if routed else self._settings.stall_timeout
                 cause = promise.overdue(now, stall, self._settings.queue_timeout)
                 if cause:
-                    self._give_up(session, cause, breaker=cause == "stalled")
+                    self._fall_back(session, cause, breaker=cause == "stalled")
 
     def _told(self, message: m.Opened | m.Refused | m.Complete | m.Failed | m.Progress) -> None:
         """What the receiver says of one session."""
@@ -94,7 +94,7 @@ class Answers(Handoffs):
                     promise.completed(message, now)
                     self._counts.events["kv_bytes"] += message.kv_bytes
                     if session.phase is Phase.PREFILLED:
-                        self._finish_parked(session)
+                        self._finish_unclaimed(session)
                 case m.Refused():
                     promise.refused(message)
                     self._failed(session, f"refused_{message.code}", message.reason)
@@ -105,7 +105,7 @@ class Answers(Handoffs):
 
     def _failed(self, session: Handoff, cause: str, reason: str, breaker: bool = False) -> None:
         logger.debug("session of %s: %s", session.request_id, printable(reason))
-        self._give_up(session, cause, breaker)
+        self._fall_back(session, cause, breaker)
 
     def _broken(self, session: Handoff, error: BrokenPromise) -> None:
         self._complaints.warning(
@@ -114,7 +114,7 @@ class Answers(Handoffs):
             session.request_id,
             error,
         )
-        self._give_up(session, "failed_protocol")
+        self._fall_back(session, "failed_protocol")
 
     def _decoded(self, step: list[m.Decoded]) -> None:
         now = time.monotonic()
@@ -154,4 +154,4 @@ class Answers(Handoffs):
         for session, problem in broken:
             self._broken(session, problem)
         for session in full:
-            self._give_up(session, "context", breaker=False)
+            self._fall_back(session, "context", breaker=False)

@@ -41,13 +41,13 @@ class Handoffs:
         self.layout: CacheLayout | None = None
         self.vocab_size = 0
 
-    def _finish_parked(self, session: Handoff) -> None:
+    def _finish_unclaimed(self, session: Handoff) -> None:
         """All KV is there: neither the workers nor this side have a part in it any more."""
         session.enter(Phase.OVER)
         self._sessions.pop(session.session, None)
         self._tell_workers(session)
 
-    def _give_up(self, session: Handoff, cause: str, breaker: bool = True) -> None:
+    def _fall_back(self, session: Handoff, cause: str, breaker: bool = True) -> None:
         """The receiver's part ends here; the response goes on locally."""
         if not session.pending:
             return
@@ -112,4 +112,4 @@ class Handoffs:
     def _send(self, session: Handoff, message: m.Open | m.Start) -> None:
         """What cannot be said ends the hand-off: nobody will answer it."""
         if self.link is None or not self.link.send(message):
-            self._give_up(session, "lost", breaker=False)
+            self._fall_back(session, "lost", breaker=False)

@@ -105,7 +105,7 @@ class Relay(Answers):
                     request_id=m.clipped(request.request_id, 1024),
                     prompt_token_ids=request.prompt_token_ids,
                     sampling=session.sampling,
-                    parked=session.routed,
+                    unclaimed=session.routed,
                 ),
             )
             return session if session.pending else None
@@ -117,15 +117,15 @@ class Relay(Answers):
         """
         with self._lock:
             session = self._by_request.get(request.request_id)
-            parked = session is not None and session.phase is Phase.OPEN
-            if session is not None and parked:
+            unclaimed = session is not None and session.phase is Phase.OPEN
+            if session is not None and unclaimed:
                 session.enter(Phase.PREFILLED)
                 assert session.promise is not None
                 session.promise.start(time.monotonic())
                 if session.promise.complete:
-                    self._finish_parked(session)
+                    self._finish_unclaimed(session)
             return {
-                "session": str(session.session) if session is not None and parked else None,
+                "session": str(session.session) if session is not None and unclaimed else None,
                 "first_token": request.output_token_ids[0],
                 "prompt_token_ids": list(request.prompt_token_ids or ()),
             }
@@ -135,14 +135,14 @@ class Relay(Answers):
         with self._lock:
             session = self._by_request.get(request_id)
             if session is not None:
-                self._give_up(session, "preempted", breaker=False)
+                self._fall_back(session, "preempted", breaker=False)
 
     def unreachable(self, sessions: list[int]) -> None:
         """A worker cannot send these sessions' blocks: the receiver's data port does not answer."""
         with self._lock:
             for number in sessions:
                 if (session := self._sessions.get(number)) is not None:
-                    self._give_up(session, "unreachable")
+                    self._fall_back(session, "unreachable")
 
     def take_ended(self) -> list[int]:
         """Sessions that ended since the last call, for the workers."""
@@ -237,11 +237,11 @@ class Relay(Answers):
                     self._abort(session)
 
     def freeze(self) -> None:
-        """vLLM holds every response until it is resumed: those of the receiver come home."""
+        """vLLM holds every response until it is resumed: those of the receiver fall back."""
         with self._lock:
             for session in list(self._sessions.values()):
                 if session.phase is Phase.DECODING:
-                    self._give_up(session, "paused", breaker=False)
+                    self._fall_back(session, "paused", breaker=False)
 
     def rejects(self, request_id: str, draining: bool) -> bool | None:
         """Whether an engine that takes no new requests must reject this one; None if it is not a

@@ -2,8 +2,8 @@
 
 The engine's thread only notes that a layer's K and V are written (``layer_written``: a queue
 put, and on a GPU an event record). Threads do the rest: one gathers blocks into a bounded ring
-of staging buffers, others send them (``bulk``). The blocks themselves are the backlog: vLLM keeps a
-finished request's blocks until the ledger says that they have been read.
+of staging buffers, others send them (``sender``). The blocks themselves are the backlog: vLLM keeps
+a finished request's blocks until the ledger says that they have been read.
 
 Nothing here may stop or slow down the engine: every fault ends the session, never the step.
 """
@@ -31,7 +31,7 @@ from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.worker.launch import LaunchGate
 from vllm_mac_decode.worker.ledger import BlockLedger
 from vllm_mac_decode.worker.paged_cache import ExportedLayer, PagedPart
-from vllm_mac_decode.worker.sender import Bulk, Staged
+from vllm_mac_decode.worker.sender import DataChannel, Staged
 from vllm_mac_decode.worker.staging import SLOT_BYTES, DeviceClock, StagingRing
 
 logger = init_logger("vllm.mac_decode.exporter")
@@ -78,7 +78,7 @@ class Exporter:
         self._split = block_size // first.layout.block_size
         self._ring = StagingRing(settings.staging_mib << 20, self._device)
         clock = DeviceClock() if self._device.type == "cuda" else None
-        self._bulk = Bulk(settings, self._ring, clock, self._is_dead, self._fail)
+        self._channel = DataChannel(settings, self._ring, clock, self._is_dead, self._fail)
 
         self._lock = threading.Lock()
         #: Sessions that no longer matter, in the order in which they died. An old one may be
@@ -98,7 +98,7 @@ class Exporter:
         #: A fault has ended the threads; the connector switches off then.
         self.stopped = False
         loops = {"gather": self._gather_loop} | {
-            f"send-{i}": partial(self._bulk.run, i) for i in range(settings.most_streams)
+            f"send-{i}": partial(self._channel.run, i) for i in range(settings.most_streams)
         }
         self._threads = [
             threading.Thread(target=self._run, args=(loop,), name=f"mac-decode-{name}", daemon=True)
@@ -159,7 +159,7 @@ class Exporter:
 
     def _end_threads(self) -> None:
         self._jobs.put(None)
-        self._bulk.close()
+        self._channel.close()
         for thread in self._threads:
             thread.join(timeout=2.0)
 
@@ -176,7 +176,7 @@ class Exporter:
                 self.stopped = True
             self._closing = True
             self._ledger.release()
-            self._bulk.drop()  # the receiver gives up what it waits for
+            self._channel.drop()  # the receiver gives up what it waits for
 
     def _is_dead(self, session: int) -> bool:
         # Once this is closing, vLLM may reuse blocks that a GPU has yet to gather: nothing is sent.
@@ -219,7 +219,7 @@ class Exporter:
         with self._lock:
             target = self._target
         try:
-            session.generation = self._bulk.attach(session_id, target)
+            session.generation = self._channel.attach(session_id, target)
         except TransportError as error:
             self._fail(session_id, str(error))
             with self._lock:
@@ -233,12 +233,12 @@ class Exporter:
         asked = {i: s.generation for i, s in self._sessions.items() if s.generation}
         if not asked:
             return
-        generation, problem = self._bulk.generation, "the bulk connection is gone"
+        generation, problem = self._channel.generation, "the data connection is gone"
         try:
-            for reply in self._bulk.replies(wait=bool(waiting)):
+            for reply in self._channel.replies(wait=bool(waiting)):
                 self._take_reply(reply)
         except (TransportError, WireError, msgspec.MsgspecError) as error:
-            self._bulk.drop(generation)
+            self._channel.drop(generation)
             generation, problem = 0, str(error)
         # Part of a session's blocks may be lost with the connections on which it was asked.
         for session_id, asked_on in asked.items():
@@ -320,7 +320,7 @@ class Exporter:
                 start = end
             # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
             queued = self._ring.stream is not None and at + count == last
-            self._bulk.put(
+            self._channel.put(
                 Staged(
                     slot, frames, partial(self._ledger.read, span.request_id) if queued else None
                 )

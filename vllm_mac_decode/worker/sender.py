@@ -21,7 +21,7 @@ from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.worker.bottleneck import Bottleneck
 from vllm_mac_decode.worker.staging import DeviceClock, Slot, StagingRing
 
-logger = init_logger("vllm.mac_decode.bulk")
+logger = init_logger("vllm.mac_decode.data")
 
 #: How long a data port that could not be reached is left alone: at first, and at most.
 _PAUSE_SECONDS: Final = (1.0, 15.0)
@@ -66,7 +66,7 @@ class _Connection:
             self._sender.close()
 
 
-class Bulk:
+class DataChannel:
     """``settings.streams`` connections to one receiver; each has a thread that sends on it.
 
     A thread sends what comes next in the queue: blocks may arrive in any order. All connections
@@ -274,7 +274,7 @@ class Bulk:
             connections, generation = self._connections, self._generation
         try:
             if index >= len(connections):
-                raise TransportError("the bulk connection is gone")
+                raise TransportError("the data connection is gone")
             timed = replace(
                 header,
                 checksum=checksum(payload) if self._settings.checksum else 0,

@@ -17,8 +17,8 @@ from mlx_receiver.http.errors import bad_request
 from mlx_receiver.http.openai import logprobs, parameters
 from mlx_receiver.http.openai.answer import Answer, respond
 from mlx_receiver.http.openai.bodies import ChatBody, parse
+from mlx_receiver.http.openai.claims import HandOff, forwarded_prompt, hand_off
 from mlx_receiver.http.openai.generation import Delta
-from mlx_receiver.http.openai.parked import HandOff, forwarded_prompt, hand_off
 from mlx_receiver.http.openai.responses import (
     ChatChoice,
     ChatLogprobs,

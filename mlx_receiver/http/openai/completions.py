@@ -12,8 +12,8 @@ from mlx_receiver.http.errors import bad_request
 from mlx_receiver.http.openai import logprobs, parameters
 from mlx_receiver.http.openai.answer import Answer, respond
 from mlx_receiver.http.openai.bodies import MAX_SAMPLES, CompletionBody, parse
+from mlx_receiver.http.openai.claims import HandOff, forwarded_prompt, hand_off
 from mlx_receiver.http.openai.generation import Delta
-from mlx_receiver.http.openai.parked import HandOff, forwarded_prompt, hand_off
 from mlx_receiver.http.openai.responses import CompletionChoice, CompletionLogprobs, Reply
 from mlx_receiver.http.openai.sample import Sample
 from mlx_receiver.http.openai.service import Service

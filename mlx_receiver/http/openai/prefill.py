@@ -11,7 +11,7 @@ import httpx
 import msgspec
 
 from mlx_receiver.http.errors import ApiError
-from mlx_receiver.http.openai.parked import HandOff, hand_off
+from mlx_receiver.http.openai.claims import HandOff, hand_off
 from mlx_receiver.wire.messages import Sampling
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_receiver.http.openai.parked import HandOff
+from mlx_receiver.http.openai.claims import HandOff
 from mlx_receiver.http.openai.text import TextRules
 from mlx_receiver.wire.messages import Sampling
 

@@ -14,9 +14,9 @@ from mlx_receiver.decode.local import check_prompt
 from mlx_receiver.decode.sampling import check_sampling
 from mlx_receiver.http.errors import ApiError, bad_request
 from mlx_receiver.http.openai.bodies import SamplingBody
+from mlx_receiver.http.openai.claims import decode_handed_off
 from mlx_receiver.http.openai.decoding import decode_locally
 from mlx_receiver.http.openai.parameters import Defaults, sampling
-from mlx_receiver.http.openai.parked import decode_handed_off
 from mlx_receiver.http.openai.prefill import Prefill
 from mlx_receiver.http.openai.sample import Sample
 from mlx_receiver.http.openai.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class Service:
         settings = receiver.settings
         self.source = receiver.source
         self.engine = receiver.engine
-        self.handover = receiver.handover
+        self.sessions = receiver.sessions
         self.tokenizer = Tokenizer(receiver.source)
         self.defaults = Defaults(receiver.source)
         self.created = int(time.time())
@@ -114,7 +114,7 @@ class Service:
             path = path if handoff is None else path and "fallback"
             tokens = decode_locally(self.engine, sample.prompt, sampling)
         else:
-            tokens = decode_handed_off(self.engine, self.handover, handoff, sampling, lost)
+            tokens = decode_handed_off(self.engine, self.sessions, handoff, sampling, lost)
         try:
             async with contextlib.aclosing(tokens):
                 async for decoded in tokens:

@@ -1,4 +1,4 @@
-"""Sessions that a router's prefill request has parked here, and their continuation."""
+"""Sessions that a router's prefill request has left here unclaimed, and their continuation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from msgspec import Meta
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.http.errors import bad_request
 from mlx_receiver.http.openai.decoding import Events, decode_locally
-from mlx_receiver.sessions.service import Client, Handover
+from mlx_receiver.sessions.service import Client, SessionService
 from mlx_receiver.wire import trust
 from mlx_receiver.wire.messages import (
     E_SESSION,
@@ -58,7 +58,7 @@ class FirstLogprobs(msgspec.Struct, frozen=True):
 class HandOff(msgspec.Struct, frozen=True):
     """What the prefilling vLLM says of a prompt: ``kv_transfer_params["mac_decode"]``.
 
-    ``session`` is the number of the parked session in decimal (JSON numbers lose digits in some
+    ``session`` is the number of the unclaimed session in decimal (JSON numbers lose digits in some
     proxies), None when no KV was sent. ``cached_tokens`` of the prompt were in vLLM's prefix cache.
     """
 
@@ -70,7 +70,7 @@ class HandOff(msgspec.Struct, frozen=True):
 
     @property
     def session_id(self) -> int | None:
-        """The parked session's number."""
+        """The unclaimed session's number."""
         return None if self.session is None else int(self.session)
 
 
@@ -129,18 +129,18 @@ def _checked(name: str, given: Any, kind: type[_Checked], vocab_size: int) -> _C
 
 async def decode_handed_off(
     engine: DecodeEngine,
-    handover: Handover,
+    sessions: SessionService,
     handoff: HandOff,
     sampling: Sampling,
     lost: Callable[[], None],
 ) -> AsyncGenerator[Decoded, None]:
-    """The first token, then what follows it: from the parked session's KV, else from a prefill
+    """The first token, then what follows it: from the unclaimed session's KV, else from a prefill
     here, of which ``lost`` is told.
 
     Closing the generator ends the session. Raises WireError.
     """
     prompt, first = handoff.prompt_token_ids, handoff.first_token
-    claim = await _Claim.make(handover, handoff, sampling)
+    claim = await _Claim.make(sessions, handoff, sampling)
     try:
         finish = check_stop(sampling, first, 1, len(prompt) + 1, engine.source.max_tokens)
         rows = None
@@ -175,8 +175,8 @@ class _Lost(Exception):
 class _Claim:
     """A session taken over from its vLLM."""
 
-    def __init__(self, handover: Handover, session: int, first_token: int) -> None:
-        self._handover = handover
+    def __init__(self, sessions: SessionService, session: int, first_token: int) -> None:
+        self._sessions = sessions
         self._session = session
         self._first_token = first_token
         self._events = Events()
@@ -184,19 +184,21 @@ class _Claim:
         self._over = False
 
     @classmethod
-    async def make(cls, handover: Handover, handoff: HandOff, sampling: Sampling) -> _Claim | None:
+    async def make(
+        cls, sessions: SessionService, handoff: HandOff, sampling: Sampling
+    ) -> _Claim | None:
         """The claim, or None when there is no such session; decoding starts at once."""
         session = handoff.session_id
         if session is None:
             return None
-        claim = cls(handover, session, handoff.first_token)
+        claim = cls(sessions, session, handoff.first_token)
         until = time.monotonic() + _OPEN_SECONDS
         while True:
             try:
-                claim._client = handover.claim(
+                claim._client = sessions.claim(
                     session, handoff.prompt_token_ids, sampling, claim._post
                 )
-                handover.start(claim._client, Start(session, handoff.first_token))
+                sessions.start(claim._client, Start(session, handoff.first_token))
                 return claim
             except WireError as error:
                 # Its Open travels on another connection than the HTTP request.
@@ -214,7 +216,7 @@ class _Claim:
                 decoded = await self._events.get(_LOOK_SECONDS)
             except (TimeoutError, WireError) as error:
                 failure = error if isinstance(error, WireError) else None
-                if failure is None and self._handover.store.get(self._session) is not None:
+                if failure is None and self._sessions.store.get(self._session) is not None:
                     continue
                 # Without a failure its end and the claim crossed: nobody was told.
                 failure = failure or WireError(E_SESSION, "the session has ended")
@@ -228,7 +230,7 @@ class _Claim:
         """End the session unless it has ended."""
         if not self._over and self._client is not None:
             self._over = True
-            self._handover.cancel(self._client, Cancel(self._session))
+            self._sessions.cancel(self._client, Cancel(self._session))
 
     def _post(self, message: ReceiverMessage) -> None:
         if isinstance(message, Step):

@@ -18,7 +18,7 @@ from tests.waiting import eventually
 
 
 def park(client: FakeVllm, kv: Prefilled, *, send: bool = True) -> int:
-    session = client.open(kv.prompt, Sampling(max_tokens=1), {"parked": True})
+    session = client.open(kv.prompt, Sampling(max_tokens=1), {"unclaimed": True})
     assert isinstance(client.opened(session), Opened)
     if send:
         client.send_kv(session, kv)
@@ -54,7 +54,7 @@ def tokens(answer: dict[str, Any]) -> list[int]:
     return answer["choices"][0]["token_ids"]
 
 
-def test_a_parked_session_is_continued(client: FakeVllm, prefill: Prefill) -> None:
+def test_an_unclaimed_session_is_continued(client: FakeVllm, prefill: Prefill) -> None:
     receiver, kv = client.receiver, prefill(33)
     before = values(receiver)
     transfer = params(kv, park(client, kv)) | {"remote_prefill_cached_tokens": 16}
@@ -120,7 +120,7 @@ def test_a_session_whose_sender_goes_away_is_prefilled_here(
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, client.receiver, params(kv, session))
         opened = client.receiver.store.get(session)
-        assert opened is not None and eventually(lambda: not opened.parked)
+        assert opened is not None and eventually(lambda: not opened.unclaimed)
         client.cancel(session)
         assert tokens(answer.result()) == kv.tokens
 
@@ -136,7 +136,7 @@ def test_another_prompt_cannot_claim_it(client: FakeVllm, prefill: Prefill) -> N
 def test_a_session_that_nobody_claims_expires(
     client: FakeVllm, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "PARK_SECONDS", 0.3)
+    monkeypatch.setattr(store, "LEASE_SECONDS", 0.3)
     kv = prefill(33)
     session = park(client, kv)
     assert "nobody claimed it" in client.failed(session).reason

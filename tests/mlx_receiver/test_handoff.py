@@ -155,14 +155,14 @@ def test_identical_duplicates_and_overlaps_are_accepted(client: FakeVllm, prefil
     kv = prefill(17)
     session = client.open(kv.prompt, GREEDY)
     client.opened(session)
-    assert client.bulk is not None
+    assert client.data is not None
     frames = blocks(session, kv, random.Random(1))
     for header, payload in [*frames[: len(frames) // 2], *frames[: len(frames) // 3]]:
-        client.bulk.send(header, [payload])
+        client.data.send(header, [payload])
     header, payload = block(session, kv, 0, 0, slice(0, 2), slice(3, 12))
-    client.bulk.send(header, [payload])
+    client.data.send(header, [payload])
     for header, payload in frames[len(frames) // 2 :]:
-        client.bulk.send(header, [payload])
+        client.data.send(header, [payload])
     assert client.complete(session).kv_bytes == sum(p.nbytes for pair in kv.planes for p in pair)
     client.start(session, kv.first)
     assert [kv.first, *client.tokens(session)] == kv.tokens
@@ -174,7 +174,7 @@ def test_several_workers_send_their_own_heads_and_layers(
     kv = prefill(17)
     session = client.open(kv.prompt, GREEDY)
     client.opened(session)
-    workers = [client.connect_bulk() for _ in range(2)]
+    workers = [client.connect_data() for _ in range(2)]
     for layer in range(len(kv.planes)):
         for plane in range(2):
             for head, worker in enumerate(workers):

@@ -5,7 +5,7 @@ take turns, and vLLM's prefill would take a quarter longer. Its network side is 
 all layers land in one layer's memory, since MLX's CUDA build hands the CPU managed memory, which
 is slow to touch first, and its decode step is free.
 
-    python -m bench.hollow start --model FOLDER
+    python -m bench.null_model start --model FOLDER
 """
 
 from __future__ import annotations
