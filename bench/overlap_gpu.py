@@ -5,8 +5,8 @@ MLX receiver on this machine, the other carries an ``extra_args`` marker that ke
 What differs between their times to the first token is what exporting costs.
 
     python -m bench.overlap_gpu --receiver-gpu 1     # a machine with two GPUs
-    python -m bench.overlap_gpu --null-model             # with one, see bench/null_model.py
-    python -m bench.overlap_gpu --null-model --add       # once more, pooled with what --out holds
+    python -m bench.overlap_gpu --null-model         # with one, see bench/null_model.py
+    python -m bench.overlap_gpu --null-model --add   # once more, pooled with what --out holds
 
 One process is one sample of what differs between processes: run several, on several machines.
 
