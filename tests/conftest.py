@@ -22,7 +22,8 @@ BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_m
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Divide the tests."""
-    if item.path.stem in BESIDE or item.path.parent.name in BESIDE:
+    inside = item.path.relative_to(Path(__file__).parent)
+    if {inside.stem, *inside.parts} & set(BESIDE):
         item.add_marker("beside")
 
 

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,14 @@ def test_the_vllm_half_knows_only_the_wire_of_the_receiver() -> None:
 def test_the_scheduler_half_runs_without_vllm(tmp_path: Path) -> None:
     loaded = top_level_modules_after_importing("vllm_mac_decode.scheduler", tmp_path)
     assert not loaded & HEAVY
+
+
+def test_what_the_documents_say_is_tested_is_tested() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = set(re.findall(r"`([a-z0-9_/]+\.py)`", text))
+    assert len(named) > 8
+    tests = {name for name in named if "/test_" in name}
+    assert not [name for name in tests if not (ROOT / "tests" / name).is_file()]
 
 
 def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_table_has_every_reason() -> None:
 def test_every_reason_is_tried() -> None:
     battery = {case.where for case in CASES} - {HANDED_OFF, NOT_DECODED}
     engine = {"short_prompt", "logprobs_mode", "logits_processors", "watermark"}
-    # In tests/vllm_mac_decode/test_relay.py: they need a receiver's answers.
+    # In tests/vllm_mac_decode/scheduler/test_relay.py: they need a receiver's answers.
     answers = {"receiver_full", "receiver_context", "out_of_range"}
     assert battery | set(REQUESTS) | engine | set(UNAVAILABLE) | answers == documented()
 

@@ -13,7 +13,7 @@ from mlx_receiver.sessions import store
 from mlx_receiver.wire.messages import Complete, Opened, Sampling
 from tests.mlx_receiver.client import FakeVllm, Prefilled
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.test_http import url, values
+from tests.mlx_receiver.http.test_http import url, values
 from tests.waiting import eventually
 
 

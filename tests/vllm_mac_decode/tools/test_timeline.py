@@ -27,7 +27,7 @@ from vllm_mac_decode.tools.timeline import (
 from vllm_mac_decode.tools.timeline import plot as timeline_plot
 from vllm_mac_decode.tools.timeline import text as timeline_text
 
-RECORDED = Path(__file__).parent / "data" / "handoff.json"
+RECORDED = Path(__file__).parents[1] / "data" / "handoff.json"
 MS = 1_000_000
 
 

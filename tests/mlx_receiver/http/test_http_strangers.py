@@ -11,7 +11,7 @@ import pytest
 
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
-from tests.mlx_receiver.test_http import url
+from tests.mlx_receiver.http.test_http import url
 
 BODY = {"prompt": "x", "max_tokens": 1}
 PATHS = ("/health", "/metrics", "/handoffs", "/handoffs/x", "/v1/models", "/nowhere")

@@ -19,8 +19,8 @@ from mlx_receiver.settings import Settings, SettingsError
 from tests.conftest import free_port
 from tests.mlx_receiver.client import connected
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.test_api_claims import params, park
-from tests.mlx_receiver.test_http import url, values
+from tests.mlx_receiver.http.test_api_claims import params, park
+from tests.mlx_receiver.http.test_http import url, values
 
 PAUSE = 0.5
 

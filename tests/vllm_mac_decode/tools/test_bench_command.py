@@ -19,7 +19,7 @@ from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
 from tests.conftest import free_port
 from tests.servers import pair
-from tests.vllm_mac_decode.test_cli import mac_decode
+from tests.vllm_mac_decode.tools.test_cli import mac_decode
 from vllm_mac_decode.tools.bench import picture, record, run
 from vllm_mac_decode.tools.bench.run import BenchError, Options, measure
 from vllm_mac_decode.tools.bench.servers import Pair, Server

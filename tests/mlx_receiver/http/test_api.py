@@ -21,7 +21,7 @@ from mlx_receiver.http.openai.streams import DONE
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.test_http import url
+from tests.mlx_receiver.http.test_http import url
 from tests.waiting import eventually
 
 PROMPT = "The quick brown fox jumps over"

@@ -36,7 +36,7 @@ from mlx_receiver.wire.messages import (
 )
 from tests.mlx_receiver.client import FakeVllm, block, connected
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.test_refusals import opened, raw_data
+from tests.mlx_receiver.sessions.test_refusals import opened, raw_data
 from tests.waiting import eventually
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
