@@ -53,8 +53,9 @@ class LayerBuffers(Protocol):
     def rows(self, index: int, heads: slice, tokens: slice) -> Rows:
         """Memory for a block of that part, ``[heads, tokens, width]``."""
 
-    def build(self, dtype: mx.Dtype) -> Any:
-        """The layer's cache in ``dtype``, offset at the last token received.
+    def build(self, dtype: mx.Dtype) -> tuple[Any, list[mx.array]]:
+        """The layer's cache in ``dtype``, offset at the last token received, and its arrays that
+        are still to be evaluated: of all layers together, since each time waits for the device.
 
         Call once, on the decoding thread, when nothing writes any more; the aliases are gone
         afterwards and the cache is the memory's only owner.

@@ -58,10 +58,13 @@ class CacheBuffers:
     def build(self, dtype: mx.Dtype) -> list[Any]:
         """Every layer's cache; see ``LayerBuffers.build``."""
         made, self._made = self._made, []
-        caches = []
+        caches, arrays = [], []
         while made:
             # Nothing but its cache may own a layer's memory.
-            caches.append(made.pop(0).build(dtype))
+            cache, held = made.pop(0).build(dtype)
+            caches.append(cache)
+            arrays += held
+        mx.eval(arrays)
         return caches
 
 

@@ -86,7 +86,7 @@ class PlainKVBuffers:
             return Rows([slot.buffer], slot.written, slot.dropped)
         return Rows([row.data.cast("B") for row in place])
 
-    def build(self, dtype: mx.Dtype) -> JoinableKVCache:
+    def build(self, dtype: mx.Dtype) -> tuple[JoinableKVCache, list[mx.array]]:
         """See ``LayerBuffers.build``."""
         if self._staging is not None:
             self._staging.finish()
@@ -95,7 +95,7 @@ class PlainKVBuffers:
         keys, values = (array.view(d) for array, d in zip(self._arrays, self._dtypes, strict=True))
         self._arrays = []
         if any(d != dtype for d in self._dtypes):
+            # At once: there need not be room for a converted cache beside the whole one.
             keys, values = keys.astype(dtype), values.astype(dtype)
-        # One layer at a time: there need not be room for a converted cache beside the whole one.
-        mx.eval(keys, values)
-        return JoinableKVCache.holding(keys, values, self._tokens)
+            mx.eval(keys, values)
+        return JoinableKVCache.holding(keys, values, self._tokens), [keys, values]

@@ -46,8 +46,8 @@ class OddBuffers:
         place = self._arrays[index][heads, tokens]
         return Rows([row.data.cast("B") for row in place])
 
-    def build(self, dtype: mx.Dtype) -> Any:
-        return [array.view(np.float32) for array in self._arrays]
+    def build(self, dtype: mx.Dtype) -> tuple[Any, list[mx.array]]:
+        return [array.view(np.float32) for array in self._arrays], []
 
 
 class Odd:

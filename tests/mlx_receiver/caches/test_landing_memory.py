@@ -164,6 +164,14 @@ def test_a_finished_cache_has_no_other_owner(staged: LateDriver) -> None:
     assert target() is None
 
 
+def test_the_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = buffers()
+    evaluate, times = mx.eval, []
+    monkeypatch.setattr(mx, "eval", lambda *arrays: times.append(1) or evaluate(*arrays))
+    memory.build(mx.float32)
+    assert len(times) == 1
+
+
 def test_a_duplicate_is_compared_with_what_was_staged(staged: LateDriver) -> None:
     made = session(buffers())
     land(made, block(0, 0), values(1))

@@ -198,9 +198,9 @@ class Spoiling(PlainKV):
             return buffers
 
         def spoiled(dtype: Any) -> Any:
-            cache = build(dtype)
+            cache, arrays = build(dtype)
             cache.keys = spoil(cache.keys)
-            return cache
+            return cache, [cache.keys, *arrays]
 
         buffers.build = spoiled  # type: ignore[method-assign]
         return buffers
