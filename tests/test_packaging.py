@@ -125,13 +125,13 @@ def test_the_receiver_never_imports_the_vllm_half() -> None:
 
 
 def test_the_vllm_half_knows_only_the_wire_of_the_receiver() -> None:
+    """And how settings become options, which both commands share."""
+    shared = ("wire", "transports", "plugins", "options")
     assert [
         (source.name, name)
         for source, name in imported_names("vllm_mac_decode")
         if name.split(".")[0] in {"mlx", "mlx_lm", "mlx_receiver"}
-        and not f"{name}.".startswith(
-            ("mlx_receiver.wire.", "mlx_receiver.transports.", "mlx_receiver.plugins.")
-        )
+        and not f"{name}.".startswith(tuple(f"mlx_receiver.{name}." for name in shared))
     ] == []
 
 
