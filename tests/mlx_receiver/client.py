@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ import zmq
 
 from mlx_receiver.decode.model import ModelSource
 from mlx_receiver.receiver import Receiver
+from mlx_receiver.settings import Settings
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire import keys
@@ -248,6 +250,14 @@ def _cuts(length: int, rng: random.Random | None) -> list[slice]:
     inner = sorted(rng.sample(range(1, length), min(length - 1, rng.randrange(4)))) if rng else []
     edges = [0, *inner, length]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+@contextmanager
+def started(model: Path, **options: Any) -> Iterator[Receiver]:
+    """A receiver on free ports, without HTTP unless it is asked for."""
+    settings = {"port": 0, "http_port": None, "kv_memory": 1 << 28, **options}
+    with Receiver(Settings(model=str(model), **settings)) as receiver:
+        yield receiver
 
 
 @contextmanager

@@ -11,8 +11,7 @@ import pytest
 
 from mlx_receiver.decode.model import find_model, load_model
 from mlx_receiver.receiver import Receiver
-from mlx_receiver.settings import Settings
-from tests.mlx_receiver.client import FakeVllm, Prefilled, connected
+from tests.mlx_receiver.client import FakeVllm, Prefilled, connected, started
 
 Prefill = Callable[..., Prefilled]
 
@@ -52,9 +51,8 @@ def prefill(tiny_llama_path: Path) -> Prefill:
 @pytest.fixture(scope="session")
 def receiver(tiny_llama_path: Path) -> Iterator[Receiver]:
     """A receiver on free ports, shared by the tests that leave it as they found it."""
-    settings = Settings(model=str(tiny_llama_path), port=0, http_port=0, kv_memory=1 << 30)
-    with Receiver(settings) as started:
-        yield started
+    with started(tiny_llama_path, http_port=0, kv_memory=1 << 30) as receiver:
+        yield receiver
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire.messages import Sampling, Welcome
-from tests.mlx_receiver.client import FakeVllm
+from tests.mlx_receiver.client import FakeVllm, started
 from tests.mlx_receiver.conftest import Prefill
 
 OFFERED = [name for name in ("zmq", "tcp", "nixl") if name in plugins.transports()]
@@ -35,15 +35,8 @@ class OverTransport(FakeVllm):
 @pytest.fixture(scope="module")
 def offering(tiny_llama_path: Path) -> Iterator[Receiver]:
     """A receiver with every installed transport."""
-    settings = Settings(
-        model=str(tiny_llama_path),
-        port=0,
-        http_port=None,
-        kv_memory=1 << 30,
-        transport=", ".join(OFFERED),
-    )
-    with Receiver(settings) as started:
-        yield started
+    with started(tiny_llama_path, kv_memory=1 << 30, transport=", ".join(OFFERED)) as receiver:
+        yield receiver
 
 
 @pytest.mark.parametrize("name", OFFERED)

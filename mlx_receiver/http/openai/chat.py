@@ -32,7 +32,7 @@ from mlx_receiver.http.openai.tools import ToolStream
 
 
 @dataclass(slots=True)
-class _Sample:
+class _Grown:
     """What one sample has become."""
 
     tools: ToolStream | None
@@ -74,7 +74,7 @@ class _Chat(Answer[ChatBody, ChatChoice]):
         # vLLM answers with the parameters of the last sample.
         self.samples[-1].handoff = handoff
         self._grown = [
-            _Sample(ToolStream(service.tokenizer, tools) if parses and tools else None)
+            _Grown(ToolStream(service.tokenizer, tools) if parses and tools else None)
             for _ in self.samples
         ]
 

@@ -27,7 +27,7 @@ class _Prompt:
 
 
 @dataclass(slots=True)
-class _Sample:
+class _Grown:
     """What one sample has become."""
 
     text: str = ""
@@ -57,7 +57,7 @@ class _Completion(Answer[CompletionBody, CompletionChoice]):
                 self.samples.append(Sample(len(self.samples), prompt.token_ids, fitted, rules))
             # vLLM answers with the parameters of the last sample.
             self.samples[-1].handoff = prompt.handoff
-        self._grown = [_Sample() for _ in self.samples]
+        self._grown = [_Grown() for _ in self.samples]
 
     def token_ids(self, index: int) -> list[int]:
         return self._grown[index].token_ids

@@ -1,4 +1,4 @@
-"""Decode requests behind a router: the hand-written vLLM parks, the HTTP API continues."""
+"""Decode requests behind a router: the hand-written vLLM leaves a session, the API claims it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.mlx_receiver.http.test_http import url, values
 from tests.waiting import eventually
 
 
-def park(client: FakeVllm, kv: Prefilled, *, send: bool = True) -> int:
+def leave_unclaimed(client: FakeVllm, kv: Prefilled, *, send: bool = True) -> int:
     session = client.open(kv.prompt, Sampling(max_tokens=1), {"unclaimed": True})
     assert isinstance(client.opened(session), Opened)
     if send:
@@ -57,7 +57,7 @@ def tokens(answer: dict[str, Any]) -> list[int]:
 def test_an_unclaimed_session_is_continued(client: FakeVllm, prefill: Prefill) -> None:
     receiver, kv = client.receiver, prefill(33)
     before = values(receiver)
-    transfer = params(kv, park(client, kv)) | {"remote_prefill_cached_tokens": 16}
+    transfer = params(kv, leave_unclaimed(client, kv)) | {"remote_prefill_cached_tokens": 16}
     answer = ask(receiver, transfer)
     assert tokens(answer) == kv.tokens
     assert answer["choices"][0]["prompt_token_ids"] == kv.prompt
@@ -75,7 +75,7 @@ def test_an_unclaimed_session_is_continued(client: FakeVllm, prefill: Prefill) -
 
 def test_claiming_before_the_last_block(client: FakeVllm, prefill: Prefill) -> None:
     receiver, kv = client.receiver, prefill(40)
-    session = park(client, kv, send=False)
+    session = leave_unclaimed(client, kv, send=False)
     body = {
         "messages": [{"role": "user", "content": "not rendered here"}],
         "max_tokens": 8,
@@ -116,7 +116,7 @@ def test_a_session_whose_sender_goes_away_is_prefilled_here(
     client: FakeVllm, prefill: Prefill
 ) -> None:
     kv = prefill(33)
-    session = park(client, kv, send=False)
+    session = leave_unclaimed(client, kv, send=False)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, client.receiver, params(kv, session))
         opened = client.receiver.store.get(session)
@@ -127,7 +127,7 @@ def test_a_session_whose_sender_goes_away_is_prefilled_here(
 
 def test_another_prompt_cannot_claim_it(client: FakeVllm, prefill: Prefill) -> None:
     kv, other = prefill(33), prefill(34)
-    session = park(client, kv)
+    session = leave_unclaimed(client, kv)
     assert tokens(ask(client.receiver, params(other, session))) == other.tokens
     assert client.receiver.store.get(session) is not None
     assert tokens(ask(client.receiver, params(kv, session))) == kv.tokens
@@ -138,7 +138,7 @@ def test_a_session_that_nobody_claims_expires(
 ) -> None:
     monkeypatch.setattr(store, "LEASE_SECONDS", 0.3)
     kv = prefill(33)
-    session = park(client, kv)
+    session = leave_unclaimed(client, kv)
     assert "nobody claimed it" in client.failed(session).reason
     assert not client.receiver.store.reserved_bytes
     assert tokens(ask(client.receiver, params(kv, session))) == kv.tokens
@@ -146,13 +146,15 @@ def test_a_session_that_nobody_claims_expires(
 
 def test_the_first_token_may_end_the_text(client: FakeVllm, prefill: Prefill) -> None:
     kv = prefill(33)
-    stopped = ask(client.receiver, params(kv, park(client, kv)), stop_token_ids=[kv.first])
+    stopped = ask(
+        client.receiver, params(kv, leave_unclaimed(client, kv)), stop_token_ids=[kv.first]
+    )
     assert tokens(stopped) == [kv.first]
     assert stopped["choices"][0]["finish_reason"] == "stop"
-    one = ask(client.receiver, params(kv, park(client, kv)), max_tokens=1)
+    one = ask(client.receiver, params(kv, leave_unclaimed(client, kv)), max_tokens=1)
     assert (tokens(one), one["choices"][0]["finish_reason"]) == ([kv.first], "length")
     text = one["choices"][0]["text"]
-    by_text = ask(client.receiver, params(kv, park(client, kv)), stop=text.strip())
+    by_text = ask(client.receiver, params(kv, leave_unclaimed(client, kv)), stop=text.strip())
     assert len(tokens(by_text)) == 1
     assert eventually(lambda: not client.receiver.store.sessions())
 
@@ -161,7 +163,7 @@ def test_the_first_tokens_log_probabilities(client: FakeVllm, prefill: Prefill) 
     kv = prefill(33)
     whole = ask(client.receiver, params(kv, None), logprobs=1)["choices"][0]["logprobs"]
     given = {"token_ids": [kv.first, kv.first], "values": [-0.5, -0.5], "rank": 1}
-    transfer = params(kv, park(client, kv), logprobs=given)
+    transfer = params(kv, leave_unclaimed(client, kv), logprobs=given)
     found = ask(client.receiver, transfer, logprobs=1)["choices"][0]["logprobs"]
     assert found["tokens"] == whole["tokens"]
     assert found["token_logprobs"][0] == -0.5
@@ -170,7 +172,7 @@ def test_the_first_tokens_log_probabilities(client: FakeVllm, prefill: Prefill) 
 
 def test_a_client_that_goes_away_ends_the_session(client: FakeVllm, prefill: Prefill) -> None:
     kv = prefill(33)
-    receiver, session = client.receiver, park(client, kv)
+    receiver, session = client.receiver, leave_unclaimed(client, kv)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             url(receiver, "/v1/completions"),

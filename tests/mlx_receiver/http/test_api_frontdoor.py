@@ -19,7 +19,7 @@ from mlx_receiver.settings import Settings, SettingsError
 from tests.conftest import free_port
 from tests.mlx_receiver.client import connected
 from tests.mlx_receiver.conftest import Prefill
-from tests.mlx_receiver.http.test_api_claims import params, park
+from tests.mlx_receiver.http.test_api_claims import leave_unclaimed, params
 from tests.mlx_receiver.http.test_http import url, values
 
 PAUSE = 0.5
@@ -115,7 +115,7 @@ def test_long_prompts_are_prefilled_by_vllm_and_short_ones_here(
         def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
             assert body["prompt"] == kv.prompt
             cached = {"remote_prefill_cached_tokens": 16}
-            return 200, {"kv_transfer_params": params(kv, park(client, kv)) | cached}
+            return 200, {"kv_transfer_params": params(kv, leave_unclaimed(client, kv)) | cached}
 
         vllm.answer = answer
         got = ask(door, kv.prompt, min_tokens=2, top_k=5)

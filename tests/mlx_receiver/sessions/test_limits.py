@@ -6,7 +6,7 @@ import ctypes
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import zmq
 
 from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.receiver import Receiver
-from mlx_receiver.settings import Settings
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.messages import (
@@ -34,20 +33,13 @@ from mlx_receiver.wire.messages import (
     decode_client,
     encode,
 )
-from tests.mlx_receiver.client import FakeVllm, block, connected
+from tests.mlx_receiver.client import FakeVllm, block, connected, started
 from tests.mlx_receiver.conftest import Prefill
 from tests.mlx_receiver.sessions.test_refusals import opened, raw_data
 from tests.waiting import eventually
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
 LONG = Sampling(max_tokens=4000, temperature=0.0)
-
-
-@contextmanager
-def started(model: Path, **options: Any) -> Iterator[Receiver]:
-    settings = {"port": 0, "http_port": None, "kv_memory": 1 << 28, **options}
-    with Receiver(Settings(model=str(model), **settings)) as receiver:
-        yield receiver
 
 
 @pytest.fixture

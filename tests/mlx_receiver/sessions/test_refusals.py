@@ -31,7 +31,7 @@ from mlx_receiver.wire.messages import (
     Status,
     Welcome,
 )
-from tests.mlx_receiver.client import FakeVllm, block, blocks, connected
+from tests.mlx_receiver.client import FakeVllm, block, blocks, connected, started
 from tests.mlx_receiver.conftest import Prefill
 from tests.waiting import eventually
 
@@ -310,16 +310,9 @@ def test_silent_clients_are_dropped(receiver: Receiver, monkeypatch: pytest.Monk
 @pytest.fixture(scope="module")
 def small(tiny_llama_path: Path) -> Iterator[Receiver]:
     """A receiver with a token, little memory and room for two sessions."""
-    settings = Settings(
-        model=str(tiny_llama_path),
-        port=0,
-        http_port=None,
-        token="secret",
-        kv_memory=3 << 20,
-        max_sessions=2,
-    )
-    with Receiver(settings) as started:
-        yield started
+    options = {"token": "secret", "kv_memory": 3 << 20, "max_sessions": 2}
+    with started(tiny_llama_path, **options) as receiver:
+        yield receiver
 
 
 def test_the_token_opens_both_channels(small: Receiver, prefill: Prefill) -> None:

@@ -18,6 +18,7 @@ pytest.importorskip("mlx.core")
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
 from tests.conftest import free_port
+from tests.mlx_receiver.client import started
 from tests.servers import pair
 from tests.vllm_mac_decode.tools.test_cli import mac_decode
 from vllm_mac_decode.tools.bench import picture, record, run
@@ -30,10 +31,9 @@ FEW = {"prompt_tokens": 24, "output_tokens": 4, "repeats": 2}
 @pytest.fixture(scope="module")
 def alone(tiny_llama_path: Path) -> Iterator[str]:
     """The URL of a receiver that no vLLM is connected to."""
-    settings = Settings(model=str(tiny_llama_path), port=0, http_port=0, kv_memory=1 << 28)
-    with Receiver(settings) as started:
-        assert started.http is not None
-        yield f"http://127.0.0.1:{started.http.port}"
+    with started(tiny_llama_path, http_port=0) as receiver:
+        assert receiver.http is not None
+        yield f"http://127.0.0.1:{receiver.http.port}"
 
 
 @pytest.mark.slow

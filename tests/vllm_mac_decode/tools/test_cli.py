@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +22,6 @@ from vllm_mac_decode.tools.timeline.fetch import fetch
 pytest.importorskip("mlx.core")
 
 from mlx_receiver.receiver import Receiver
-from mlx_receiver.settings import Settings
 from tests.mlx_receiver.client import FakeVllm, Prefilled, connected
 
 COMMAND = Path(sys.executable).with_name("mac-decode")
@@ -43,18 +41,9 @@ def mac_decode(*arguments: object, **environment: str) -> subprocess.CompletedPr
 
 
 @pytest.fixture(scope="module")
-def receiver(tiny_llama_path: Path) -> Iterator[Receiver]:
-    settings = Settings(
-        model=str(tiny_llama_path), port=0, http_port=0, kv_memory=1 << 28, token="secret"
-    )
-    with Receiver(settings) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def handed_off(receiver: Receiver) -> str:
+def handed_off(real: Receiver) -> str:
     """The id of a request whose KV the receiver got and continued; not the latest one."""
-    with connected(receiver, token="secret") as client:
+    with connected(real, token="secret") as client:
         wanted, _ = [hand_off(client) for _ in range(2)]
     return wanted
 
@@ -69,9 +58,9 @@ def hand_off(client: FakeVllm) -> str:
     return f"request-{session}"
 
 
-def http(receiver: Receiver) -> str:
-    assert receiver.http is not None
-    return f"http://127.0.0.1:{receiver.http.port}"
+def http(real: Receiver) -> str:
+    assert real.http is not None
+    return f"http://127.0.0.1:{real.http.port}"
 
 
 # --- help ---------------------------------------------------------------------------------------
@@ -103,24 +92,24 @@ def test_version() -> None:
     )
 
 
-# --- check: what it finds is in test_check ------------------------------------------------------
+# --- check: what it finds is in check/ -----------------------------------------------------------
 
 
-def test_check_of_a_machine_that_is_ready(receiver: Receiver) -> None:
-    done = mac_decode("check", "--receiver", receiver.address, "--token", "secret")
+def test_check_of_a_machine_that_is_ready(real: Receiver) -> None:
+    done = mac_decode("check", "--receiver", real.address, "--token", "secret")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("✓") >= 4
     assert "✗" not in done.stdout
     ready, command = done.stdout.splitlines()[-2:]
     assert ready == "Ready. Start vLLM with:"
-    assert f"--kv-connector mac_decode --mac-decode-receiver {receiver.address}" in command
+    assert f"--kv-connector mac_decode --mac-decode-receiver {real.address}" in command
     assert "secret" not in done.stdout
 
 
 def test_check_takes_receiver_and_token_of_the_environment_and_tells_programs(
-    receiver: Receiver,
+    real: Receiver,
 ) -> None:
-    environment = {"MAC_DECODE_RECEIVER": receiver.address, "MAC_DECODE_TOKEN": "guess"}
+    environment = {"MAC_DECODE_RECEIVER": real.address, "MAC_DECODE_TOKEN": "guess"}
     done = mac_decode("check", "--json", **environment)
     assert done.returncode == 1, done.stdout
     report = json.loads(done.stdout)
@@ -150,11 +139,11 @@ def test_check_when_nothing_listens() -> None:
 
 
 def test_trace_of_one_request_with_its_picture(
-    receiver: Receiver, handed_off: str, tmp_path: Path
+    real: Receiver, handed_off: str, tmp_path: Path
 ) -> None:
     out, picture = tmp_path / "trace.json", tmp_path / "trace.svg"
     done = mac_decode(
-        *("trace", "--receiver-http", http(receiver), "--request", handed_off),
+        *("trace", "--receiver-http", http(real), "--request", handed_off),
         *("--out", out, "--svg", picture),
     )
     assert done.returncode == 0, done.stderr
@@ -167,21 +156,19 @@ def test_trace_of_one_request_with_its_picture(
     assert str(picture) in done.stdout
 
 
-def test_trace_takes_the_latest_request(
-    receiver: Receiver, handed_off: str, tmp_path: Path
-) -> None:
+def test_trace_takes_the_latest_request(real: Receiver, handed_off: str, tmp_path: Path) -> None:
     out = tmp_path / "trace.json"
-    done = mac_decode("trace", "--receiver-http", http(receiver), "--out", out)
+    done = mac_decode("trace", "--receiver-http", http(real), "--out", out)
     assert done.returncode == 0, done.stderr
     latest = json.loads(out.read_text())["otherData"]["request_id"]
     assert int(latest.removeprefix("request-")) == int(handed_off.removeprefix("request-")) + 1
 
 
 def test_trace_as_the_readme_writes_it_shows_and_writes_nothing(
-    receiver: Receiver, handed_off: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real: Receiver, handed_off: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = mac_decode("trace", "--receiver-http", http(receiver))
+    done = mac_decode("trace", "--receiver-http", http(real))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("●") == 4 + 2
     assert "Written" not in done.stdout
@@ -212,11 +199,11 @@ def test_trace_of_a_receiver_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_trace_of_an_unknown_request_lists_the_known_ones(
-    receiver: Receiver, handed_off: str, tmp_path: Path
+    real: Receiver, handed_off: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "trace.json"
     done = mac_decode(
-        "trace", "--receiver-http", http(receiver), "--request", "chatcmpl-1", "--out", out
+        "trace", "--receiver-http", http(real), "--request", "chatcmpl-1", "--out", out
     )
     assert done.returncode == 1
     assert "does not remember chatcmpl-1" in done.stderr

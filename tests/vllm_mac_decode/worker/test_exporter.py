@@ -320,22 +320,34 @@ def test_a_peer_that_answers_nonsense_is_given_up(store: Store, worker: Worker) 
     hand_over(store, [worker], [[(Request(16, [5]), 0, 16)]])
 
 
+#: Tokens of a request that no ring of staging buffers holds.
+LARGE = 4096
+
+
+@contextmanager
+def large(layers: int) -> Iterator[tuple[Store, Request, dict[str, Any]]]:
+    """A store, such a request, and the options of a worker for it."""
+    store = Store(layers=layers, dim=64)
+    request = Request(LARGE, list(range(256)), layers=layers, dim=64)
+    try:
+        yield store, request, {"layers": range(layers), "blocks": 256, "dim": 64, "staging_mib": 16}
+    finally:
+        store.stop()
+
+
 def test_a_peer_that_does_not_read_costs_bounded_memory_and_time() -> None:
     """64 MiB of KV against 16 MiB of staging."""
-    layers, tokens = 8, 4096
-    stuck = Store(layers=layers, dim=64)
-    request = Request(tokens, list(range(256)), layers=layers, dim=64)
-    options = {"layers": range(layers), "blocks": 256, "dim": 64, "staging_mib": 16}
-    try:
+    layers = 8
+    with large(layers) as (stuck, request, options):
         with workers(options | {"stall_timeout": 1.5}) as (worker,):
             session = stuck.add(request)
             assert eventually(lambda: session.allocated_layers == layers, 10)
             stuck.reading.clear()
             for layer in worker.caches:
-                worker.write(layer, request, 0, tokens)
+                worker.write(layer, request, 0, LARGE)
             before = resident_mib()
             began = time.monotonic()
-            worker.step([(request, 0, tokens)], stuck.target)
+            worker.step([(request, 0, LARGE)], stuck.target)
             assert time.monotonic() - began < 0.5, "the engine's thread waits for nobody"
             peak = 0
             assert worker.ledger.finished({request.id}) == set()
@@ -346,22 +358,14 @@ def test_a_peer_that_does_not_read_costs_bounded_memory_and_time() -> None:
             assert time.monotonic() - began > 1, "it did push back"
             assert peak < 32, f"{peak} MiB more"
             worker.check_alive()
-    finally:
-        stuck.stop()
 
 
 def test_a_peer_that_pauses_gets_everything() -> None:
-    layers, tokens = 4, 4096
-    paused = Store(layers=layers, dim=64)
-    request = Request(tokens, list(range(256)), layers=layers, dim=64)
-    options = {"layers": range(layers), "blocks": 256, "dim": 64, "staging_mib": 16}
-    try:
+    with large(4) as (paused, request, options):
         with workers(options | {"stall_timeout": 5.0}) as ranks:
             paused.reading.clear()
             threading.Timer(0.7, paused.reading.set).start()
-            hand_over(paused, ranks, [[(request, 0, tokens)]])
-    finally:
-        paused.stop()
+            hand_over(paused, ranks, [[(request, 0, LARGE)]])
 
 
 def test_after_a_fault_of_ours_all_blocks_are_free_and_nothing_more_is_sent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -46,6 +47,15 @@ class Watched(Store):
         return SessionStore.landing(self, client, header)
 
 
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    """A store; a worker soon judges its first connection to it."""
+    monkeypatch.setattr(bottleneck, "WINDOW_BYTES", 1 << 20)
+    made = Watched()
+    yield made
+    made.stop()
+
+
 def _export(store: Watched, prompts: int) -> None:
     """Some prompts one after the other, through one worker that chooses for itself."""
     with workers(SHAPE) as (worker,):
@@ -57,23 +67,17 @@ def _export(store: Watched, prompts: int) -> None:
             request.check(session)
 
 
-def test_the_second_connection_carries_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_connection_carries_blocks(
+    store: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bottleneck, "FAST", 0.0)
-    monkeypatch.setattr(bottleneck, "WINDOW_BYTES", 1 << 20)
-    store = Watched()
-    try:
-        _export(store, 10)
-        assert len(store.threads) == 2, "no block came on a second connection"
-    finally:
-        store.stop()
+    _export(store, 10)
+    assert len(store.threads) == 2, "no block came on a second connection"
 
 
-def test_one_connection_stays_alone_on_a_slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_connection_stays_alone_on_a_slow_link(
+    store: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bottleneck, "FAST", 1e12)
-    monkeypatch.setattr(bottleneck, "WINDOW_BYTES", 1 << 20)
-    store = Watched()
-    try:
-        _export(store, 5)
-        assert len(store.threads) == 1
-    finally:
-        store.stop()
+    _export(store, 5)
+    assert len(store.threads) == 1
