@@ -99,6 +99,18 @@ class Receiver:
         """``GET /health``."""
         return httpx.get(f"{self.url}/health", headers=_bearer(self.key)).json()
 
+    def assert_idle(self, seconds: float = 10) -> None:
+        """It holds nothing, at the latest then: a response is complete a moment before that."""
+        until = time.monotonic() + seconds
+        while (held := self._held()) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not held, held
+
+    def _held(self) -> dict[str, int]:
+        health = self.health()
+        names = ("sessions", "decoding", "waiting", "kv_reserved_bytes")
+        return {name: health[name] for name in names if health[name]}
+
 
 def _bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}

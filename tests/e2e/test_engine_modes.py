@@ -198,7 +198,7 @@ def test_a_receiver_that_appears_later_is_used_under_preemption(
         assert lonely.metric("vllm:mac_decode_fallbacks_total", reason="preempted") > 0
         assert lonely.metric("vllm:num_preemptions_total") > preemptions
         assert decoded(receiver) > before
-        assert receiver.health()["sessions"] == receiver.health()["kv_reserved_bytes"] == 0
+        receiver.assert_idle()
 
 
 def test_when_vllm_dies_the_receiver_frees_its_sessions(
@@ -213,8 +213,7 @@ def test_when_vllm_dies_the_receiver_frees_its_sessions(
             assert eventually(lambda: receiver.health()["decoding"] == 3, 30, 0.1)
             assert receiver.health()["kv_reserved_bytes"] > 0
             lonely.server.signal(signal.SIGKILL)
-        assert eventually(lambda: receiver.health()["sessions"] == 0, 8, 0.1)
-        assert receiver.health()["decoding"] == receiver.health()["kv_reserved_bytes"] == 0
+        receiver.assert_idle(8)
 
 
 @pytest.fixture(scope="module")

@@ -78,13 +78,7 @@ def test_a_client_that_goes_away_frees_both_sides(
         for seen, _line in enumerate(answer.iter_lines()):
             if seen >= 2 * after:
                 break
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        health = receiver.health()
-        if health["sessions"] == health["decoding"] == 0 == health["kv_reserved_bytes"]:
-            break
-        time.sleep(0.1)
-    assert health["sessions"] == health["decoding"] == 0 == health["kv_reserved_bytes"]
+    receiver.assert_idle()
     assert vllm.metric("vllm:num_requests_running") == 0
     # vLLM frees blocks in its next step.
     vllm.tokens([5, 6, 7], 3)
@@ -126,8 +120,7 @@ def test_two_hundred_requests_leave_no_memory_behind(vllm: Vllm, receiver: Recei
     growth(50)  # staging buffers, MLX's kernels
     local = growth(200, vllm_xargs={"keep": "local"})
     handed_off = growth(200)
-    health = receiver.health()
-    assert health["sessions"] == health["kv_reserved_bytes"] == 0
+    receiver.assert_idle()
     vllm.tokens([5, 6, 7], 3)
     assert vllm.metric("vllm:kv_cache_usage_perc") == 0
     more = [ours - theirs for ours, theirs in zip(handed_off, local, strict=True)]

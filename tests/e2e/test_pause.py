@@ -145,7 +145,7 @@ def test_a_pause_that_aborts_ends_the_receivers_responses(
         tokens = reader.ended()
         assert reader.finish == "abort"
         assert tokens == expected[3][: len(tokens)] and len(tokens) < OUTPUT
-        assert eventually(lambda: not receiver.health()["sessions"], 5)
+        receiver.assert_idle(5)
     vllm.wait_connected(receiver)
     assert fallbacks(vllm) == before
 
@@ -161,8 +161,7 @@ def test_an_abort_during_prefill_frees_the_receiver(drained: tuple[Vllm, Receive
         with paused(vllm, "abort"):
             choices = answer.result(60).json()["choices"]
     assert [choice["finish_reason"] for choice in choices] == ["abort"] * len(prompts)
-    assert eventually(lambda: not receiver.health()["sessions"], 5)
-    assert receiver.health()["kv_reserved_bytes"] == 0
+    receiver.assert_idle(5)
 
 
 def test_weights_that_the_receiver_does_not_have_keep_requests_local(

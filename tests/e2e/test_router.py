@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from tests.conftest import free_port
 from tests.mlx_alone import greedy
 from tests.servers import Receiver, Server, Vllm, metric, start_receiver
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.server
 
@@ -177,19 +177,18 @@ def test_token_ids_and_log_probabilities(proxy: str, vllm: Vllm, tiny_llama_path
 def test_what_the_prefill_answers(vllm: Vllm, receiver: Receiver) -> None:
     prompt = ids(40, 4)
     body = {"prompt": prompt, "max_tokens": 1, "kv_transfer_params": PREFILL}
+    receiver.assert_idle()
     params = ask(vllm.url, **body)["kv_transfer_params"]
     assert params["do_remote_prefill"] is True and params["do_remote_decode"] is False
     assert params["remote_engine_id"]
     ours = params["mac_decode"]
     assert ours["prompt_token_ids"] == prompt
-    until = time.monotonic() + 5
-    while receiver.health()["sessions"] != 1 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert receiver.health()["sessions"] == 1, "it waits for the decode request"
+    assert ours["session"] is not None
+    assert eventually(lambda: receiver.health()["sessions"] == 1, 5, 0.05)
     d_body = {"prompt": prompt, "return_token_ids": True, "kv_transfer_params": params}
     got = ask(api(receiver), **d_body)["choices"][0]["token_ids"]
     assert got[0] == ours["first_token"]
-    assert receiver.health()["sessions"] == receiver.health()["kv_reserved_bytes"] == 0
+    receiver.assert_idle()
     # A second request with the same parameters finds no session, and completes all the same.
     assert ask(api(receiver), **d_body)["choices"][0]["token_ids"] == got
     # More than one token is not a router's prefill: vLLM answers it by itself.

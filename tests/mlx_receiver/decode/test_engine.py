@@ -384,3 +384,46 @@ def test_a_hand_off_does_not_wait_for_others_prefills(
             job.next(0)
         job.cancel()
     engine.stop()
+
+
+def test_no_step_leaves_a_running_response_out(
+    tiny_llama_path: Path, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However others join and leave: hand-offs, local prompts, short ones and long ones."""
+    monkeypatch.setattr("mlx_receiver.decode.batch.PREFILL_SECONDS", 1e-3)
+    steps: queue.SimpleQueue[dict[Job, bool]] = queue.SimpleQueue()
+
+    class Steps:
+        def decoded(self, outputs: list[Output]) -> None:
+            steps.put({output.job: bool(output.finish) for output in outputs})
+
+        def failed(self, job: Job, code: str, reason: str) -> None:
+            raise AssertionError(reason)
+
+    sink = Steps()
+    engine = DecodeEngine(find_model(str(tiny_llama_path)), max_batch=16)
+    engine.start()
+    engine.wait_loaded()
+    waiting = []
+    for n in range(24):
+        kv = prefill((5, 17, 130)[n % 3])
+        sampling = msgspec.structs.replace(GREEDY, max_tokens=(3, 17, 40)[n * 5 % 7 % 3])
+        if n % 4:
+            build = handed_over(engine, kv.prompt, kv.planes, 64).build
+            waiting.append(Job(kv.prompt, sampling, sink, kv.first, build))
+        else:
+            waiting.append(Job(kv.prompt, sampling, sink))
+    seen: list[dict[Job, bool]] = []
+    running = len(waiting)
+    while running:
+        for job in waiting[:2]:
+            engine.submit(job)
+        del waiting[:2]
+        seen.append(steps.get(timeout=20))
+        running -= sum(seen[-1].values())
+    engine.stop()
+    for job in {job for step in seen for job in step}:
+        shown = [n for n, step in enumerate(seen) if job in step]
+        # Who is shown its first token alone joins the batch in the step behind it.
+        missed = shown[-1] - shown[1] + 1 - len(shown[1:])
+        assert not missed, f"left out {missed} times between steps {shown[1]} and {shown[-1]}"
