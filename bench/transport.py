@@ -10,7 +10,8 @@ sender's first frame to the last finished MLX array; every byte is compared afte
 Floors: ``memcpy`` (NumPy, one thread) and what the link lets through. ``sockets`` is what two plain
 programs get: ``sendall`` and ``recv_into`` with MSG_WAITALL, 8 MiB out of and into one reused
 buffer, without frames, sessions or a cache. A transport's name with ``+checksum`` is that transport
-with a checksum of every block, made by the sender and compared by the receiver.
+with a checksum of every block, made by the sender and compared by the receiver; ``+signed`` and
+``+sealed`` are ``tcp`` with every frame authenticated, or encrypted, too, as between machines.
 """
 
 from __future__ import annotations
@@ -49,19 +50,32 @@ from bench.lab import (
 from mlx_receiver import plugins
 from mlx_receiver.transports.data_socket import tune
 from mlx_receiver.transports.landing import checksum
-from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.transports.tcp import TcpTransport
+from mlx_receiver.transports.transport import Transport
+from mlx_receiver.wire.frames import Header, Kind, Level
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.layout import CacheLayout, full_attention
 from mlx_receiver.wire.messages import DataTicket, Endpoint, Open, Sampling
 
 HEADS, HEAD_DIM, ITEM = 8, 128, 2
 MESSAGE = 8 << 20
-CHECKED = "+checksum"
+
+#: What may stand behind a transport's name.
+CHECKED = "checksum"
+LEVELS: tuple[Level, ...] = ("signed", "sealed")
 
 
 def layout(layers: int) -> CacheLayout:
     """Llama-3.1-8B's cache with that many layers."""
     return full_attention(layers, HEADS, HEAD_DIM, "bfloat16")
+
+
+def transport_of(name: str) -> Transport:
+    """The transport of a row: ``tcp`` is as clear on a link as over loopback, unless it says."""
+    bare, _, variant = name.partition("+")
+    if bare != "tcp":
+        return plugins.transport(bare)
+    return TcpTransport(next((level for level in LEVELS if level == variant), "clear"))
 
 
 def plane_data(layer: int, plane: int, tokens: int) -> np.ndarray[Any, Any]:
@@ -92,7 +106,7 @@ class Receiving:
         self.id = self.ticket.client
         self.store.admit(self.ticket)
         self.store.configure(ModelCache(self._layout), 64 << 30)
-        self.listener = plugins.transport(transport).listen(host, 0, self.store)
+        self.listener = transport_of(transport).listen(host, 0, self.store, plain=True)
 
     def opened(self, session: Any) -> None:
         pass
@@ -202,14 +216,15 @@ def send(layers: int, tokens: int, frame_bytes: int) -> None:
     for order in orders():
         if "connect" in order:
             endpoint = msgspec.convert(order["connect"], Endpoint)
-            checked = order["checked"]
+            name = order["name"]
+            checked = name.endswith(CHECKED)
             if endpoint.transport == "sockets":
                 sock = socket.create_connection((endpoint.host, endpoint.port))
                 tune(sock)
             else:
                 planes = [[plane_data(i, p, tokens) for p in range(2)] for i in range(layers)]
                 ticket = msgspec.convert(order["ticket"], DataTicket)
-                sender = plugins.transport(endpoint.transport).connect(endpoint, ticket, 30.0)
+                sender = transport_of(name).connect(endpoint, ticket, 30.0)
             tell(connected=True)
         elif sock is not None:
             message = memoryview(bytearray(MESSAGE))
@@ -285,22 +300,21 @@ def memcpy_floor(nbytes: int, repeats: int) -> float:
 
 def measure(places: tuple[Place, Place], name: str, options: Any) -> dict[str, Any]:
     """One row: a transport over a link, ``options.repeats`` times."""
-    transport = name.removesuffix(CHECKED)
     spark, mac = places
     layers, tokens = options.layers, options.tokens
     nbytes = 2 * layers * HEADS * tokens * HEAD_DIM * ITEM
     messages = -(-nbytes // MESSAGE)
-    if transport == "sockets":
+    if name == "sockets":
         nbytes = messages * MESSAGE
     me = ("-m", "bench.transport")
     frame = str(options.frame_kib << 10)
     runs = []
     with (
-        Child(mac, *me, "--role", "receive", transport, mac.address, str(layers)) as receiver,
+        Child(mac, *me, "--role", "receive", name, mac.address, str(layers)) as receiver,
         Child(spark, *me, "--role", "send", str(layers), str(tokens), frame) as sender,
     ):
         ready = receiver.answer()
-        sender.ask(connect=ready["endpoint"], ticket=ready["ticket"], checked=name != transport)
+        sender.ask(connect=ready["endpoint"], ticket=ready["ticket"], name=name)
         for number in range(1, options.repeats + 1):
             receiver.ask(open=number, tokens=tokens, messages=messages)
             sent = sender.ask(send=number, messages=messages)
@@ -319,7 +333,7 @@ def measure(places: tuple[Place, Place], name: str, options: Any) -> dict[str, A
     row: dict[str, Any] = {"transport": name, "bytes": nbytes, "runs": runs}
     for key in runs[0]:
         row[key] = statistics.median(run[key] for run in runs)
-    row["verified"] = transport != "sockets" and not options.no_verify
+    row["verified"] = name != "sockets" and not options.no_verify
     row["cpu_s_per_gb_both"] = statistics.median(
         run["cpu_s_per_gb_sender"] + run["cpu_s_per_gb_receiver"] for run in runs
     )
@@ -353,8 +367,9 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def available() -> list[str]:
-    """The transports that are installed, ``tcp`` first and with checksums, too."""
-    return ["tcp", "tcp" + CHECKED, *sorted(plugins.transports().keys() - {"tcp"})]
+    """The transports that are installed, ``tcp`` first and in each of its variants."""
+    variants = [f"tcp+{variant}" for variant in (CHECKED, *LEVELS)]
+    return ["tcp", *variants, *sorted(plugins.transports().keys() - {"tcp"})]
 
 
 def main() -> None:
@@ -369,7 +384,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--transports", nargs="+", default=available())
+    parser.add_argument("--transports", nargs="+", default=available(), choices=available())
     parser.add_argument("--links", nargs="+", default=["loopback", "10gbit"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=8192)

@@ -6,21 +6,41 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from mlx_receiver.interfaces import Interface, interfaces, reachable_at
+from mlx_receiver.pairing.offer import new_offer
 from mlx_receiver.settings import Settings, is_loopback
 from mlx_receiver.wire.addresses import spelled
+from mlx_receiver.wire.seldom import printable
 
 if TYPE_CHECKING:
+    from mlx_receiver.control.desk import Desk
     from mlx_receiver.decode.model import ModelSource
     from mlx_receiver.receiver import Receiver
+    from mlx_receiver.waiting import WaitingReceiver
 
 #: The prompt whose transfer times are named, in tokens.
 _EXAMPLE_TOKENS: Final = 8192
 #: What Wi-Fi carries in a good and in an ordinary room, in bit/s.
 _WIFI: Final = (0.8e9, 0.2e9)
 
-OPEN_UP: Final = (
-    '--host 0.0.0.0 --token "$(openssl rand -hex 16)" --api-key "$(openssl rand -hex 16)"'
-)
+
+def waiting(receiver: WaitingReceiver) -> list[str]:
+    """What it says while it waits for the first vLLM to say which model it serves."""
+    settings = receiver.settings
+    places = reachable_at(settings.host, interfaces()) or [("127.0.0.1", None)]
+    best, _ = places[0]
+    at = ", ".join(
+        spelled(address, receiver.port) + (f" ({interface.text})" if interface is not None else "")
+        for address, interface in places
+    )
+    lines = [
+        f"Listening on {at}",
+        "No --model: this receiver loads what the first vLLM that connects serves.",
+        "On the vLLM machine:",
+    ]
+    lines += pairing(receiver.desk, settings, receiver.http_port, best)
+    token = "MAC_DECODE_TOKEN=... " if settings.token else ""
+    where = "" if settings.discovery else f"MAC_DECODE_RECEIVER={spelled(best, receiver.port)} "
+    return [*lines, f"  {token}{where}vllm serve MODEL --kv-connector mac_decode"]
 
 
 def announcement(receiver: Receiver) -> list[str]:
@@ -44,8 +64,10 @@ def announcement(receiver: Receiver) -> list[str]:
     lines[-1] += f"; KV comes to port {ports}"
     best, interface = places[0]
     if receiver.http is not None:
-        base = f"http://{spelled(best, receiver.http.port)}"
-        lines.append(f"OpenAI API on {base}/v1, health and metrics on {base}/health")
+        alone = not settings.api_key
+        base = f"http://{spelled('127.0.0.1' if alone else best, receiver.http.port)}"
+        others = ", for this machine alone without --api-key" if alone and settings.pairs else ""
+        lines.append(f"OpenAI API on {base}/v1, health and metrics on {base}/health{others}")
         if settings.prefill:
             lines.append(
                 f"Prompts of {settings.prefill_min_tokens} tokens and more are prefilled by "
@@ -55,23 +77,39 @@ def announcement(receiver: Receiver) -> list[str]:
         lines.append(wifi_warning(interface, per_token))
     lines += [
         "On the vLLM machine:",
+        *pairing(receiver.desk, settings, receiver.http_port, best),
         *other_side(settings, source, best, receiver.port),
     ]
     if is_loopback(settings.host):
-        lines.append(f"Only this machine can connect. For another one: {OPEN_UP}")
+        lines.append(
+            f"Only this machine can connect. For another one: leave --host {settings.host} out"
+        )
     return lines
+
+
+def pairing(desk: Desk, settings: Settings, http_port: int, address: str) -> Sequence[str]:
+    """With whom it is paired, or the command that pairs; nothing where nobody needs to."""
+    if desk.reception is None:
+        return ()
+    peers = desk.keystore.peers()
+    if peers:
+        names = ", ".join(printable(peer.name) for peer in peers)
+        return [f"  (paired with {names}; `mlx-receiver pair` adds another machine)"]
+    if not http_port:
+        return ["  (pairing needs HTTP: start without --http-port -1, or use --token)"]
+    options = "" if settings.discovery else f" --receiver {address} --http-port {http_port}"
+    code = new_offer(desk.keystore).shown
+    return [f"  mac-decode pair {code}{options}      once, within 10 minutes"]
 
 
 def other_side(settings: Settings, source: ModelSource, address: str, port: int) -> Sequence[str]:
     """The command that starts vLLM with this receiver."""
     token = "MAC_DECODE_TOKEN=... " if settings.token else ""
+    where = "" if settings.discovery else f"MAC_DECODE_RECEIVER={spelled(address, port)} "
     name = source.vllm_name
     if name is None and is_loopback(settings.host) and "quantization" not in source.config:
         name = source.name
-    lines = [
-        f"  {token}MAC_DECODE_RECEIVER={spelled(address, port)} \\",
-        f"    vllm serve {name or 'MODEL'} --kv-connector mac_decode",
-    ]
+    lines = [f"  {token}{where}vllm serve {name or 'MODEL'} --kv-connector mac_decode"]
     if name is None:
         lines.append(f"  (MODEL is what vLLM calls the model of {source.name})")
     return lines

@@ -63,14 +63,23 @@ class Interface:
 
 def interfaces() -> list[Interface]:
     """Those that are up and have an address, in order of preference; loopback is none."""
+    return ordered(present())
+
+
+def present() -> list[Interface]:
+    """All that are up, in the system's order, also those without an address for others."""
     if sys.platform == "darwin":
-        found = of_macos(
+        return of_macos(
             run("/sbin/ifconfig", "-a") or "",
             run("/usr/sbin/networksetup", "-listallhardwareports") or "",
         )
-    else:
-        found = _of_linux()
-    return ordered(found)
+    return _of_linux()
+
+
+def preference(interface: Interface) -> tuple[int, int]:
+    """Less is better: wired before Wi-Fi before virtual ones; the fastest first, those of unknown
+    speed last."""
+    return _ORDER.index(interface.kind), -(interface.mbits or 0)
 
 
 def reachable_at(host: str, found: Sequence[Interface]) -> list[tuple[str, Interface | None]]:
@@ -111,11 +120,11 @@ def check_host(host: str) -> None:
 
 
 def ordered(found: Sequence[Interface]) -> list[Interface]:
-    """Wired before Wi-Fi before virtual ones; the fastest first, those of unknown speed last."""
+    """Those with an address, in order of preference."""
 
-    def rank(interface: Interface) -> tuple[int, int, bool]:
+    def rank(interface: Interface) -> tuple[tuple[int, int], bool]:
         first = ipaddress.ip_address(interface.addresses[0])
-        return _ORDER.index(interface.kind), -(interface.mbits or 0), first.is_link_local
+        return preference(interface), first.is_link_local
 
     return sorted((i for i in found if i.addresses), key=rank)
 

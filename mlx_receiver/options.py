@@ -26,8 +26,9 @@ class Option(msgspec.Struct, frozen=True):
 
     @property
     def flag(self) -> str:
-        """Its name on a command line."""
-        return f"--{self.name.replace('_', '-')}"
+        """Its name on a command line; what is on by default can be switched off by one."""
+        name = self.name.replace("_", "-")
+        return f"--{name}/--no-{name}" if self.default is True else f"--{name}"
 
 
 def options(settings: type[msgspec.Struct], prefix: str) -> Iterator[Option]:

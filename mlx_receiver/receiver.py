@@ -10,17 +10,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal
 
 from mlx_receiver import plugins
+from mlx_receiver.control.desk import Desk, announcer
+from mlx_receiver.control.lobby import Choose
 from mlx_receiver.control.server import ControlServer
 from mlx_receiver.decode import weights
 from mlx_receiver.decode.device import engine_name
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.model import LoadedModel, ModelSource, Progress, find_model
+from mlx_receiver.discovery.announce import Announcer
 from mlx_receiver.metrics import Metrics
 from mlx_receiver.sessions.service import SessionService
 from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.settings import Settings, SettingsError
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Listener, Transport
+from mlx_receiver.wire.addresses import EVERYWHERE, bare, spelled
 from mlx_receiver.wire.messages import Endpoint
 
 if TYPE_CHECKING:
@@ -36,8 +40,16 @@ class Receiver:
     After ``start`` the ports are bound and the model loads; after ``wait_ready`` it serves.
     """
 
-    def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
-        """Raises SettingsError or ModelError; binds and loads nothing yet."""
+    def __init__(
+        self,
+        settings: Settings,
+        progress: Progress | None = None,
+        choose: Choose | None = None,
+    ) -> None:
+        """Raises SettingsError or ModelError; binds and loads nothing yet.
+
+        ``choose``: see ``ControlServer``.
+        """
         settings.check()
         self.settings = settings
         self.metrics = Metrics()
@@ -61,16 +73,26 @@ class Receiver:
         self.metrics.sessions_active.set_function(lambda: len(self.store.sessions()))
         self.metrics.kv_reserved_bytes.set_function(lambda: self.store.reserved_bytes)
         self.metrics.queued_bytes.set_function(lambda: self.store.budget.queued)
-        self.control = ControlServer(self.sessions, self.source.signature, settings.token)
+        self.desk = Desk.of(settings)
+        self.control = ControlServer(
+            self.sessions, self.source.signature, self.desk.credentials, choose
+        )
         self.port = 0
         self.http: HttpServer | None = None
         self.started = time.monotonic()
         self._listeners: list[Listener] = []
+        self._announcer: Announcer | None = None
 
     @property
     def address(self) -> str:
-        """``host:port`` of the control channel: what MAC_DECODE_RECEIVER is set to."""
-        return f"{self.settings.host}:{self.port}"
+        """``host:port`` of the control channel, as programs on this machine reach it."""
+        host = self.settings.host
+        return spelled("127.0.0.1" if bare(host) in (*EVERYWHERE, "0.0.0.0") else host, self.port)
+
+    @property
+    def http_port(self) -> int:
+        """Where HTTP is served, 0 where it is not."""
+        return self.http.port if self.http is not None else 0
 
     @property
     def status(self) -> Literal["ok", "loading", "failing"]:
@@ -97,7 +119,9 @@ class Receiver:
         for index, transport in enumerate([_transport(name) for name in settings.transports]):
             port = settings.data_port and settings.data_port + index
             try:
-                listener = transport.listen(settings.host, port, self.store)
+                listener = transport.listen(
+                    settings.host, port, self.store, plain=settings.plain_data
+                )
             except OSError as error:
                 raise SettingsError(
                     f"the data port {settings.host}:{port} cannot be used "
@@ -105,10 +129,14 @@ class Receiver:
                 ) from None
             self._listeners.append(listener)
         if settings.http_port is not None:
-            from mlx_receiver.http.server import HttpServer
+            from mlx_receiver.http.server import HttpServer, application
 
-            self.http = HttpServer(self)
+            self.http = HttpServer(settings, application(self))
             self.http.start()
+        if settings.discovery:
+            self._announcer = announcer(
+                self.desk, settings.host, self.port, self.http_port, self.source.name
+            )
         self.engine.start()
 
     def wait_ready(self, timeout: float | None = None) -> bool:
@@ -134,6 +162,8 @@ class Receiver:
 
     def stop(self) -> None:
         """Tell the clients, end every session, free the ports. Takes at most about 2 s."""
+        if self._announcer is not None:
+            self._announcer.close()
         self.control.stop()
         self.store.close()
         for listener in self._listeners:

@@ -11,15 +11,20 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Final, NoReturn
 
+import msgspec
+
 from mlx_receiver.decode.blas import use_fast_blas
+from mlx_receiver.decode.model import ModelError
 from mlx_receiver.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlx_receiver.control.lobby import Choose
     from mlx_receiver.decode.model import Progress
     from mlx_receiver.receiver import Receiver
 
@@ -27,6 +32,12 @@ logger = logging.getLogger(__name__)
 
 #: How often progress is logged where there is no terminal to draw it on.
 _PROGRESS_SECONDS: Final = 10.0
+
+#: How often somebody's wish for another model is looked for, how long after the wish its answer may
+#: take to go out, and how long a model that cannot be loaded is not tried again.
+_LOOK_SECONDS: Final = 0.2
+_LAST_WORDS: Final = 0.1
+_AGAIN_SECONDS: Final = 5.0
 
 _CAFFEINATE: Final = "/usr/bin/caffeinate"
 
@@ -56,12 +67,62 @@ class Interruption:
 def serve(settings: Settings, stop: Interruption) -> NoReturn:
     """Serve until the interruption, and end the process.
 
-    Raises SettingsError or ModelError when it cannot.
+    Without a model in the settings: wait for the first vLLM, and serve what that one serves; the
+    next one may want another. Raises SettingsError or ModelError when it cannot.
     """
     from rich.console import Console
+
+    from mlx_receiver.decode.choice import choose, parse_map
+
+    parse_map(settings.model_map)  # raises
+    console = Console(stderr=True, highlight=False)
+    choice = None if settings.model else partial(choose, settings)
+    model: str | None = settings.model
+    while True:
+        if choice is not None and not model:
+            model = _asked(settings, choice, console, stop)
+            if model is None:
+                _leave(console)
+        chosen = msgspec.structs.replace(settings, model=model)
+        try:
+            model = _serve_model(chosen, choice, console, stop)
+        except ModelError as error:
+            if choice is None:
+                raise
+            # The next vLLM may serve another one.
+            logger.error("%s", error)
+            model = ""
+            if stop.wait(_AGAIN_SECONDS):
+                _leave(console)
+        if model is None:
+            _leave(console)
+
+
+def _asked(settings: Settings, choice: Choose, console: Console, stop: Interruption) -> str | None:
+    """The model that the first client serves, None when it was interrupted before."""
+    from mlx_receiver.announcement import waiting
+    from mlx_receiver.waiting import WaitingReceiver
+
+    with WaitingReceiver(settings, choice) as receiver:
+        for line in waiting(receiver):
+            console.print(line, soft_wrap=True, markup=False)
+        while not stop.wait(0.1):
+            model = receiver.wait(0)
+            if model is not None:
+                time.sleep(_LAST_WORDS)
+                return model
+    return None
+
+
+def _serve_model(
+    settings: Settings, choice: Choose | None, console: Console, stop: Interruption
+) -> str | None:
+    """Serve that model; then the next one, None when it was interrupted.
+
+    Raises SettingsError or ModelError.
+    """
     from rich.progress import BarColumn, Progress, TextColumn
 
-    console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -81,9 +142,9 @@ def serve(settings: Settings, stop: Interruption) -> NoReturn:
             logger.info("%s, %d %%", text, 100 * done // total)
 
     with bar:
-        receiver = _started(settings, show, stop)
+        receiver = _started(settings, show, choice, stop)
     if receiver is None:
-        _leave(console)
+        return None
     from mlx_receiver.announcement import announcement
 
     awake = _keep_awake()
@@ -91,9 +152,17 @@ def serve(settings: Settings, stop: Interruption) -> NoReturn:
         console.print(line, soft_wrap=True, markup=False)
     if awake:
         console.print("This Mac stays awake meanwhile (caffeinate), unless its lid is closed.")
-    stop.wait(None)
+    if choice is None:
+        stop.wait(None)
+    else:
+        while not receiver.control.wanted and not stop.wait(_LOOK_SECONDS):
+            pass
+    wanted = receiver.control.wanted
     receiver.stop()
-    _leave(console)
+    if not wanted:
+        return None
+    console.print(f"The next vLLM serves another model: loading {wanted}", soft_wrap=True)
+    return wanted
 
 
 def _leave(console: Console) -> NoReturn:
@@ -105,7 +174,9 @@ def _leave(console: Console) -> NoReturn:
     os._exit(0)
 
 
-def _started(settings: Settings, progress: Progress, stop: Interruption) -> Receiver | None:
+def _started(
+    settings: Settings, progress: Progress, choice: Choose | None, stop: Interruption
+) -> Receiver | None:
     """A receiver that is ready, None when it was interrupted before.
 
     Raises SettingsError or ModelError.
@@ -117,7 +188,7 @@ def _started(settings: Settings, progress: Progress, stop: Interruption) -> Rece
             use_fast_blas()
             from mlx_receiver.receiver import Receiver
 
-            made.set_result(Receiver(settings, progress))
+            made.set_result(Receiver(settings, progress, choice))
         except BaseException as error:
             made.set_exception(error)
 

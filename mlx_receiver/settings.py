@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -13,6 +14,9 @@ _MAX_PORT: Final = 65_535
 
 #: What ``--dtype`` takes; ``auto`` leaves the weights as they are stored.
 _DTYPES: Final = ("auto", "bfloat16", "float16", "float32")
+
+#: Where HTTP is served unless another port was chosen.
+DEFAULT_HTTP_PORT: Final = 7791
 
 #: Begins the names of the variables that set options.
 ENV_PREFIX: Final = "MLX_RECEIVER_"
@@ -30,10 +34,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     has.
     """
 
-    model: Annotated[str, Meta(description="A model folder or Hugging Face id.")]
-    host: Annotated[str, Meta(description="Address to listen on; others need a token.")] = (
-        "127.0.0.1"
-    )
+    model: Annotated[
+        str,
+        Meta(
+            description="A model folder or Hugging Face id. Without one: whichever the first vLLM "
+            "that connects serves."
+        ),
+    ] = ""
+    models: Annotated[
+        str,
+        Meta(description="Without --model: a folder of model folders, looked up by their names."),
+    ] = ""
+    model_map: Annotated[
+        str,
+        Meta(
+            description="Without --model: VLLM_NAME=MODEL, separated by commas, where this machine "
+            "shall load another one (a conversion for MLX)."
+        ),
+    ] = ""
+    host: Annotated[
+        str,
+        Meta(
+            description="Address to listen on; * is every one of this machine, 127.0.0.1 the "
+            "machine itself only."
+        ),
+    ] = "*"
     port: Annotated[int, Meta(description="Control port, the one vLLM is told; 0: any.")] = 7790
     data_port: Annotated[
         int,
@@ -43,20 +68,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Meta(description="Data transports to offer, e.g. tcp,zmq (nixl where it is installed)."),
     ] = "tcp"
+    plain_data: Annotated[
+        bool,
+        Meta(
+            description="For a direct cable: KV from other machines is not encrypted, only "
+            "authenticated (tcp; zmq and nixl do neither), which is faster. vLLM's side must say "
+            "plain_data, too."
+        ),
+    ] = False
     http_port: Annotated[
         int | None,
         Meta(
             description="OpenAI API, health, metrics; 0: any port, -1: no HTTP.",
             extra={"type": int},
         ),
-    ] = 7791
+    ] = DEFAULT_HTTP_PORT
     token: Annotated[
         str,
         Meta(
-            description="Shared secret that clients must show.",
+            description="Shared secret of both sides, instead of pairing; it never travels.",
             extra={"variable": "MAC_DECODE_TOKEN"},
         ),
     ] = ""
+    discovery: Annotated[
+        bool,
+        Meta(description="Announce this receiver on the network (multicast DNS)."),
+    ] = True
     api_key: Annotated[str, Meta(description="Key that clients of the OpenAI API must send.")] = ""
     allowed_hosts: Annotated[
         str,
@@ -108,6 +145,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return settings
 
     @property
+    def pairs(self) -> bool:
+        """Whether machines must be paired with this one: others reach it, and there is no token."""
+        return not self.token and not is_loopback(self.host)
+
+    @property
     def transports(self) -> list[str]:
         """The names in ``transport``, each once, in order."""
         return list(dict.fromkeys(name.strip() for name in self.transport.split(",")))
@@ -121,18 +163,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Raise SettingsError for a combination that must not run."""
         check_ports(self.port, self.data_port, self.http_port, len(self.transports))
         check_dtype(self.dtype)
-        if not self.token and not is_loopback(self.host):
-            raise SettingsError(
-                f"--host {self.host} is reachable from other machines, and without a token anyone "
-                "there could use this receiver: set --token (or MAC_DECODE_TOKEN), and the same "
-                'one on the vLLM side, e.g. --token "$(openssl rand -hex 16)"'
-            )
-        if self.http_port is not None and not self.api_key and not is_loopback(self.host):
-            raise SettingsError(
-                f"--host {self.host} makes the HTTP API reachable from other machines, and without "
-                "a key anyone there could use the model: set --api-key (or MLX_RECEIVER_API_KEY), "
-                "or --http-port -1 for no HTTP"
-            )
+        if self.models and not Path(self.models).expanduser().is_dir():
+            raise SettingsError(f"--models {self.models} is no folder")
         if self.prefill and not self.prefill.startswith(("http://", "https://")):
             raise SettingsError(f"--prefill {self.prefill} is not a URL, e.g. http://spark:8000")
         if self.prefill and self.http_port is None:

@@ -1,6 +1,9 @@
 """Models for the tests, made once and kept in the user's cache."""
 
+import atexit
 import contextlib
+import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable
@@ -10,14 +13,20 @@ import platformdirs
 import pytest
 
 from mlx_receiver.decode.blas import use_fast_blas
+from mlx_receiver.interfaces import interfaces
+from mlx_receiver.pairing.keystore import STATE_VARIABLE
 from tests.models import GENERATOR_VERSION, tiny_llama, tiny_qwen3
 from vllm_mac_decode.tools.demo.model import fetch_smollm2
+
+# Pairings of the tests are theirs alone, also in the processes that they start.
+os.environ[STATE_VARIABLE] = tempfile.mkdtemp(prefix="mac-decode-state-")
+atexit.register(shutil.rmtree, os.environ[STATE_VARIABLE], ignore_errors=True)
 
 use_fast_blas()  # before any test imports MLX
 
 #: What the second process of ``python -m tests`` runs: it is not the one to load the machine.
-BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_modes", "test_link",
-          "test_packaging", "test_pause")  # fmt: skip
+BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "pairing", "discovery", "test_demo",
+          "test_engine_modes", "test_link", "test_packaging", "test_pause")  # fmt: skip
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -32,6 +41,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def own_address() -> str:
+    """An address of this machine's that is no loopback one: who uses it is taken for another."""
+    for interface in interfaces():
+        for address in interface.addresses:
+            if ":" not in address:
+                return address
+    pytest.skip("this machine has no address but loopback")
 
 
 def cached_model(name: str, write: Callable[[Path], Path]) -> Path:

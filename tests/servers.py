@@ -145,7 +145,8 @@ def start_receiver(
     port, http_port = port or free_port(), http_port or free_port()
     command = [
         *inside, str(BIN / "mlx-receiver"), "start", "--model", str(model), "--dtype", "float32",
-        "--host", host, "--port", str(port), "--http-port", str(http_port), *args,
+        "--host", host, "--port", str(port), "--http-port", str(http_port), "--no-discovery",
+        *args,
     ]  # fmt: skip
     if key:
         command += ["--api-key", key]

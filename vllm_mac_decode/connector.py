@@ -253,7 +253,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self.relay.engine = adapter.EngineAdapter(core)
         self.relay.vocab_size = signature.vocab_size
         self.relay.layout = layout
-        me = Introduction(signature, layout, uuid.uuid4().hex, f"vllm {vllm_version}")
+        model = str(self._vllm_config.model_config.model)
+        me = Introduction(signature, layout, uuid.uuid4().hex, f"vllm {vllm_version}", model)
         self.relay.link = Link(self._settings, me, self.relay)
 
     @_guarded(lambda: None)

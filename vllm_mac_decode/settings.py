@@ -32,10 +32,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         str,
         Meta(
             description="The receiver's control address, host or host:port; the name is resolved "
-            "at every connection."
+            "at every connection. Empty: whichever announces itself on the network and is paired."
         ),
-    ] = "127.0.0.1:7790"
+    ] = ""
     token: Annotated[str, Meta(description="The token the receiver was started with.")] = ""
+    discovery: Annotated[
+        bool, Meta(description="false: no receiver is looked for on the network (multicast DNS).")
+    ] = True
     transport: Annotated[str, Meta(description="Data transport; the receiver must offer it.")] = (
         "tcp"
     )
@@ -80,6 +83,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             "of the speed over loopback."
         ),
     ] = False
+    plain_data: Annotated[
+        bool,
+        Meta(
+            description="For a direct cable: KV for another machine is not encrypted, only "
+            "authenticated (tcp; zmq and nixl do neither), which is faster. The receiver must be "
+            "started with --plain-data, too."
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         self.address()  # raises
@@ -99,9 +110,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """Connections that there may be at once."""
         return 2 if self.streams == "auto" else self.streams
 
-    def address(self) -> tuple[str, int]:
-        """The receiver's host and port. Raises ValueError for what is no address."""
-        return parse_address(self.receiver)
+    def address(self) -> tuple[str, int] | None:
+        """The receiver's host and port, None where it is to be discovered. Raises ValueError for
+        what is no address."""
+        return parse_address(self.receiver) if self.receiver else None
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import secrets
 import signal
 import subprocess
 import sys
@@ -18,8 +17,7 @@ from mlx_receiver import __version__
 from mlx_receiver.checks.child import Begin, Facts, Found, Line
 from mlx_receiver.checks.finding import Finding
 from mlx_receiver.checks.machine import machine_checks
-from mlx_receiver.interfaces import Interface, interfaces, reachable_at
-from mlx_receiver.wire.addresses import spelled
+from mlx_receiver.interfaces import Interface, interfaces
 
 _MARKS: Final = {"fine": "[green]✓[/]", "warning": "[yellow]![/]", "wrong": "[red]✗[/]",
                  "unchecked": "[dim]–[/]"}  # fmt: skip
@@ -28,9 +26,6 @@ _MARKS: Final = {"fine": "[green]✓[/]", "warning": "[yellow]![/]", "wrong": "[
 _SECONDS: Final = (120.0, 1800.0)
 
 CHILD: Final = (sys.executable, "-m", "mlx_receiver.checks.child")
-
-#: Stands for a secret in what may be published.
-_HIDDEN: Final = ("TOKEN", "KEY")
 
 _line_decoder: Final = msgspec.json.Decoder(Line)
 
@@ -66,32 +61,29 @@ class Report:
         """Whether nothing is wrong."""
         return not any(finding.state == "wrong" for finding in self.seen)
 
-    def commands(self, token: str = "", api_key: str = "") -> tuple[str, str, str]:
-        """What starts the receiver, what checks the way from the vLLM machine, and what starts
-        vLLM; with fresh secrets where none are given."""
-        token, api_key = token or secrets.token_hex(16), api_key or secrets.token_hex(16)
-        model = self.model or "MODEL"
-        vllm_model = self._vllm_name or "MODEL"
-        addresses = reachable_at("0.0.0.0", self._found) or [("THIS-MACHINE", None)]
-        place = spelled(addresses[0][0], self.port)
-        options = f"--host 0.0.0.0 --token {token}"
-        options += f" --api-key {api_key}" if self.http_port >= 0 else ""
+    def commands(self) -> tuple[str, list[str]]:
+        """What starts the receiver here; and on the vLLM machine what pairs it, once, what checks
+        the way from there, and what starts vLLM."""
+        options = f" --model {self.model}" if self.model else ""
         for option, number, usual in (
             ("--port", self.port, 7790),
             ("--data-port", self.data_port, 0),
             ("--http-port", self.http_port, 7791),
         ):
             options += f" {option} {number}" if number != usual else ""
-        other = f"MAC_DECODE_TOKEN={token} MAC_DECODE_RECEIVER={place}"
+        vllm_model = self._vllm_name or "MODEL"
         return (
-            f"mlx-receiver start --model {model} {options}",
-            f"{other} mac-decode check --model {vllm_model}",
-            f"{other} vllm serve {vllm_model} --kv-connector mac_decode",
+            f"mlx-receiver start{options}",
+            [
+                "mac-decode pair CODE",
+                f"mac-decode check --model {vllm_model}",
+                f"vllm serve {vllm_model} --kv-connector mac_decode",
+            ],
         )
 
     def json(self) -> str:
-        """Everything, for a report that may be published: its commands have no secrets."""
-        here, check, serve = self.commands(*_HIDDEN)
+        """Everything, for a report that may be published."""
+        here, there = self.commands()
         return msgspec.json.format(
             msgspec.json.encode(
                 {
@@ -102,7 +94,7 @@ class Report:
                     "ready": self.ready,
                     "findings": self.seen,
                     "here": here,
-                    "there": [check, serve],
+                    "there": there,
                 }
             )
         ).decode()
@@ -164,9 +156,10 @@ def run_and_print(report: Report, as_json: bool) -> int:
         wrong = [finding.name for finding in report.seen if finding.state == "wrong"]
         console.print(f"[bold]Not ready:[/] {escape(', '.join(wrong))}")
         return 1
-    here, check, serve = report.commands()
+    here, there = report.commands()
     console.print("[bold]Nothing is wrong here.[/] Start the receiver:")
     console.print(f"  {here}", markup=False)
-    console.print("then, on the vLLM machine, whether it reaches this one, and vLLM:")
-    console.print(f"  {check}\n  {serve}", markup=False)
+    console.print("then, on the vLLM machine, with the code that it shows:")
+    for command in there:
+        console.print(f"  {command}", markup=False)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import os
 import socket
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
-from mlx_receiver.wire import keys
+from mlx_receiver.control.credentials import Credentials
 
 #: Milliseconds in which a connection must have shown its key.
 _HANDSHAKE_MS: Final = 5000
@@ -23,18 +22,17 @@ MAX_STRANGERS: Final = 64
 
 
 class Guard:
-    """Authenticates the connections of a ROUTER with the keys that follow from the token, and
-    closes the oldest stranger's where there are too many."""
+    """Authenticates the connections of a ROUTER by their keys, and closes the oldest stranger's
+    where there are too many."""
 
-    def __init__(self, router: zmq.Socket[bytes], token: str) -> None:
+    def __init__(self, router: zmq.Socket[bytes], credentials: Credentials) -> None:
         """Before ``router`` is bound."""
-        pair = keys.control_keys(token)
-        self._client_key = pair.client_public
-        self._authenticator = ThreadAuthenticator(router.context)
+        self._credentials = credentials
+        self._authenticator = _Authenticator(router.context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback(credentials_provider=self)
         router.curve_server = True
-        router.curve_secretkey = pair.receiver_secret
+        router.curve_secretkey = credentials.secret
         router.handshake_ivl = _HANDSHAKE_MS
         self._router = router
         #: Readable when connections have come or gone.
@@ -44,8 +42,8 @@ class Guard:
         self._clients: set[int] = set()
 
     def callback(self, _domain: str, key: bytes) -> bool:
-        """Whether ``key``, of which its owner has shown that it is its own, is the clients'."""
-        return hmac.compare_digest(key, self._client_key)
+        """Whether ``key``, of which its owner has shown that it is its own, is a client's."""
+        return self._credentials.allows(key, self._authenticator.address)
 
     def watch(self, gone: Callable[[int], None]) -> None:
         """Follow what has happened; ``gone`` is told of each client's connection that has ended.
@@ -88,6 +86,17 @@ class Guard:
         self.events.close()
         self._router.close()
         self._authenticator.stop()
+
+
+class _Authenticator(ThreadAuthenticator):
+    """Also knows where the connection comes from about which a provider is asked."""
+
+    address = ""
+
+    async def handle_zap_message(self, msg: list[bytes]) -> None:
+        """One at a time: see ZeroMQ's RFC 27 for the frames."""
+        self.address = msg[3].decode(errors="replace") if len(msg) > 3 else ""
+        await super().handle_zap_message(msg)
 
 
 #: Both ends of a connection, None where it has ended.

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import os
-import secrets
 import socket
 import threading
 import time
@@ -18,13 +15,15 @@ from typing import Final
 import msgspec
 import zmq
 
-from mlx_receiver.control.guard import Guard
+from mlx_receiver.control.credentials import Credentials
+from mlx_receiver.control.lobby import Choose
+from mlx_receiver.control.port import bind, open_port
 from mlx_receiver.sessions.service import Client, SessionService
-from mlx_receiver.settings import SettingsError
-from mlx_receiver.wire import addresses, keys
+from mlx_receiver.wire import keys
 from mlx_receiver.wire.handshake import introduction
 from mlx_receiver.wire.layout import CacheLayout
 from mlx_receiver.wire.messages import (
+    E_CREDENTIALS,
     E_MODEL,
     E_PROTOCOL,
     E_SHUTDOWN,
@@ -60,12 +59,9 @@ SILENCE_SECONDS: Final = 5.0
 _MAX_CLIENTS: Final = 64
 #: Bytes that may wait for one client before it is given up as too slow.
 _MAX_UNSENT_BYTES: Final = 4 << 20
-#: Messages of one connection that libzmq keeps beside them, in either direction.
-_MAX_KEPT: Final = 32
 _TICK_SECONDS: Final = 0.2
 #: Seconds for which messages are read before answers go out.
 _READ_SECONDS: Final = 0.02
-_LINGER_MS: Final = 500
 
 
 @dataclass(slots=True)
@@ -79,26 +75,30 @@ class _Unsent:
 class ControlServer:
     """A ROUTER socket and its thread. ``bind`` first, ``start`` when there is a model to serve."""
 
-    def __init__(self, sessions: SessionService, signature: ModelSignature, token: str) -> None:
+    def __init__(
+        self,
+        sessions: SessionService,
+        signature: ModelSignature,
+        credentials: Credentials,
+        choose: Choose | None = None,
+    ) -> None:
+        """``choose`` where the model is whichever vLLM serves: a client of another one makes it the
+        ``wanted`` one, unless there are clients of this one."""
         self._sessions = sessions
         self._signature = signature
         self._layout: CacheLayout | None = None
         max_tokens = sessions.source.max_tokens
         self._decoder = client_decoder(max_tokens, signature.vocab_size)
         self._context = zmq.Context()
-        # A ROUTER numbers its connections from C's ``rand()``. A peer that knows the next number
-        # and takes it for its own name ends the process with a failed assertion in libzmq.
-        ctypes.CDLL(None).srand(secrets.randbits(32))
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._guard = Guard(self._socket, token)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A token of the prompt takes up to 5 bytes, everything else little.
-        self._socket.maxmsgsize = min(5 * max_tokens + (1 << 20), MAX_MESSAGE_BYTES)
-        self._socket.sndhwm = self._socket.rcvhwm = _MAX_KEPT
-        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        largest = min(5 * max_tokens + (1 << 20), MAX_MESSAGE_BYTES)
+        self._credentials = credentials
+        self._socket, self._guard = open_port(self._context, credentials, largest)
         self._clients: dict[bytes, Client] = {}
         #: Whose each client's connection is.
         self._descriptors: dict[int, bytes] = {}
+        #: With which key, and from where, each client has come.
+        self._origins: dict[bytes, tuple[bytes, str]] = {}
         # Other threads append here and wake the socket's thread through a pair of sockets.
         self._outbox: deque[tuple[bytes, ReceiverMessage]] = deque()
         self._unsent: dict[bytes, _Unsent] = {}
@@ -108,35 +108,16 @@ class ControlServer:
         self._wake_write.setblocking(False)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._choose = choose
+        #: The model that a client asks for instead of this one.
+        self.wanted = ""
         #: Without the ticket that each client gets; None until there is a model to serve.
         self._welcome: Welcome | None = None
 
     def bind(self, host: str, port: int) -> int:
-        """Listen; the port, also where 0 was asked for. Raises SettingsError when it cannot."""
-        try:
-            port = self._bind(host, port)
-        except OSError as error:
-            raise SettingsError(
-                f"the control port {addresses.spelled(host, port)} cannot be used "
-                f"({os.strerror(error.errno or 0)}): choose another with --port"
-            ) from None
+        """See ``port.bind``."""
+        port = bind(self._socket, host, port)
         self._thread.start()
-        return port
-
-    def _bind(self, host: str, port: int) -> int:
-        """Every address of the host, on one port. Raises OSError."""
-        # Plain sockets find out which addresses are there and, for 0, which port all have free.
-        probes = addresses.listening(host, port)
-        port = probes[0].getsockname()[1]
-        found = [(probe.family, probe.getsockname()) for probe in probes]
-        for probe in probes:
-            probe.close()
-        for family, sockaddr in found:
-            self._socket.setsockopt(zmq.IPV6, int(family == socket.AF_INET6))
-            at = addresses.Address(family, sockaddr).text
-            # With IPv6 on, "*" is both versions.
-            everywhere = addresses.bare(host) in addresses.EVERYWHERE
-            self._socket.bind(f"tcp://*:{port}" if everywhere else f"tcp://{at}")
         return port
 
     def start(
@@ -245,7 +226,8 @@ class ControlServer:
                 client.post(Refused(session, E_UNSUPPORTED, clipped(error.reason)))
                 return
             if isinstance(message, Hello):
-                self._greet(identity, message, int(frame.get(zmq.SRCFD)))
+                origin = str(frame.get("User-Id")).encode(), str(frame.get("Peer-Address"))
+                self._greet(identity, message, int(frame.get(zmq.SRCFD)), origin)
                 return
             if client is None:
                 raise WireError(
@@ -277,12 +259,15 @@ class ControlServer:
             case Cancel():
                 self._sessions.cancel(client, message)
 
-    def _greet(self, identity: bytes, hello: Hello, descriptor: int) -> None:
+    def _greet(
+        self, identity: bytes, hello: Hello, descriptor: int, origin: tuple[bytes, str]
+    ) -> None:
         """Welcome a client. Raises WireError saying why not."""
         assert self._welcome is not None
         if identity in self._clients:
             raise WireError(E_PROTOCOL, "this connection has said Hello already")
         peer = introduction(hello)
+        self._check_model(peer.model)
         assert self._layout is not None
         differences = self._signature.differences(peer.signature)
         differences += self._layout.differences(peer.layout)
@@ -306,17 +291,41 @@ class ControlServer:
         self._guard.welcome(descriptor)
         self._clients[identity] = client
         self._descriptors[descriptor] = identity
+        self._origins[identity] = origin
         self._sessions.store.admit(ticket)
         logger.info(
             "client %s (%s) connected, KV in %s", peer.client, peer.engine, peer.layout.kv_dtype
         )
         client.post(msgspec.structs.replace(self._welcome, ticket=ticket))
 
+    def _check_model(self, asked: str) -> None:
+        """Raise WireError for a client that serves another model than the one that was loaded for
+        whoever came first."""
+        if self._choose is None:
+            return
+        assert self._welcome is not None
+        model = self._choose(asked)
+        if model == self._welcome.model:
+            return
+        if self._clients:
+            raise WireError(
+                E_MODEL,
+                f"the receiver serves {self._welcome.model} to another vLLM; it loads "
+                f"{model} when that one has gone",
+            )
+        self.wanted = model
+        raise WireError(E_MODEL, f"this receiver loads {model} now: try again soon")
+
     def _sweep(self) -> None:
         now = time.monotonic()
         for identity, client in list(self._clients.items()):
             if client.last_heard + SILENCE_SECONDS < now:
                 self._forget(identity, "silent", f"said nothing for {SILENCE_SECONDS:.0f} s")
+            elif not self._credentials.allows(*self._origins[identity]):
+                self._outbox.append(
+                    (identity, Rejected(E_CREDENTIALS, "it is not paired any more"))
+                )
+                self._forget(identity, "unpaired", "it is not paired any more")
         self._sessions.store.sweep()
 
     def _gone(self, descriptor: int) -> None:
@@ -328,6 +337,7 @@ class ControlServer:
     def _forget(self, identity: bytes, outcome: str, why: str) -> None:
         self._discard(identity)
         client = self._clients.pop(identity, None)
+        self._origins.pop(identity, None)
         for descriptor, owner in list(self._descriptors.items()):
             if owner == identity:
                 del self._descriptors[descriptor]

@@ -171,6 +171,10 @@ class DecodeEngine:
         for job in [*batch.jobs, *self._queue, *self._submitted]:
             self._fail(job, E_SHUTDOWN, "the receiver is stopping")
         batch.close()
+        # Another model may be loaded next, in the same process.
+        self._loaded = self._batch = None
+        del batch
+        _release_memory()
 
     def _warm_up(self, batch: Batch, loaded: LoadedModel) -> None:
         """Raises ModelError when the model cannot be decoded with."""

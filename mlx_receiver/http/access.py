@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_receiver.http.errors import ApiError
 from mlx_receiver.settings import Settings, is_loopback
+from mlx_receiver.wire.addresses import is_this_machine
 
 #: Wrong API keys that an address may show at once, and how many more each second.
 _WRONG_KEYS: Final = 20
@@ -29,6 +30,7 @@ class Access:
     """Middleware that refuses strangers before anything else of a request is looked at.
 
     ``/health`` answers everybody; ``scope["state"]["trusted"]`` says whether with details.
+    Pairing is for those who have no key yet. Without an API key the others are for this machine.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -53,17 +55,23 @@ class Access:
         self._check_host(headers)
         _check_origin(headers)
         path = scope["path"]
+        if path == "/pair" or path.startswith("/pair/"):
+            _check_media(scope, headers)
+            return
         shown = self._shows_key(scope, headers)
-        needed = bool(self._api_key)
+        needed = bool(self._api_key) or not (self._local or _from_here(scope))
         if path in ("/health", "/metrics", "/handoffs") or path.startswith("/handoffs/"):
-            needed = not self._local
+            needed = not (self._local or (not self._api_key and _from_here(scope)))
         scope["state"]["trusted"] = shown or not needed
         if needed and not shown and path != "/health":
+            if not self._api_key:
+                raise ApiError(
+                    403,
+                    "only the receiver's own machine may use its API: start it with --api-key KEY "
+                    "for others",
+                )
             raise ApiError(401, "wrong or missing API key: send Authorization: Bearer KEY")
-        if scope["method"] == "POST":
-            media = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if media != "application/json":
-                raise ApiError(415, "send the body as Content-Type: application/json")
+        _check_media(scope, headers)
 
     def _check_host(self, headers: Headers) -> None:
         """A name that a stranger owns may point here: a page of theirs would be at home."""
@@ -123,6 +131,20 @@ def _network(address: str) -> str:
     except ValueError:
         return address
     return address if found.version == 4 else found.exploded[:19]
+
+
+def _check_media(scope: Scope, headers: Headers) -> None:
+    """A browser sends forms to other sites without asking, JSON it does not."""
+    if scope["method"] == "POST":
+        media = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json":
+            raise ApiError(415, "send the body as Content-Type: application/json")
+
+
+def _from_here(scope: Scope) -> bool:
+    """Whether the request comes from this machine."""
+    client = scope.get("client")
+    return client is not None and is_this_machine(client[0])
 
 
 def _check_origin(headers: Headers) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+from mlx_receiver.control.desk import Desk
 from mlx_receiver.control.server import ControlServer
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.model import ModelSource
@@ -23,6 +24,8 @@ class Served(Protocol):
     sessions: SessionService
     control: ControlServer
     metrics: Metrics
+    #: Who may come in.
+    desk: Desk
     #: When it was made, by ``time.monotonic()``.
     started: float
 

@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import uvicorn
@@ -14,22 +16,28 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 
+from mlx_receiver.control.desk import Desk
 from mlx_receiver.http.access import Access
 from mlx_receiver.http.admission import Admission, max_body_bytes
 from mlx_receiver.http.connections import Connection
 from mlx_receiver.http.errors import ApiError
 from mlx_receiver.http.openai.routes import api_routes
 from mlx_receiver.http.openai.service import Service
+from mlx_receiver.http.pairing import pairing_routes
+from mlx_receiver.http.replies import as_json
 from mlx_receiver.http.served import Served
-from mlx_receiver.http.status import status_routes
-from mlx_receiver.settings import SettingsError
+from mlx_receiver.http.status import Status, status_routes
+from mlx_receiver.settings import Settings, SettingsError
 from mlx_receiver.wire import addresses
 
 logger = logging.getLogger(__name__)
 
 #: Longest head of a request.
 _MAX_HEAD_BYTES: Final = 16 << 10
+#: Longest body of a request that brings no prompt.
+_SMALL_BODY: Final = 16 << 10
 #: What the system holds of an answer that is not read.
 _SEND_BYTES: Final = 256 << 10
 
@@ -37,9 +45,8 @@ _SEND_BYTES: Final = 256 << 10
 class HttpServer:
     """uvicorn in a thread."""
 
-    def __init__(self, receiver: Served) -> None:
+    def __init__(self, settings: Settings, app: Starlette) -> None:
         """Bind the port. Raises SettingsError when it cannot be used."""
-        settings = receiver.settings
         try:
             self._sockets = addresses.listening(settings.host, settings.http_port or 0)
         except OSError as error:
@@ -53,7 +60,7 @@ class HttpServer:
             # Connections inherit it; by itself the system holds megabytes for each slow reader.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         config = uvicorn.Config(
-            application(receiver),
+            app,
             http=Connection,
             ws="none",
             # As on a Mac, where uvicorn comes without uvloop.
@@ -90,11 +97,31 @@ def application(receiver: Served) -> Starlette:
     """All routes behind the checks of who asks and of how much is under way."""
     max_body = max_body_bytes(receiver.source.max_tokens)
     service = Service(receiver)
+    routes = [*status_routes(receiver), *pairing_routes(receiver.desk), *api_routes(service)]
+    return _guarded(receiver.settings, routes, max_body, service.running)
+
+
+def waiting_application(settings: Settings, desk: Desk) -> Starlette:
+    """What a receiver without a model can answer: that it has none, and who wants to pair."""
+
+    async def health(_request: Request) -> Response:
+        return as_json(Status("waiting for a model"), 503)
+
+    routes = [Route("/health", health), *pairing_routes(desk)]
+    return _guarded(settings, routes, _SMALL_BODY, None)
+
+
+def _guarded(
+    settings: Settings,
+    routes: list[BaseRoute],
+    max_body: int,
+    lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None,
+) -> Starlette:
     return Starlette(
-        routes=[*status_routes(receiver), *api_routes(service)],
-        lifespan=service.running,
+        routes=routes,
+        lifespan=lifespan,
         middleware=[
-            Middleware(Access, settings=receiver.settings),
+            Middleware(Access, settings=settings),
             Middleware(Admission, max_body=max_body),
         ],
         exception_handlers={

@@ -14,8 +14,9 @@ from mlx_receiver.wire.messages import E_BLOCK, WireError
 
 _SCRATCH_BYTES: Final = 1 << 20
 
-#: Writes a block's whole payload into the buffers, in order. Raises TransportError when it cannot.
-Fill = Callable[[Header, Sequence[memoryview]], None]
+#: Writes a block's whole payload into the buffers, in order; the flag says whether anybody will
+#: look at it. Raises TransportError when it cannot, or when the payload is not what was sent.
+Fill = Callable[[Header, Sequence[memoryview], bool], None]
 
 
 class Lander:
@@ -38,7 +39,7 @@ class Lander:
             self._sink.rejected(client, header, error.code, error.reason)
             landing, accepted = Landing(self._discard(header.payload_bytes)), False
         try:
-            fill(header, landing.buffers)
+            fill(header, landing.buffers, accepted)
         except BaseException:
             landing.abort()
             raise

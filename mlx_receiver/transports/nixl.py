@@ -6,7 +6,8 @@ ring, writes it into the receiver's with its number as notification, and the rec
 into the cache and returns a CREDIT. So a peer can only ever write into its own ring, memory is
 bounded on both sides, and no memory of a session is registered with a device.
 
-UCX's own ports know no ticket: use this transport on a trusted network.
+UCX's own ports know no ticket, and nothing encrypts the payloads: between machines this transport
+must be allowed on both sides (``Endpoint.plain``). What goes over TCP is authenticated there.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from mlx_receiver.transports.carrier import BackChannel
+from mlx_receiver.transports.seal import Opener, bare_level_for
 from mlx_receiver.transports.tcp import TcpSender, dial
-from mlx_receiver.transports.tcp_listener import BackChannel, TcpListener
+from mlx_receiver.transports.tcp_listener import TcpListener
 from mlx_receiver.transports.transport import BlockSink, Listener, Sender, TransportError
 from mlx_receiver.wire.frames import DataReply, Header, Kind, decode_reply
 from mlx_receiver.wire.messages import DataTicket, Endpoint, WireError
@@ -242,9 +245,9 @@ def _pieces(payload: Sequence[memoryview], limit: int) -> list[list[memoryview]]
 
 
 class NixlCarrier:
-    """The receiver's ring of one connection; a ``tcp.Carrier``."""
+    """The receiver's ring of one connection; a ``carrier.Carrier``."""
 
-    def __init__(self, sock: socket.socket, back: BackChannel) -> None:
+    def __init__(self, sock: socket.socket, back: BackChannel, opener: Opener) -> None:
         self._back = back
         self._memory = _Memory(SLOTS, SLOT_BYTES)
         self._taken = 0  # slots
@@ -256,8 +259,8 @@ class NixlCarrier:
         ring = Ring(metadata, self._memory.address, SLOTS, SLOT_BYTES)
         back.post(Kind.CREDIT, body=msgspec.msgpack.encode(ring))
 
-    def fill(self, header: Header, buffers: Sequence[memoryview]) -> None:
-        """See ``tcp.Carrier.fill``."""
+    def fill(self, header: Header, buffers: Sequence[memoryview], wanted: bool) -> None:
+        """See ``carrier.Carrier.fill``."""
         left = header.payload_bytes
         targets = deque(buffer for buffer in buffers if buffer.nbytes)
         while left:
@@ -297,7 +300,7 @@ class NixlCarrier:
         self._arrived.discard(number)
 
     def close(self) -> None:
-        """See ``tcp.Carrier.close``."""
+        """See ``carrier.Carrier.close``."""
         self._memory.close()
 
 
@@ -306,12 +309,13 @@ class NixlTransport:
 
     name = "nixl"
 
-    def listen(self, host: str, port: int, sink: BlockSink) -> Listener:
+    def listen(self, host: str, port: int, sink: BlockSink, plain: bool = False) -> Listener:
         """See ``transport.Transport.listen``."""
         # Loading it takes seconds, which the first client would have to wait.
         importlib.import_module("nixl")
-        return TcpListener(host, port, sink, name="nixl", carrier=NixlCarrier)
+        return TcpListener(host, port, sink, name="nixl", carrier=NixlCarrier, plain=plain)
 
     def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
         """See ``transport.Transport.connect``."""
-        return NixlSender(TcpSender(*dial(endpoint, ticket, timeout)), timeout)
+        control = TcpSender(dial(endpoint, ticket, timeout, bare_level_for))
+        return NixlSender(control, timeout)

@@ -1,24 +1,27 @@
-"""The ``tcp`` transport: plain blocking sockets, scatter/gather, no copies.
+"""The ``tcp`` transport: blocking sockets, scatter/gather, no copies of consequence.
 
 Sending is ``sendmsg([header, payload])``; receiving is ``recvmsg_into`` straight into the
 receiver's cache memory with MSG_WAITALL. TCP's own window is the flow control: the receiver
 reads only into memory that a session has reserved, so a slow receiver makes ``send`` block.
 
-Both ends prove that they know the client's ticket (``keys``) before anything else is said; what
-follows is plain: whoever can change packets on the way can change what is sent. This is the
-sending end, ``tcp_listener`` the receiving one.
+Both ends prove that they know the client's ticket (``keys``) before anything else is said. Between
+machines every frame is then encrypted and authenticated (``seal``): the sender encrypts a chunk at
+a time beside the payload, the receiver decrypts in the cache's memory. This is the sending end,
+``tcp_listener`` the receiving one.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
 from mlx_receiver.transports.data_socket import advance, set_send_timeout, tune
+from mlx_receiver.transports.seal import Opener, Sealer, level_for
 from mlx_receiver.transports.tcp_listener import MAX_HANDSHAKE_PAYLOAD, TcpListener
 from mlx_receiver.transports.transport import BlockSink, Listener, Sender, TransportError
 from mlx_receiver.wire.addresses import Address, spelled, try_each
@@ -30,6 +33,7 @@ from mlx_receiver.wire.frames import (
     DataReply,
     Header,
     Kind,
+    Level,
     challenge_decoder,
     decode_reply,
     unpack,
@@ -45,25 +49,38 @@ _STANDSTILL_BYTES: Final = 1 << 20
 _MAX_INBOX: Final = 4 * MAX_SMALL_PAYLOAD
 
 
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    """A connection whose two ends have proved themselves; ``peer`` is its name for messages."""
+
+    sock: socket.socket
+    peer: str
+    sealer: Sealer
+    opener: Opener
+
+
 class TcpSender:
     """A vLLM worker's data connection."""
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
-        self._sock: socket.socket | None = sock
+    def __init__(self, dialled: Dialled) -> None:
+        self.peer = dialled.peer
+        self._sock: socket.socket | None = dialled.sock
+        self._sealer, self._opener = dialled.sealer, dialled.opener
         self._inbox = bytearray()
-        self.peer = peer
+        #: The header of a frame whose payload is not there yet.
+        self._header: Header | None = None
 
     def send(self, header: Header, payload: Sequence[memoryview] = ()) -> None:
         """See ``transport.Sender.send``."""
         sock = self._open()
-        todo = [memoryview(header.pack()), *payload]
         try:
-            while todo:
-                count = sock.sendmsg(todo)
-                advance(todo, count)
-                # The kernel returns before all is sent only when the timeout is over.
-                if todo and count < _STANDSTILL_BYTES:
-                    raise BlockingIOError
+            for todo in self._sealer.frame(header.pack(), payload):
+                while todo:
+                    count = sock.sendmsg(todo)
+                    advance(todo, count)
+                    # The kernel returns before all is sent only when the timeout is over.
+                    if todo and count < _STANDSTILL_BYTES:
+                        raise BlockingIOError
         except BlockingIOError:
             self.close()
             raise TransportError(f"{self.peer} has read nothing for too long") from None
@@ -79,7 +96,7 @@ class TcpSender:
         """Frames that have arrived since the last call, with their payloads; never blocks.
 
         Raises TransportError when the connection is gone, WireError for what is no frame or one
-        that is too large.
+        that is too large. Nothing can be read after either.
         """
         sock = self._open()
         while len(self._inbox) < _MAX_INBOX:
@@ -94,17 +111,36 @@ class TcpSender:
                 self.close()
                 raise TransportError(f"{self.peer} closed the connection")
             self._inbox += data
+        try:
+            return self._read_inbox()
+        except TransportError as error:
+            self.close()
+            raise TransportError(f"the connection to {self.peer} broke: {error}") from None
+        except WireError:
+            self.close()
+            raise
+
+    def _read_inbox(self) -> list[tuple[Header, bytes]]:
+        """The frames that are there whole. Raises TransportError, WireError."""
         found, start = [], 0
-        while len(self._inbox) - start >= HEADER_BYTES:
-            header = unpack(self._inbox[start : start + HEADER_BYTES])
-            if header.payload_bytes > MAX_SMALL_PAYLOAD:
-                raise WireError(E_PROTOCOL, f"{self.peer} sends {header.payload_bytes} bytes")
-            body = start + HEADER_BYTES
-            end = body + header.payload_bytes
-            if len(self._inbox) < end:
-                break
-            found.append((header, bytes(self._inbox[body:end])))
-            start = end
+        opener = self._opener
+        while True:
+            if self._header is None:
+                end = start + opener.head_bytes
+                if len(self._inbox) < end:
+                    break
+                header = unpack(opener.small(bytes(self._inbox[start:end])))
+                if header.payload_bytes > MAX_SMALL_PAYLOAD:
+                    raise WireError(E_PROTOCOL, f"{self.peer} sends {header.payload_bytes} bytes")
+                self._header, start = header, end
+            body, count = b"", self._header.payload_bytes
+            if count:
+                end = start + count + opener.tag_bytes
+                if len(self._inbox) < end:
+                    break
+                body, start = opener.small(bytes(self._inbox[start:end])), end
+            found.append((self._header, body))
+            self._header = None
         del self._inbox[:start]
         return found
 
@@ -121,13 +157,19 @@ class TcpSender:
         return sock
 
 
-def dial(endpoint: Endpoint, ticket: DataTicket, timeout: float) -> tuple[socket.socket, str]:
-    """A connection whose two ends have proved themselves, and the peer's name for messages.
+def dial(
+    endpoint: Endpoint,
+    ticket: DataTicket,
+    timeout: float,
+    choose: Callable[[str, Endpoint], Level] = level_for,
+) -> Dialled:
+    """Connect and prove. ``choose`` says how an address's connection is to be protected.
 
     Raises TransportError naming the address.
     """
 
-    def attempt(address: Address, until: float) -> tuple[socket.socket, str]:
+    def attempt(address: Address, until: float) -> Dialled:
+        level = choose(address.host, endpoint)
         sock = socket.socket(address.family, socket.SOCK_STREAM)
         try:
             # For the handshake alone: every wait ends when its time is over.
@@ -137,13 +179,18 @@ def dial(endpoint: Endpoint, ticket: DataTicket, timeout: float) -> tuple[socket
             except OSError as error:
                 raise TransportError(f"cannot reach {address.text}: {error}") from None
             tune(sock)
-            _greet(sock, address.text, ticket, until)
+            nonces = _greet(sock, address.text, ticket, level, until)
             sock.settimeout(None)
             set_send_timeout(sock, timeout)
         except BaseException:
             sock.close()
             raise
-        return sock, address.text
+        return Dialled(
+            sock,
+            address.text,
+            Sealer(level, ticket.key, nonces, "client"),
+            Opener(level, ticket.key, nonces, "receiver"),
+        )
 
     try:
         return try_each(endpoint.host, endpoint.port, timeout, attempt)
@@ -154,19 +201,20 @@ def dial(endpoint: Endpoint, ticket: DataTicket, timeout: float) -> tuple[socket
         raise TransportError(f"cannot reach {peer}: {error}") from None
 
 
-def _greet(sock: socket.socket, peer: str, ticket: DataTicket, until: float) -> None:
-    """Have the receiver prove that it gave the ticket, then show that it is ours."""
+def _greet(sock: socket.socket, peer: str, ticket: DataTicket, level: Level, until: float) -> bytes:
+    """Have the receiver prove that it gave the ticket, then show that it is ours; both nonces."""
     nonce = new_nonce()
     try:
-        _say(sock, Kind.HELLO, DataHello(ticket.client, nonce))
+        _say(sock, Kind.HELLO, DataHello(ticket.client, nonce, level))
         challenge = challenge_decoder.decode(_hear(sock, Kind.CHALLENGE, until))
-        if not proves(challenge.proof, ticket.key, "receiver", nonce, challenge.nonce):
+        context = (nonce, challenge.nonce, level.encode())
+        if not proves(challenge.proof, ticket.key, "receiver", *context):
             raise TransportError(
                 f"another program answers at {peer}, not the receiver that was asked for: it "
                 "cannot prove that it knows this client"
             )
-        answer = proof(ticket.key, "client", nonce, challenge.nonce)
-        _say(sock, Kind.PROOF, DataProof(answer))
+        _say(sock, Kind.PROOF, DataProof(proof(ticket.key, "client", *context)))
+        return nonce + challenge.nonce
     except TransportError:
         raise
     except TimeoutError:
@@ -209,10 +257,18 @@ class TcpTransport:
 
     name = "tcp"
 
-    def listen(self, host: str, port: int, sink: BlockSink) -> Listener:
+    def __init__(self, level: Level | None = None) -> None:
+        """``level`` is for measuring and testing: how every connection is protected, whatever is
+        usual between its ends."""
+        self._level = level
+
+    def listen(self, host: str, port: int, sink: BlockSink, plain: bool = False) -> Listener:
         """See ``transport.Transport.listen``."""
-        return TcpListener(host, port, sink)
+        return TcpListener(host, port, sink, plain=plain, level=self._level)
 
     def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
         """See ``transport.Transport.connect``."""
-        return TcpSender(*dial(endpoint, ticket, timeout))
+        return TcpSender(dial(endpoint, ticket, timeout, self._choose))
+
+    def _choose(self, host: str, endpoint: Endpoint) -> Level:
+        return self._level or level_for(host, endpoint)

@@ -2,7 +2,8 @@
 
 One thread is at the door: it accepts connections, reads what they must say to prove themselves
 (``keys``) without ever waiting for one of them, and closes those that take too long. Each
-connection that has proved itself gets a thread, because blocking reads are the fastest.
+connection that has proved itself gets a thread, because blocking reads are the fastest. What it
+reads from then on is protected as the client has said (``seal``).
 
 A transport that moves payloads by other means keeps this connection for everything else: it gives
 ``TcpListener`` a ``Carrier`` (see ``nixl``).
@@ -20,20 +21,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
-from mlx_receiver.transports.data_socket import recv_into, recv_payload, tune
+from mlx_receiver.transports.carrier import BackChannel, Carrier, InBand
+from mlx_receiver.transports.data_socket import recv_into, tune
 from mlx_receiver.transports.landing import Lander
+from mlx_receiver.transports.seal import Opener, Sealer, check_level
 from mlx_receiver.transports.transport import BlockSink, TransportError
 from mlx_receiver.wire.addresses import announced, listening, spelled
 from mlx_receiver.wire.frames import (
     HEADER_BYTES,
     DataChallenge,
-    DataReply,
     Header,
     Kind,
+    Level,
     hello_decoder,
     proof_decoder,
     unpack,
@@ -86,56 +89,17 @@ _TICK: Final = 0.25
 _TICKETS: Final = 1.0
 
 
-class BackChannel:
-    """The way back to one client, for any thread; nobody ever waits in it."""
+@dataclass(frozen=True, slots=True)
+class _Proved:
+    """What a handshake ends with: whose connection it is, and what protects it."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._lock = threading.Lock()
-
-    def post(self, kind: Kind, session: int = 0, body: bytes = b"") -> None:
-        """Send a frame; a client that does not read it loses its connection."""
-        frame = Header(kind=kind, session=session, payload_bytes=len(body)).pack() + body
-        with self._lock, contextlib.suppress(OSError):
-            try:
-                whole = self._sock.send(frame, socket.MSG_DONTWAIT) == len(frame)
-            except OSError:
-                whole = False
-            if not whole:
-                self._sock.shutdown(socket.SHUT_RDWR)
-
-    def reply(self, message: DataReply) -> None:
-        """Send a REPLY."""
-        self.post(Kind.REPLY, message.session, msgspec.msgpack.encode(message))
+    client: str
+    opener: Opener
+    sealer: Sealer
 
 
-class Carrier(Protocol):
-    """How the payloads of one accepted connection arrive."""
-
-    def fill(self, header: Header, buffers: Sequence[memoryview]) -> None:
-        """Write the block's payload into the buffers. Raises TransportError, also when the
-        connection is shut down meanwhile."""
-
-    def close(self) -> None:
-        """The connection is over."""
-
-
-class _InBand:
-    """Payloads that follow their headers on the connection itself."""
-
-    def __init__(self, sock: socket.socket, back: BackChannel) -> None:
-        self._sock = sock
-
-    def fill(self, header: Header, buffers: Sequence[memoryview]) -> None:
-        """See ``Carrier.fill``."""
-        recv_payload(self._sock, buffers)
-
-    def close(self) -> None:
-        """See ``Carrier.close``."""
-
-
-#: Asks for that many bytes, gets them, and returns the client at the end.
-_Handshake = Generator[int, bytes, str]
+#: Asks for that many bytes, gets them, and returns who that is at the end.
+_Handshake = Generator[int, bytes, _Proved]
 
 
 @dataclass(eq=False)
@@ -156,11 +120,16 @@ class _Connection:
     """A connection of a client."""
 
     sock: socket.socket
-    client: str
+    proved: _Proved
     peer: str
     #: When the frame that is being read must be here.
     until: float = math.inf
     cut: bool = False
+
+    @property
+    def client(self) -> str:
+        """Whose it is."""
+        return self.proved.client
 
 
 class _Talk:
@@ -188,12 +157,17 @@ class TcpListener:
         port: int,
         sink: BlockSink,
         name: str = "tcp",
-        carrier: Callable[[socket.socket, BackChannel], Carrier] = _InBand,
+        carrier: Callable[[socket.socket, BackChannel, Opener], Carrier] = InBand,
+        plain: bool = False,
+        level: Level | None = None,
     ) -> None:
-        """``carrier`` is made for each connection that has proved itself."""
+        """``carrier`` is made for each connection that has proved itself; ``plain`` see
+        ``Endpoint``. Connections of ``level`` are taken from everywhere."""
         self._sink = sink
         self._name = name
         self._carrier = carrier
+        self._plain = plain
+        self._level = level
         self._host = host
         self._servers = listening(host, port)
         self._port: int = self._servers[0].getsockname()[1]
@@ -214,7 +188,7 @@ class TcpListener:
     @property
     def endpoint(self) -> Endpoint:
         """Where it listens; an unspecified host is announced as the control channel's."""
-        return Endpoint(self._name, announced(self._host), self._port)
+        return Endpoint(self._name, announced(self._host), self._port, plain=self._plain)
 
     def close(self) -> None:
         """See ``transport.Listener.close``."""
@@ -265,7 +239,7 @@ class TcpListener:
             host, port = (address or ("", 0))[:2]
             sock.setblocking(False)
             tune(sock)
-            handshake = self._handshake(sock)
+            handshake = self._handshake(sock, host)
             stranger = _Stranger(
                 sock, host, spelled(host, port), handshake, next(handshake), math.inf
             )
@@ -309,12 +283,14 @@ class TcpListener:
             logger.exception("the handshake with %s failed", stranger.peer)
             self._dismiss(stranger, error)
 
-    def _handshake(self, sock: socket.socket) -> _Handshake:
+    def _handshake(self, sock: socket.socket, host: str) -> _Handshake:
         """The receiver's side of the handshake, see ``keys``. Raises WireError, MsgspecError."""
         hello = hello_decoder.decode((yield from _frame(Kind.HELLO)))
-        key = self._sink.data_key(hello.client)
+        key, level = self._sink.data_key(hello.client), hello.level
+        if level != self._level:
+            check_level(level, host, self._plain)
         nonce = new_nonce()
-        context = (hello.nonce, nonce)
+        context = (hello.nonce, nonce, level.encode())
         challenge = DataChallenge(nonce, proof(key, "receiver", *context))
         body = msgspec.msgpack.encode(challenge)
         # The first words on a connection fit into the kernel's buffer.
@@ -322,13 +298,19 @@ class TcpListener:
         answer = proof_decoder.decode((yield from _frame(Kind.PROOF)))
         if not proves(answer.proof, key, "client", *context):
             raise WireError(E_CREDENTIALS, f"it is not client {hello.client}")
-        return hello.client
+        nonces = hello.nonce + nonce
+        return _Proved(
+            hello.client,
+            Opener(level, key, nonces, "client"),
+            Sealer(level, key, nonces, "receiver"),
+        )
 
-    def _admit(self, stranger: _Stranger, client: str) -> None:
+    def _admit(self, stranger: _Stranger, proved: _Proved) -> None:
         """Give a connection that has proved itself a thread."""
+        client = proved.client
         self._selector.unregister(stranger.sock)
         del self._strangers[stranger]
-        connection = _Connection(stranger.sock, client, stranger.peer)
+        connection = _Connection(stranger.sock, proved, stranger.peer)
         try:
             connection.sock.setblocking(True)
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BACK_BYTES)
@@ -391,8 +373,9 @@ class TcpListener:
 
     def _serve(self, connection: _Connection) -> None:
         try:
-            back = BackChannel(connection.sock)
-            carrier = self._carrier(connection.sock, back)
+            proved = connection.proved
+            back = BackChannel(connection.sock, proved.sealer)
+            carrier = self._carrier(connection.sock, back, proved.opener)
             try:
                 self._read_frames(connection, carrier, back)
             finally:
@@ -408,20 +391,20 @@ class TcpListener:
                 connection.sock.close()
 
     def _read_frames(self, connection: _Connection, carrier: Carrier, back: BackChannel) -> None:
-        client = connection.client
-        head = memoryview(bytearray(HEADER_BYTES))
+        client, opener = connection.client, connection.proved.opener
+        head = bytearray(opener.head_bytes)
         lander = Lander(self._sink)
         attached: deque[int] = deque(maxlen=_MAX_ATTACHED)
         talk = _Talk()
 
-        def fill(header: Header, buffers: Sequence[memoryview]) -> None:
+        def fill(header: Header, buffers: Sequence[memoryview], wanted: bool) -> None:
             connection.until = time.monotonic() + FRAME_SECONDS
-            carrier.fill(header, buffers)
+            carrier.fill(header, buffers, wanted)
             connection.until = math.inf
 
         try:
-            while recv_into(connection.sock, [head]):
-                header = unpack_client(head)
+            while recv_into(connection.sock, [memoryview(head)]):
+                header = unpack_client(opener.small(bytes(head)))
                 if header.kind is Kind.ATTACH:
                     attached.append(header.session)
                     self._sink.attach(client, header.session, back.reply)

@@ -26,7 +26,7 @@ class Landing:
 
     ``buffers`` are written in order and together hold exactly ``Header.payload_bytes``;
     ``commit`` is called once they are full and may raise WireError (``block``); ``abort`` instead
-    when the payload did not arrive whole or did not match its checksum.
+    when the payload did not arrive whole, or was not what was sent.
     """
 
     buffers: list[memoryview]
@@ -95,12 +95,16 @@ class Transport(Protocol):
 
     name: str
 
-    def listen(self, host: str, port: int, sink: BlockSink) -> Listener:
-        """Listen on ``host:port`` (0: any free port). Raises OSError when it cannot."""
+    def listen(self, host: str, port: int, sink: BlockSink, plain: bool = False) -> Listener:
+        """Listen on ``host:port`` (0: any free port); ``plain`` as the ``Endpoint`` is to say it.
+
+        Raises OSError when it cannot.
+        """
 
     def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
         """Connect within ``timeout`` seconds, which also bounds a stalled ``send``.
 
-        Raises TransportError naming the address, also for a receiver that cannot prove that it
-        gave the ticket: it gets nothing.
+        Between machines blocks are encrypted, unless ``Endpoint.plain`` allows less. Raises
+        TransportError naming the address, also for a receiver that cannot prove that it gave the
+        ticket, or where blocks cannot be encrypted and must be: it gets nothing.
         """

@@ -8,7 +8,8 @@ ticket's key, made for this listener (``Endpoint.nonce``). Whoever was never giv
 message through, and ZeroMQ marks each message with the client whose connection it came on. What it
 does not prove: that the receiver is the right one, which hears nothing but proofs for itself yet
 gets the blocks; and that nobody listened, for a proof that was overheard on this network is good
-until the listener ends. ``tcp`` proves both.
+until the listener ends. ``tcp`` proves both. Nothing is encrypted either, so between machines this
+transport must be allowed on both sides (``Endpoint.plain``).
 
 ZeroMQ bounds neither the number of connections in their handshake (5 s each) nor the parts of one
 message, and one thread lands everybody's blocks: where strangers can connect, or clients that do
@@ -37,6 +38,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from mlx_receiver.transports.landing import Lander, scatter
+from mlx_receiver.transports.seal import bare_level_for, check_level
 from mlx_receiver.transports.transport import BlockSink, Listener, Sender, TransportError
 from mlx_receiver.wire.addresses import Address, announced, listening, spelled, try_each
 from mlx_receiver.wire.frames import (
@@ -107,6 +109,7 @@ class ZmqSender:
         self._failure = ""
 
         def attempt(address: Address, until: float) -> None:
+            bare_level_for(address.host, endpoint)
             try:
                 self._connect(address, endpoint.nonce, ticket, until)
             except BaseException:
@@ -266,9 +269,10 @@ class ZmqSender:
 class ZmqListener:
     """One ROUTER, one thread: reads frames, lands them, returns credits."""
 
-    def __init__(self, host: str, port: int, sink: BlockSink) -> None:
+    def __init__(self, host: str, port: int, sink: BlockSink, plain: bool = False) -> None:
         self._sink = sink
         self._host = host
+        self._plain = plain
         self._nonce = new_nonce()
         self._lander = Lander(sink)
         self._refused: dict[bytes, None] = {}  # the oldest first
@@ -303,7 +307,7 @@ class ZmqListener:
     @property
     def endpoint(self) -> Endpoint:
         """Where it listens; an unspecified host is announced as the control channel's."""
-        return Endpoint("zmq", announced(self._host), self._port, self._nonce)
+        return Endpoint("zmq", announced(self._host), self._port, self._nonce, self._plain)
 
     def close(self) -> None:
         """See ``transport.Listener.close``."""
@@ -362,6 +366,8 @@ class ZmqListener:
             key = self._sink.data_key(name.decode())
             if not hmac.compare_digest(given, _password(key, self._nonce)):
                 raise WireError(E_CREDENTIALS, "it does not know the ticket's key")
+            if not self._plain:
+                check_level("clear", peer.decode(), plain=False)
             status, text, client = b"200", b"OK", name
         except Exception as error:
             self._complaints.warning(_CLOSED, peer.decode(errors="replace"), error)
@@ -398,7 +404,7 @@ class ZmqListener:
         if header.kind is Kind.ATTACH:
             self._sink.attach(client, header.session, lambda message: self._reply(peer, message))
         else:
-            self._lander.land(client, header, lambda _, buffers: scatter(payload, buffers))
+            self._lander.land(client, header, lambda _, buffers, __: scatter(payload, buffers))
         self._post(peer, Header(Kind.CREDIT, header.session, 0).pack())
 
     def _reply(self, peer: bytes, message: DataReply) -> None:
@@ -424,9 +430,9 @@ class ZmqTransport:
 
     name = "zmq"
 
-    def listen(self, host: str, port: int, sink: BlockSink) -> Listener:
+    def listen(self, host: str, port: int, sink: BlockSink, plain: bool = False) -> Listener:
         """See ``transport.Transport.listen``."""
-        return ZmqListener(host, port, sink)
+        return ZmqListener(host, port, sink, plain)
 
     def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
         """See ``transport.Transport.connect``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 import time
 from collections.abc import Callable
@@ -58,6 +59,17 @@ def announced(host: str) -> str:
     """The host as an ``Endpoint`` says it: an unspecified one is empty, "the control channel's"."""
     host = bare(host)
     return "" if host in (*EVERYWHERE, "0.0.0.0") else host
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a peer's numeric address is a loopback one, also as a socket of both IP versions
+    spells it (``::ffff:127.0.0.1``)."""
+    try:
+        found = ipaddress.ip_address(bare(host).partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(found, "ipv4_mapped", None)
+    return bool((mapped or found).is_loopback)
 
 
 def resolve(host: str, port: int) -> list[Address]:

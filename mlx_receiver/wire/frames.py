@@ -6,7 +6,8 @@ receiver's ``[1, heads, tokens, width]`` cache with one contiguous read a head. 
 indexed by token has one row a head. Blocks may arrive in any order, from any number of connections
 (one for each vLLM worker).
 
-The first six bytes, MAGIC and the version, are the same in every version.
+The first six bytes, MAGIC and the version, are the same in every version. How frames look on a
+protected ``tcp`` connection, ``transports/seal.py`` says.
 """
 
 from __future__ import annotations
@@ -231,23 +232,28 @@ def blocks(
 
 _Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
+#: How the frames after the handshake are protected: not at all, authenticated, or encrypted, too.
+Level = Literal["clear", "signed", "sealed"]
+
 
 class DataHello(msgspec.Struct, frozen=True):
-    """Payload of HELLO: which client (``DataTicket.client``) opens this data connection."""
+    """Payload of HELLO: which client (``DataTicket.client``) opens this data connection, and how
+    it is to be protected."""
 
     client: Annotated[str, Meta(min_length=1, max_length=64)]
     nonce: _Nonce
+    level: Level
 
 
 class DataChallenge(msgspec.Struct, frozen=True):
-    """Payload of CHALLENGE: ``keys.proof`` by "receiver" over both nonces."""
+    """Payload of CHALLENGE: ``keys.proof`` by "receiver" over both nonces and the level."""
 
     nonce: _Nonce
     proof: _Nonce
 
 
 class DataProof(msgspec.Struct, frozen=True):
-    """Payload of PROOF: ``keys.proof`` by "client" over both nonces."""
+    """Payload of PROOF: ``keys.proof`` by "client" over both nonces and the level."""
 
     proof: _Nonce
 

@@ -24,6 +24,7 @@ class Introduction(msgspec.Struct, frozen=True):
     layout: CacheLayout
     client: Name = ""  # for people
     engine: Name = ""  # for people, e.g. "vllm 0.32.0"
+    model: Name = ""  # as vLLM was told: a Hugging Face id or a folder of its machine
 
     def hello(self) -> Hello:
         """In its envelope."""

@@ -4,14 +4,16 @@ Control is ZeroMQ with CURVE. Both sides derive both key pairs from the token, s
 without it cannot finish the handshake, in either direction, and the token itself never travels.
 Trying tokens costs a scrypt each.
 
-Data connections are many and fast, so they stay plain. ``Welcome`` gives each client a ticket of
-its own, over the encrypted control channel; both ends of a data connection then prove that they
-know its key, the receiver first::
+``Welcome`` gives each client a ticket of its own, over the encrypted control channel; both ends of
+a data connection then prove that they know its key, the receiver first::
 
     client                                      receiver
-    HELLO(client, nonce)                ->
+    HELLO(client, nonce, level)         ->
                                         <-      CHALLENGE(nonce, proof)
     PROOF(proof)                        ->
+
+Proofs cover both nonces and the level. What follows is protected as the level says, with keys that
+come from the ticket's and the nonces (``transports/seal.py``).
 """
 
 from __future__ import annotations
@@ -56,12 +58,26 @@ def control_keys(token: str) -> Keys:
     return Keys(zmq.curve_public(receiver), receiver, zmq.curve_public(client), client)
 
 
-def guard_client(socket: zmq.Socket[bytes], token: str) -> None:
-    """Have a DEALER talk to a receiver with this token only; before ``connect``."""
+@dataclass(frozen=True, slots=True)
+class ClientKeys:
+    """What a client shows, and whom it expects: CURVE keys in ZeroMQ's Z85 form."""
+
+    receiver_public: bytes
+    public: bytes
+    secret: bytes
+
+
+def of_token(token: str) -> ClientKeys:
+    """A client's keys for a token."""
     keys = control_keys(token)
+    return ClientKeys(keys.receiver_public, keys.client_public, keys.client_secret)
+
+
+def guard_client(socket: zmq.Socket[bytes], keys: ClientKeys) -> None:
+    """Have a DEALER talk to that receiver only; before ``connect``."""
     socket.curve_serverkey = keys.receiver_public
-    socket.curve_publickey = keys.client_public
-    socket.curve_secretkey = keys.client_secret
+    socket.curve_publickey = keys.public
+    socket.curve_secretkey = keys.secret
 
 
 def new_ticket() -> DataTicket:

@@ -35,7 +35,9 @@ from msgspec import Meta
 #: 2: connections are authenticated by keys instead of a token in Hello and HELLO; every value has a
 #: range; a session that waits for room in the batch says so; the cache's layout is data, and blocks
 #: name a part of it; Hello is an envelope that every later version can read.
-PROTOCOL_VERSION: Final = 2
+#: 3: frames of ``tcp`` data connections are authenticated and encrypted; HELLO says at which level,
+#: and an Endpoint whether its receiver allows less.
+PROTOCOL_VERSION: Final = 3
 
 #: Largest control message accepted, in bytes: a prompt of a million tokens fits.
 MAX_MESSAGE_BYTES: Final = 16 << 20
@@ -150,13 +152,16 @@ class Endpoint(msgspec.Struct, frozen=True):
     """Where a data transport listens. The client takes the control connection's host, whatever
     ``host`` says: workers connect nowhere else.
 
-    ``nonce`` names this listener, so that a proof made for it is worth nothing elsewhere.
+    ``nonce`` names this listener, so that a proof made for it is worth nothing elsewhere. ``plain``
+    allows KV that is not encrypted between machines; to be used only where the client allows it,
+    too.
     """
 
     transport: Name
     host: Name
     port: Port
     nonce: Annotated[bytes, Meta(max_length=64)] = b""
+    plain: bool = False
 
 
 # --- client to receiver -------------------------------------------------------------------

@@ -63,8 +63,9 @@ def receiver() -> Receiver:
     """One receiver for all examples; it serves until the process ends."""
     model = cached_model("fuzz-llama", MODELS["fuzz-llama"])
     settings = Settings(
-        model=str(model), port=0, http_port=None, kv_memory=16 << 20, max_sessions=6, max_batch=2
-    )
+        model=str(model), host="127.0.0.1", discovery=False, port=0, http_port=None,
+        kv_memory=16 << 20, max_sessions=6, max_batch=2,
+    )  # fmt: skip
     started = Receiver(settings)
     started.start()
     assert started.wait_ready(120)

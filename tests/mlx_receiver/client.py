@@ -45,6 +45,9 @@ from mlx_receiver.wire.messages import (
     encode,
 )
 
+#: Options of a receiver for this machine alone.
+HERE: dict[str, Any] = {"host": "127.0.0.1", "discovery": False}
+
 _sessions = itertools.count(1)
 
 
@@ -70,13 +73,23 @@ def layout_of(source: ModelSource, dtype: str) -> CacheLayout:
 class FakeVllm:
     """One control connection and one data connection."""
 
-    def __init__(self, receiver: Receiver, *, token: str = "", kv_dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        receiver: Receiver,
+        *,
+        token: str = "",
+        kv_dtype: str = "float32",
+        host: str = "127.0.0.1",
+        known: keys.ClientKeys | None = None,
+    ) -> None:
+        """``known`` are its keys, where they are not the token's."""
         self.receiver = receiver
+        self.host = host
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
-        keys.guard_client(self.socket, token)
-        self.socket.connect(f"tcp://{receiver.address}")
+        keys.guard_client(self.socket, known or keys.of_token(token))
+        self.socket.connect(f"tcp://{host}:{receiver.port}")
         self.kv_dtype = kv_dtype
         #: What the receiver has given this connection.
         self.ticket: DataTicket | None = None
@@ -108,7 +121,7 @@ class FakeVllm:
 
     def connect_data(self) -> Sender:
         assert self.ticket is not None
-        endpoint = msgspec.structs.replace(self.receiver.data_endpoint, host="127.0.0.1")
+        endpoint = msgspec.structs.replace(self.receiver.data_endpoint, host=self.host)
         return TcpTransport().connect(endpoint, self.ticket, 5.0)
 
     def send(self, message: Any) -> None:
@@ -255,7 +268,7 @@ def _cuts(length: int, rng: random.Random | None) -> list[slice]:
 @contextmanager
 def started(model: Path, **options: Any) -> Iterator[Receiver]:
     """A receiver on free ports, without HTTP unless it is asked for."""
-    settings = {"port": 0, "http_port": None, "kv_memory": 1 << 28, **options}
+    settings = {**HERE, "port": 0, "http_port": None, "kv_memory": 1 << 28, **options}
     with Receiver(Settings(model=str(model), **settings)) as receiver:
         yield receiver
 

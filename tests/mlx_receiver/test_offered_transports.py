@@ -14,7 +14,7 @@ from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire.messages import Sampling, Welcome
-from tests.mlx_receiver.client import FakeVllm, started
+from tests.mlx_receiver.client import HERE, FakeVllm, started
 from tests.mlx_receiver.conftest import Prefill
 
 OFFERED = [name for name in ("zmq", "tcp", "nixl") if name in plugins.transports()]
@@ -59,7 +59,9 @@ def test_each_offered_transport_feeds_the_same_text(
 
 
 def test_an_unknown_transport_names_those_that_exist(tiny_llama_path: Path) -> None:
-    settings = Settings(model=str(tiny_llama_path), port=0, http_port=None, transport="tcp,pigeon")
+    settings = Settings(
+        model=str(tiny_llama_path), **HERE, port=0, http_port=None, transport="tcp,pigeon"
+    )
     receiver = Receiver(settings)
     try:
         with pytest.raises(SettingsError, match=r"'pigeon'.*tcp"):

@@ -10,7 +10,7 @@ from vllm_mac_decode.settings import Settings, SettingsError, load
 
 def test_the_defaults_need_nothing() -> None:
     assert load({}, {}) == load(None, {}) == Settings()
-    assert Settings().address() == ("127.0.0.1", 7790)
+    assert Settings().address() is None, "the receiver is discovered"
 
 
 def test_every_setting_can_come_from_the_environment() -> None:
@@ -26,6 +26,8 @@ def test_every_setting_can_come_from_the_environment() -> None:
         streams=2,
         queue_timeout=7.0,
         checksum=True,
+        plain_data=True,
+        discovery=False,
     )
     values = msgspec.structs.asdict(wanted)
     assert set(values) == set(Settings.__struct_fields__)
@@ -77,14 +79,14 @@ def test_unknown_keys_are_named_with_the_known_ones() -> None:
             "[fe80::1",
             "fe80::1]:7790",
             "a:b:7790",
-            "",
         ),
     ],
 )
 def test_bad_addresses_are_quoted(address: str) -> None:
-    sources: list[tuple[dict[str, str], dict[str, str]]] = [({"receiver": address}, {})]
-    if address:  # an empty variable is as if unset
-        sources.append(({}, {"MAC_DECODE_RECEIVER": address}))
+    sources: list[tuple[dict[str, str], dict[str, str]]] = [
+        ({"receiver": address}, {}),
+        ({}, {"MAC_DECODE_RECEIVER": address}),
+    ]
     for extra, environ in sources:
         with pytest.raises(SettingsError, match="receiver must be host:port, not ") as caught:
             load(extra, environ)

@@ -63,9 +63,9 @@ def closed(sock: socket.socket, seconds: float = 10.0) -> bool:
 def introduce(sock: socket.socket, ticket: DataTicket, key: bytes = b"") -> None:
     """A client's handshake, with another key than the ticket's if wanted."""
     nonce = new_nonce()
-    say(sock, Kind.HELLO, frames.DataHello(ticket.client, nonce))
+    say(sock, Kind.HELLO, frames.DataHello(ticket.client, nonce, "clear"))
     challenge = frames.challenge_decoder.decode(hear(sock)[1])
-    answer = proof(key or ticket.key, "client", nonce, challenge.nonce)
+    answer = proof(key or ticket.key, "client", nonce, challenge.nonce, b"clear")
     say(sock, Kind.PROOF, frames.DataProof(answer))
 
 
@@ -89,7 +89,8 @@ def receiver(
                 with sock, contextlib.suppress(OSError, msgspec.MsgspecError):
                     hello = frames.hello_decoder.decode(hear(sock)[1])
                     nonce = new_nonce()
-                    proved = proof(ticket.key, "receiver", hello.nonce, nonce)
+                    context = (hello.nonce, nonce, hello.level.encode())
+                    proved = proof(ticket.key, "receiver", *context)
                     say(sock, Kind.CHALLENGE, frames.DataChallenge(nonce, proved))
                     then(sock)
 

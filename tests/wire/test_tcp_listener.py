@@ -307,7 +307,7 @@ def test_a_fault_of_the_sink_ends_one_handshake(
     sink.clients.insert(0, object())  # type: ignore[arg-type]
     sock = peers.call(listener)
     calls.append(sock)
-    peers.say(sock, Kind.HELLO, DataHello("x", new_nonce()))
+    peers.say(sock, Kind.HELLO, DataHello("x", new_nonce(), "clear"))
     assert peers.closed(sock, 2)
     del sink.clients[0]
     newcomer(listener, sink)

@@ -11,7 +11,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from mlx_receiver.wire import addresses, keys, trust
 from mlx_receiver.wire import messages as m
-from vllm_mac_decode.settings import Settings
+from vllm_mac_decode.scheduler.candidates import Candidate
 
 #: Messages that ZeroMQ may hold for us: what a receiver may make this process keep.
 _UNREAD: Final = 256
@@ -41,9 +41,11 @@ class NoAnswer(Exception):
 class ControlSocket:
     """A DEALER for one conversation. For one thread; ``close`` it."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], settings: Settings) -> None:
-        """Begins to connect. Raises NoAnswer (``address``)."""
-        self._receiver = settings.receiver
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], candidate: Candidate, timeout: float
+    ) -> None:
+        """Begins to connect. Raises NoAnswer (``address``, ``nobody``)."""
+        self._receiver = candidate.name
         self._reached = False
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -51,19 +53,19 @@ class ControlSocket:
         self._socket.setsockopt(zmq.RCVHWM, _UNREAD)
         self._socket.setsockopt(zmq.IPV6, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
-        keys.guard_client(self._socket, settings.token)
+        keys.guard_client(self._socket, candidate.keys)
         # ZeroMQ would reconnect silently, to a receiver that knows nothing of us.
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         try:
             #: The receiver's address that answers, of those that its name has.
-            self.address = _answering(settings)
+            self.address = _answering(candidate, timeout)
             self._socket.connect(f"tcp://{self.address.text}")
         except NoAnswer:
             self.close()
             raise
         except zmq.ZMQError as error:
             self.close()
-            raise NoAnswer("address", f"cannot use {settings.receiver}: {error}") from None
+            raise NoAnswer("address", f"cannot use {candidate.name}: {error}") from None
 
     def close(self) -> None:
         """Drop what has not been sent."""
@@ -103,8 +105,9 @@ class ControlSocket:
         if event & _HANDSHAKE_FAILED:
             raise NoAnswer(
                 "keys",
-                f"the receiver at {self._receiver} has another token or another version: compare "
-                "MAC_DECODE_TOKEN with its --token, and the versions of vllm-mac-decode",
+                f"the receiver at {self._receiver} does not know this machine: pair the two (run "
+                "`mlx-receiver pair` there), or compare MAC_DECODE_TOKEN with its --token, and the "
+                "versions of vllm-mac-decode",
             )
         if event == zmq.EVENT_DISCONNECTED and not self._socket.poll(0):
             raise NoAnswer(
@@ -127,7 +130,7 @@ class ControlSocket:
         return int(recv_monitor_message(self._monitor)["event"])
 
 
-def _answering(settings: Settings) -> addresses.Address:
+def _answering(candidate: Candidate, timeout: float) -> addresses.Address:
     """The first address of the receiver's name that takes a connection: ZeroMQ would try one only,
     and of a name with both IP versions that of version 6. Raises NoAnswer."""
 
@@ -137,10 +140,9 @@ def _answering(settings: Settings) -> addresses.Address:
             probe.connect(address.sockaddr)
         return address
 
-    host, port = settings.address()
     try:
-        return addresses.try_each(host, port, settings.stall_timeout, attempt)
+        return addresses.try_each(candidate.host, candidate.port, timeout, attempt)
     except socket.gaierror as error:
-        raise NoAnswer("address", f"cannot use {settings.receiver}: {error.strerror}") from None
+        raise NoAnswer("address", f"cannot use {candidate.name}: {error.strerror}") from None
     except (OSError, UnicodeError):
-        raise NoAnswer("nobody", f"no receiver answers at {settings.receiver}") from None
+        raise NoAnswer("nobody", f"no receiver answers at {candidate.name}") from None

@@ -20,10 +20,13 @@ from typing import Final, Protocol
 
 import zmq
 
+from mlx_receiver.pairing.keystore import PairingError
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.addresses import is_this_machine
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.seldom import printable
 from vllm_mac_decode.export import DataTarget
+from vllm_mac_decode.scheduler.candidates import Candidate, Candidates, candidates
 from vllm_mac_decode.scheduler.control import ControlSocket, NoAnswer
 from vllm_mac_decode.settings import Settings
 
@@ -55,11 +58,12 @@ class LinkListener(Protocol):
 
 class _Lost(Exception):
     """The conversation is over; the text says why. ``pause``: seconds before the next one, 0 for
-    the usual."""
+    the usual. ``nobody``: nothing listens there."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
         self.pause = pause
+        self.nobody = False
 
 
 class Link:
@@ -82,6 +86,7 @@ class Link:
             end.setblocking(False)
         self._closing = False
         self._complaint = ""
+        self._where = ""  # for messages: the receiver of the conversation
         self._target: DataTarget | None = None
         self._thread = threading.Thread(target=self._run, name="mac-decode-link", daemon=True)
         self._thread.start()
@@ -117,20 +122,21 @@ class Link:
     def _run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._keep_conversing(context)
+            with contextlib.closing(candidates(self._settings)) as found:
+                self._keep_conversing(context, found)
         finally:
             context.term()  # every socket is closed, without lingering
             with self._wake_lock:
                 self._wake_in.close()
                 self._wake_out.close()
 
-    def _keep_conversing(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def _keep_conversing(self, context: zmq.Context[zmq.Socket[bytes]], found: Candidates) -> None:
         attempt = 0
         while not self._closing:
             began = time.monotonic()
             pause = 0.0
             try:
-                self._converse(context)
+                self._try_each(context, found)
             except _Lost as lost:
                 pause = lost.pause
                 self._over(str(lost))
@@ -164,7 +170,7 @@ class Link:
         if not self._closing:
             logger.warning(
                 "lost the receiver at %s: %s; responses go on locally",
-                self._settings.receiver,
+                self._where,
                 reason,
             )
         try:
@@ -172,16 +178,45 @@ class Link:
         except Exception:
             logger.exception("responses that the receiver was decoding may be lost")
 
-    def _converse(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """One connection, from Hello to its end. Raises _Lost."""
-        where = self._settings.receiver
+    def _try_each(self, context: zmq.Context[zmq.Socket[bytes]], found: Candidates) -> None:
+        """Converse with the first candidate that welcomes us. Raises _Lost when that is over, or
+        when there is none."""
+        failures: list[_Lost] = []
         try:
-            with contextlib.closing(ControlSocket(context, self._settings)) as control:
+            tried = found.now()
+        except PairingError as error:
+            raise _Lost(str(error), _REJECTED_SECONDS) from None
+        for candidate in tried:
+            if self._closing:
+                return
+            try:
+                self._converse(context, candidate)
+                return
+            except _Lost as lost:
+                if self._target is not None:
+                    raise
+                failures.append(lost)
+        if not failures:
+            raise _Lost(found.none())
+        reasons = list(dict.fromkeys(map(str, failures)))
+        if all(lost.nobody for lost in failures):
+            reasons = [found.none()] if not self._settings.receiver else reasons[:1]
+        raise _Lost("; ".join(reasons), max(lost.pause for lost in failures))
+
+    def _converse(self, context: zmq.Context[zmq.Socket[bytes]], candidate: Candidate) -> None:
+        """One connection, from Hello to its end. Raises _Lost."""
+        self._where = where = candidate.name
+        try:
+            with contextlib.closing(
+                ControlSocket(context, candidate, self._settings.stall_timeout)
+            ) as control:
                 control.send(self._hello)
                 self._serve(control, self._welcomed(control))
         except NoAnswer as error:
             again = error.kind in ("keys", "hung_up")
-            raise _Lost(str(error), _REJECTED_SECONDS if again else 0.0) from None
+            lost = _Lost(str(error), _REJECTED_SECONDS if again else 0.0)
+            lost.nobody = error.kind == "nobody"
+            raise lost from None
         except m.WireError as error:
             raise _Lost(
                 f"the receiver at {where} broke the protocol: {printable(error.reason)}",
@@ -200,9 +235,8 @@ class Link:
                 return answer
             if answer is not None:
                 reason = answer.reason if isinstance(answer, m.Rejected) else "no Welcome"
-                where = self._settings.receiver
                 raise _Lost(
-                    f"the receiver at {where} refuses: {printable(reason)}", _REJECTED_SECONDS
+                    f"the receiver at {self._where} refuses: {printable(reason)}", _REJECTED_SECONDS
                 )
             not_yet = control.check_answering()
             if time.monotonic() > until:
@@ -217,7 +251,7 @@ class Link:
         self._complaint = ""
         logger.info(
             "connected to the receiver at %s (%s, %s)",
-            self._settings.receiver,
+            self._where,
             printable(welcome.engine),
             printable(welcome.model),
         )
@@ -260,10 +294,23 @@ class Link:
         """Blocks go to the address of this connection, whatever the receiver says. Raises _Lost."""
         for endpoint in welcome.endpoints:
             if endpoint.transport == self._settings.transport:
-                at = m.Endpoint(endpoint.transport, host, endpoint.port, endpoint.nonce)
+                plain = self._both_plain(host, endpoint)
+                at = m.Endpoint(endpoint.transport, host, endpoint.port, endpoint.nonce, plain)
                 return DataTarget(at, welcome.receiver, welcome.ticket)
         offered = ", ".join(printable(endpoint.transport) for endpoint in welcome.endpoints)
         raise _Lost(
             f"the receiver offers no {self._settings.transport!r} transport (it has: {offered})",
             _REJECTED_SECONDS,
         )
+
+    def _both_plain(self, host: str, endpoint: m.Endpoint) -> bool:
+        """Whether both sides allow KV that is not encrypted."""
+        ours = self._settings.plain_data
+        if ours != endpoint.plain and not is_this_machine(host):
+            logger.warning(
+                "plain_data takes effect on both sides only: %s",
+                "the receiver was started without --plain-data"
+                if ours
+                else "the receiver was started with it, here MAC_DECODE_PLAIN_DATA is not set",
+            )
+        return ours and endpoint.plain

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from mlx_receiver.options import typed
+from mlx_receiver.settings import DEFAULT_HTTP_PORT
 from vllm_mac_decode import __version__
 from vllm_mac_decode.settings import ENV_PREFIX, Settings, SettingsError, load
+
+if TYPE_CHECKING:
+    from mlx_receiver.pairing.keystore import Keystore
 
 app = typer.Typer(
     help="Prefill with vLLM, decode on a Mac with MLX: see, trace and check the hand-off.",
@@ -58,6 +63,63 @@ def demo(
     if prompt.strip():
         options = Options(prompt, model, max_tokens, out)
     raise typer.Exit(run(options))
+
+
+@app.command()
+def discover(
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=600, help="How long to listen, in seconds.")
+    ] = 3.0,
+    model: Annotated[str, typer.Option(help="Say which receivers do not serve this one.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the receivers that announce themselves on this network. Exit status: 0 if there are any,
+    1 if not."""
+    from mlx_receiver.discovery.listing import list_receivers
+
+    raise typer.Exit(list_receivers(seconds, as_json, model))
+
+
+@app.command()
+@typed(Settings, ENV_PREFIX, "receiver")
+def pair(
+    code: Annotated[str, typer.Argument(help="The code that the receiver shows.")],
+    http_port: Annotated[int, typer.Option(help="The receiver's --http-port.")] = DEFAULT_HTTP_PORT,
+    *,
+    receiver: str,
+) -> None:
+    """Pair this machine with a receiver, once: from then on vLLM finds it and may use it."""
+    from vllm_mac_decode.tools.pair import pair_with
+
+    _of_pairings(lambda keystore: pair_with(keystore, receiver, http_port, code))
+
+
+@app.command()
+def pairings() -> None:
+    """List the receivers that this machine is paired with."""
+    from mlx_receiver.pairing.commands import list_pairings
+
+    _of_pairings(list_pairings)
+
+
+@app.command()
+def unpair(
+    name: Annotated[str, typer.Argument(help="The receiver's name or id, as listed; * for all.")],
+) -> None:
+    """Forget a receiver."""
+    from mlx_receiver.pairing import commands
+
+    _of_pairings(lambda keystore: commands.unpair(keystore, name))
+
+
+def _of_pairings(command: Callable[[Keystore], int]) -> NoReturn:
+    from mlx_receiver.pairing.keystore import Keystore, PairingError
+
+    try:
+        status = command(Keystore("vllm"))
+    except PairingError as error:
+        _give_up(str(error))
+    raise typer.Exit(status)
 
 
 _ApiKey = Annotated[

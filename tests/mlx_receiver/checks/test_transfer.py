@@ -17,6 +17,7 @@ class Misbehaving(TcpTransport):
     """Sends other than what it is given."""
 
     def __init__(self, change: Callable[[Header, Any], tuple[Header, Any] | None]) -> None:
+        super().__init__()
         self._change = change
 
     def connect(self, *arguments: Any) -> Any:

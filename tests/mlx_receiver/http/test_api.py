@@ -19,7 +19,9 @@ from mlx_receiver.http.openai.completions import completions
 from mlx_receiver.http.openai.service import Service
 from mlx_receiver.http.openai.streams import DONE
 from mlx_receiver.receiver import Receiver
-from mlx_receiver.settings import Settings, SettingsError
+from mlx_receiver.settings import Settings
+from tests.conftest import own_address
+from tests.mlx_receiver.client import HERE, started
 from tests.mlx_receiver.conftest import Prefill
 from tests.mlx_receiver.http.test_http import url
 from tests.waiting import eventually
@@ -315,8 +317,9 @@ def test_requests_share_the_batch(base: str, receiver: Receiver) -> None:
 
 def test_the_api_key(tiny_llama_path: Path) -> None:
     settings = Settings(
-        model=str(tiny_llama_path), port=0, http_port=0, api_key="sesame", served_model_name="tiny"
-    )
+        model=str(tiny_llama_path), **HERE, port=0, http_port=0, api_key="sesame",
+        served_model_name="tiny",
+    )  # fmt: skip
     with Receiver(settings) as receiver:
         v1 = url(receiver, "/v1")
         assert httpx.get(url(receiver, "/health")).status_code == 200
@@ -330,11 +333,17 @@ def test_the_api_key(tiny_llama_path: Path) -> None:
 
 
 def test_other_machines_need_a_key(tiny_llama_path: Path) -> None:
-    open_to_all = {"model": str(tiny_llama_path), "host": "0.0.0.0", "token": "t"}
-    with pytest.raises(SettingsError, match="--api-key"):
-        Settings(**open_to_all).check()
-    Settings(**open_to_all, api_key="k").check()
-    Settings(**open_to_all, http_port=None).check()
+    """Without one the API is this machine's, and says so to others."""
+    other = own_address()
+    with started(tiny_llama_path, host="*", http_port=0) as receiver:
+        assert receiver.http is not None
+        port = receiver.http.port
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 200
+        for path in ("/v1/models", "/metrics", "/handoffs"):
+            answer = httpx.get(f"http://{other}:{port}{path}")
+            assert answer.status_code == 403
+            assert "--api-key" in answer.json()["error"]["message"]
+        assert httpx.get(f"http://{other}:{port}/health").json() == {"status": "ok"}
 
 
 def test_chat_echo(base: str) -> None:

@@ -17,7 +17,7 @@ from mlx_receiver.http.openai import prefill as api_prefill
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from tests.conftest import free_port
-from tests.mlx_receiver.client import connected
+from tests.mlx_receiver.client import HERE, connected
 from tests.mlx_receiver.conftest import Prefill
 from tests.mlx_receiver.http.test_api_claims import leave_unclaimed, params
 from tests.mlx_receiver.http.test_http import url, values
@@ -69,7 +69,7 @@ def address() -> tuple[str, int]:
 @pytest.fixture(scope="module")
 def door(tiny_llama_path: Path, address: tuple[str, int]) -> Iterator[Receiver]:
     settings = Settings(
-        model=str(tiny_llama_path), port=0, http_port=0, prefill=address[0],
+        model=str(tiny_llama_path), **HERE, port=0, http_port=0, prefill=address[0],
         prefill_min_tokens=30, prefill_timeout=1.5, prefill_api_key="spark's key",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, Receiver(settings) as started:

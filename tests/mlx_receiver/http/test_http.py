@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
 from mlx_receiver.wire.messages import Sampling
-from tests.mlx_receiver.client import FakeVllm
+from tests.mlx_receiver.client import HERE, FakeVllm
 from tests.mlx_receiver.conftest import Prefill
 from tests.waiting import eventually
 
@@ -32,7 +32,7 @@ def values(receiver: Receiver) -> dict[str, float]:
 
 
 def test_health_while_loading_and_after(tiny_llama_path: Path) -> None:
-    receiver = Receiver(Settings(model=str(tiny_llama_path), port=0, http_port=0))
+    receiver = Receiver(Settings(model=str(tiny_llama_path), **HERE, port=0, http_port=0))
     assert receiver.engine.loaded is None
     receiver.engine.start = lambda: None  # type: ignore[method-assign]
     receiver.start()

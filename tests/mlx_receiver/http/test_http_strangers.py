@@ -23,7 +23,7 @@ def exposed(tiny_llama_path: Path) -> Iterator[str]:
     """The base URL of a receiver that other machines can reach."""
     settings = Settings(
         model=str(tiny_llama_path), host="0.0.0.0", port=0, http_port=0, token="t" * 32,
-        api_key="sesame", allowed_hosts="studio.lan, other.lan",
+        discovery=False, api_key="sesame", allowed_hosts="studio.lan, other.lan",
     )  # fmt: skip
     with Receiver(settings) as started:
         yield url(started, "")

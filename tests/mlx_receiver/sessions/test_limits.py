@@ -85,7 +85,7 @@ def test_who_takes_a_clients_name_gets_nothing_of_it(
         session = opened(client, prefill(17).prompt)
         names = [name for name, c in receiver.control._clients.items() if c.id == client.ticket_id]
         with client._context.socket(zmq.DEALER) as thief:
-            keys.guard_client(thief, "")
+            keys.guard_client(thief, keys.of_token(""))
             thief.linger = 0
             thief.routing_id = names[0]
             thief.connect(f"tcp://{receiver.address}")

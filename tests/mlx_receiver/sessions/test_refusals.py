@@ -31,7 +31,7 @@ from mlx_receiver.wire.messages import (
     Status,
     Welcome,
 )
-from tests.mlx_receiver.client import FakeVllm, block, blocks, connected, started
+from tests.mlx_receiver.client import HERE, FakeVllm, block, blocks, connected, started
 from tests.mlx_receiver.conftest import Prefill
 from tests.waiting import eventually
 
@@ -246,7 +246,7 @@ def test_a_session_id_in_use_is_refused(client: FakeVllm) -> None:
         ({"protocol": 99}, "version", "upgrade vllm-mac-decode on the receiver's machine"),
         ({"payload": b""}, "protocol", "introduction cannot be read"),
         ({"payload": b"\x81\xa1x\x01" * 50}, "protocol", "introduction cannot be read"),
-        ({"payload": b"\xc1", "protocol": 3}, "version", "wire protocol 3, this receiver 2"),
+        ({"payload": b"\xc1", "protocol": 4}, "version", "wire protocol 4, this receiver 3"),
     ],
 )
 def test_hellos_that_are_rejected(
@@ -352,7 +352,9 @@ def test_memory_and_session_limits(small: Receiver) -> None:
 
 
 def test_stopping_tells_the_clients(tiny_llama_path: Path) -> None:
-    settings = Settings(model=str(tiny_llama_path), port=0, http_port=None, kv_memory=1 << 28)
+    settings = Settings(
+        model=str(tiny_llama_path), **HERE, port=0, http_port=None, kv_memory=1 << 28
+    )
     receiver = Receiver(settings)
     receiver.start()
     client = FakeVllm(receiver)
@@ -375,7 +377,7 @@ def raw_data(client: FakeVllm) -> socket.socket:
     """A data connection that has proved itself, to be misused."""
     assert client.ticket is not None
     endpoint = msgspec.structs.replace(client.receiver.data_endpoint, host="127.0.0.1")
-    sock, _ = dial(endpoint, client.ticket, 5.0)
+    sock = dial(endpoint, client.ticket, 5.0).sock
     return sock
 
 

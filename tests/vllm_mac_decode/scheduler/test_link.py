@@ -132,8 +132,8 @@ def test_workers_go_to_the_host_of_the_control_connection_with_the_ticket() -> N
 
 
 @pytest.mark.parametrize(("who", "complaint"), [
-    ("wrong token", "has another token or another version: compare MAC_DECODE_TOKEN"),
-    ("first version", "has another token or another version"),
+    ("wrong token", "does not know this machine: pair the two"),
+    ("first version", "compare MAC_DECODE_TOKEN with its --token, and the versions"),
     ("http", "hangs up: is it a receiver's control port?"),
     ("mute", "takes the connection, but does not answer"),
     ("nobody", "no receiver answers at"),

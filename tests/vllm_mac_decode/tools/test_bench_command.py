@@ -18,7 +18,7 @@ pytest.importorskip("mlx.core")
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
 from tests.conftest import free_port
-from tests.mlx_receiver.client import started
+from tests.mlx_receiver.client import HERE, started
 from tests.servers import pair
 from tests.vllm_mac_decode.tools.test_cli import mac_decode
 from vllm_mac_decode.tools.bench import picture, record, run
@@ -108,7 +108,7 @@ def test_a_receiver_without_a_vllm(alone: str) -> None:
 
 def test_a_key_that_is_missing(tiny_llama_path: Path) -> None:
     settings = Settings(
-        model=str(tiny_llama_path), port=0, http_port=0, kv_memory=1 << 28, api_key="k"
+        model=str(tiny_llama_path), **HERE, port=0, http_port=0, kv_memory=1 << 28, api_key="k"
     )
     with Receiver(settings) as started:
         assert started.http is not None

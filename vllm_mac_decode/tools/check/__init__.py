@@ -77,9 +77,10 @@ def serve_command(settings: Settings, model: str, receiver: str, utilization: fl
     token = "MAC_DECODE_TOKEN=... " if settings.token else ""
     transport = f"MAC_DECODE_TRANSPORT={settings.transport} " if settings.transport != "tcp" else ""
     memory = f" --gpu-memory-utilization {utilization:.2f}" if utilization is not None else ""
+    where = f" --mac-decode-receiver {receiver}" if receiver else ""
     return (
-        f"{token}{transport}vllm serve {shlex.quote(model or 'MODEL')} --kv-connector mac_decode "
-        f"--mac-decode-receiver {receiver}{memory}"
+        f"{token}{transport}vllm serve {shlex.quote(model or 'MODEL')} --kv-connector mac_decode"
+        f"{where}{memory}"
     )
 
 

@@ -13,7 +13,7 @@ from zmq.utils.monitor import recv_monitor_message
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address
 from mlx_receiver.wire.handshake import Introduction
-from mlx_receiver.wire.keys import guard_client
+from mlx_receiver.wire.keys import ClientKeys, guard_client
 
 ANSWER_SECONDS: Final = 3.0
 
@@ -42,18 +42,18 @@ def speaks_zeromq(address: Address) -> bool:
 class Conversation:
     """A context manager around the socket."""
 
-    def __init__(self, address: Address, token: str) -> None:
+    def __init__(self, address: Address, keys: ClientKeys) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.LINGER, 0)
         self._dealer.setsockopt(zmq.IPV6, 1)
         self._dealer.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
-        guard_client(self._dealer, token)
+        guard_client(self._dealer, keys)
         self._monitor = self._dealer.get_monitor_socket()
         self._dealer.connect(f"tcp://{address.text}")
 
     def admitted(self) -> bool | None:
-        """Whether the receiver accepts the token; None when it says nothing in time."""
+        """Whether the receiver accepts the keys; None when it says nothing in time."""
         until = time.monotonic() + ANSWER_SECONDS
         while (left := until - time.monotonic()) > 0:
             if self._monitor.poll(int(left * 1000) + 1):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from mlx_receiver.pairing.keystore import PairingError
 from mlx_receiver.transports.transport import TransportError
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address, resolve, spelled
 from mlx_receiver.wire.handshake import Introduction
+from mlx_receiver.wire.keys import ClientKeys, of_token
 from mlx_receiver.wire.layout import DTYPES, full_attention, layout_from_config
 from mlx_receiver.wire.signature import (
     PLAIN_KV_ARCHITECTURES,
     ModelSignature,
     signature_from_config,
 )
+from vllm_mac_decode.scheduler import candidates
 from vllm_mac_decode.settings import DEFAULT_PORT, Settings
 from vllm_mac_decode.tools.check.conversation import NAME, Conversation, speaks_zeromq
 from vllm_mac_decode.tools.check.finding import Finding, fine, warning, wrong
@@ -37,9 +41,10 @@ _NO_MODEL: Final = Introduction(
     ModelSignature("", 0, 0, []), full_attention(1, 1, 1, DTYPES[0]), NAME, NAME
 )
 
-START: Final = (
-    "On the Mac: mlx-receiver start --model MODEL --host 0.0.0.0 --token TOKEN --api-key KEY"
-)
+START: Final = "On the Mac: mlx-receiver start --model MODEL"
+
+#: Seconds in which receivers may announce themselves.
+_LOOK_SECONDS: Final = 3.0
 
 
 def read_model(name: str) -> Introduction:
@@ -89,12 +94,18 @@ class ReceiverChecks:
     def __init__(self, settings: Settings, model: Introduction | None) -> None:
         self._settings = settings
         self._model = model
-        self.host, self.port = settings.address()
-        #: ``host`` or ``host:port``, as --mac-decode-receiver takes it.
-        self.best = self._spelled(self.host)
+        self.host, self.port = settings.address() or ("", DEFAULT_PORT)
+        #: ``host`` or ``host:port``, as --mac-decode-receiver takes it; "" where it is not needed.
+        self.best = self._spelled(self.host) if self.host else ""
+        self._keys: list[ClientKeys] = []
 
     def findings(self) -> Iterator[Finding]:
         """Everything that can be said, address by address."""
+        try:
+            yield from self._locate()
+        except PairingError as error:
+            yield wrong("pairing", str(error), "Then try again")
+            return
         try:
             found = resolve(self.host, self.port)
         except OSError as error:
@@ -104,6 +115,10 @@ class ReceiverChecks:
                 "Check the name in --receiver or MAC_DECODE_RECEIVER, or give the address in "
                 "numbers: containers do not know .local names",
             )
+            return
+        if not self._keys:
+            unpaired = candidates.Typed(self._settings).none()
+            yield wrong("pairing", f"{unpaired[:1].upper()}{unpaired[1:]}", "Then check again")
             return
         working = []
         for address in found:
@@ -120,7 +135,7 @@ class ReceiverChecks:
             return
         transfers: dict[Address, Transfer] = {}
         for address in working:
-            with Conversation(address, self._settings.token) as talk:
+            with self._talk(address) as talk:
                 good = True
                 for finding in self._greet(talk, address, transfers):
                     yield finding
@@ -129,6 +144,36 @@ class ReceiverChecks:
                 return
         if transfers:
             yield from self._judge(found[0], transfers)
+
+    def _locate(self) -> Iterator[Finding]:
+        """Find out where the receiver is and which keys it may want. Raises PairingError."""
+        if self.host:
+            self._keys = [c.keys for c in candidates.Typed(self._settings).now()]
+            return
+        with contextlib.closing(candidates.Discovered(self._settings)) as network:
+            network.wait(_LOOK_SECONDS)
+            found = network.now()
+            first = found[0]
+            self.host, self.port = first.host, first.port
+            self._keys = [c.keys for c in found if (c.host, c.port) == (first.host, first.port)]
+            announced = network.paired
+            if announced:
+                yield fine("discovery", f"{first.name} announces itself")
+            else:
+                yield warning(
+                    "discovery",
+                    f"{network.none()}. Looking on this machine",
+                    "Name the receiver's address with --receiver if it is another machine",
+                )
+
+    def _talk(self, address: Address) -> Conversation:
+        """A conversation with the keys that the receiver takes, else with the first."""
+        for known in self._keys[1:]:
+            with Conversation(address, self._keys[0]) as talk:
+                if talk.admitted():
+                    break
+            self._keys = [known, *(k for k in self._keys if k != known)]
+        return Conversation(address, self._keys[0])
 
     def _reach(self, address: Address) -> Finding:
         interface = interface_to(address).text
@@ -163,13 +208,19 @@ class ReceiverChecks:
             given = "The token is wrong" if self._settings.token else "No token was given"
             yield wrong(
                 "token",
-                f"{given}, or the receiver at {address.text} has another version of the protocol",
-                "export MAC_DECODE_TOKEN=... with the Mac's --token; the same vllm-mac-decode on "
-                "both machines",
+                f"{given}, the receiver at {address.text} is not paired with this machine, or it "
+                "has another version of the protocol",
+                "Pair the two (`mlx-receiver pair` on the Mac), or export MAC_DECODE_TOKEN=... "
+                "with the Mac's --token; the same vllm-mac-decode on both machines",
             )
             return
-        token = "The token is right" if self._settings.token else "No token is needed"
-        yield fine("token", f"{token} at {address.text}")
+        if self._settings.token:
+            admitted_by = "The token is right"
+        elif self._keys[0] == of_token(""):
+            admitted_by = "No token is needed"
+        else:
+            admitted_by = "The keys of the pairing are right"
+        yield fine("token", f"{admitted_by} at {address.text}")
         try:
             answer = talk.hello(self._model or _NO_MODEL)
             finding = self._answered(answer)
@@ -228,7 +279,12 @@ class ReceiverChecks:
         assert self._model is not None
         try:
             done = time_transfer(
-                talk, welcome, address, self._settings.transport, self._model.layout
+                talk,
+                welcome,
+                address,
+                self._settings.transport,
+                self._settings.plain_data,
+                self._model.layout,
             )
         except TransportError as error:
             ports = ", ".join(f"{e.port} ({e.transport})" for e in welcome.endpoints)

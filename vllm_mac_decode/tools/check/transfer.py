@@ -53,15 +53,17 @@ def time_transfer(
     welcome: m.Welcome,
     address: Address,
     name: str,
+    plain: bool,
     layout: CacheLayout,
 ) -> Transfer:
     """Fill caches of sessions with zeros over that address, as hand-offs would, and drop them.
 
-    ``name`` is the transport's. Raises TransferError when the receiver refuses, TransportError
-    when the data path does not open or breaks, WireError for answers that cannot be read.
+    ``name`` is the transport's, ``plain`` this side's ``plain_data``. Raises TransferError when the
+    receiver refuses, TransportError when the data path does not open or breaks, WireError for
+    answers that cannot be read.
     """
     offered = next(endpoint for endpoint in welcome.endpoints if endpoint.transport == name)
-    endpoint = msgspec.structs.replace(offered, host=address.host)
+    endpoint = msgspec.structs.replace(offered, host=address.host, plain=plain and offered.plain)
     sender = transport(name).connect(endpoint, welcome.ticket, _CONNECT_SECONDS)
     most = TRANSFER_BYTES // layout.bytes_per_token
     tokens = max(1, min(most, welcome.max_tokens - 2))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +19,16 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from mlx_receiver.discovery.announce import Announcer
+from mlx_receiver.discovery.browse import Browser
+from mlx_receiver.discovery.service import Announced
+from mlx_receiver.wire.messages import PROTOCOL_VERSION
 from vllm_mac_decode.tools.demo.services import Service, console_script, free_ports
 
 #: Seconds within which both servers must be up.
 START_SECONDS = 240.0
+#: Seconds within which an announcement must be found.
+_DISCOVERY_SECONDS = 3.0
 
 
 class PairError(RuntimeError):
@@ -96,14 +104,20 @@ def started(model: Path, max_model_len: int, out: Path, console: Console) -> Ite
     Logs go to ``out``. Raises ServiceDied or PairError when they do not come up.
     """
     control, receiver_http, vllm_http = free_ports(3)
+    # Neither this user's other receivers nor another demo's are meant.
+    shared = {"MAC_DECODE_TOKEN": secrets.token_hex(16)}
+    if not _can_discover():
+        console.print("[yellow]![/] no multicast on this machine: vLLM is told the address")
+        shared["MAC_DECODE_RECEIVER"] = f"127.0.0.1:{control}"
     receiver = Service(
         "mlx-receiver",
         [
             *(console_script("mlx-receiver"), "start", "--model", str(model)),
-            *("--dtype", "float32", "--port", str(control), "--http-port", str(receiver_http)),
+            *("--dtype", "float32", "--host", "127.0.0.1"),
+            *("--port", str(control), "--http-port", str(receiver_http)),
         ],
         out / "receiver.log",
-        _environment(),
+        _environment() | shared,
     )
     try:
         vllm = Service(
@@ -115,7 +129,7 @@ def started(model: Path, max_model_len: int, out: Path, console: Console) -> Ite
                 *("--host", "127.0.0.1", "--port", str(vllm_http)),
             ],
             out / "vllm.log",
-            _environment() | _vllm_settings(control),
+            _environment() | shared | _vllm_settings(),
         )
     except BaseException:
         receiver.stop()
@@ -145,9 +159,21 @@ def _environment() -> dict[str, str]:
     return environment | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "COLUMNS": "200"}
 
 
-def _vllm_settings(control_port: int) -> dict[str, str]:
+def _can_discover() -> bool:
+    """Whether what is announced on this machine can be found on it."""
+    instance = secrets.token_hex(8)
+    told = Announced(protocol=PROTOCOL_VERSION, instance=instance, name="demo")
+    until = time.monotonic() + _DISCOVERY_SECONDS
+    with Browser() as browser, contextlib.closing(Announcer(told, 9, "127.0.0.1")):
+        while (left := until - time.monotonic()) > 0:
+            if any(found.announced.instance == instance for found in browser.found()):
+                return True
+            browser.wait(left)
+    return False
+
+
+def _vllm_settings() -> dict[str, str]:
     return {
-        "MAC_DECODE_RECEIVER": f"127.0.0.1:{control_port}",
         # Two engines share this machine's cores: slow is not stalled.
         "MAC_DECODE_STALL_TIMEOUT": "30",
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),

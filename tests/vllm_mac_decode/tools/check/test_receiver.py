@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import zmq
 
+from mlx_receiver.control.credentials import SharedToken
 from mlx_receiver.control.guard import Guard
 from mlx_receiver.wire import keys
 from mlx_receiver.wire import messages as m
@@ -35,7 +36,7 @@ class FakeReceiver:
         self.answer = answer
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
-        self._guard = Guard(self._router, "secret")
+        self._guard = Guard(self._router, SharedToken("secret"))
         self.port = self._router.bind_to_random_port("tcp://127.0.0.1")
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run)

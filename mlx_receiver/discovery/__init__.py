@@ -1,0 +1,1 @@
+"""Discovery: receivers announce themselves with multicast DNS, and both sides can look for them."""

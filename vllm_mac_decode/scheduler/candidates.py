@@ -1,0 +1,201 @@
+"""Which receivers there may be, in the order in which they are tried, and the keys for each."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from mlx_receiver.discovery.browse import Browser, Found
+from mlx_receiver.pairing.keystore import Identity, Keystore, Peer
+from mlx_receiver.wire import keys
+from mlx_receiver.wire.addresses import is_this_machine, resolve, spelled
+from mlx_receiver.wire.seldom import printable
+from vllm_mac_decode.settings import DEFAULT_PORT, Settings
+
+logger = logging.getLogger("vllm.mac_decode.link")
+
+#: Seconds in which receivers may answer before the first attempt.
+_FIRST_SECONDS: Final = 2.0
+
+_HERE: Final = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A control port, and the keys to be used there. ``name`` is for messages."""
+
+    name: str
+    host: str
+    port: int
+    keys: keys.ClientKeys
+
+
+class Candidates(Protocol):
+    """Where to look for a receiver. Used by the link's thread."""
+
+    def now(self) -> list[Candidate]:
+        """Those to be tried, the best first. Raises PairingError."""
+
+    def none(self) -> str:
+        """What to say, and to do, when there is none."""
+
+    def close(self) -> None:
+        """Stop looking."""
+
+
+def candidates(settings: Settings) -> Candidates:
+    """What the settings ask for: one address, or whoever is found."""
+    return Typed(settings) if settings.address() else Discovered(settings)
+
+
+class Typed:
+    """The receiver whose address was given."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._keystore = Keystore("vllm")
+
+    def now(self) -> list[Candidate]:
+        """See ``Candidates.now``."""
+        address = self._settings.address()
+        assert address is not None
+        host, port = address
+        return [
+            Candidate(self._settings.receiver, host, port, found)
+            for found in keys_for(host, port, self._settings.token, self._keystore)
+        ]
+
+    def none(self) -> str:
+        """See ``Candidates.none``."""
+        where = self._settings.receiver
+        return (
+            "this machine is paired with no receiver: run `mac-decode pair CODE --receiver "
+            f"{where}` with the code that `mlx-receiver pair` shows on the Mac, or give both sides "
+            "one token"
+        )
+
+    def close(self) -> None:
+        """See ``Candidates.close``."""
+
+
+class Discovered:
+    """Receivers that announce themselves on the network, and the one that may run here."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._token = settings.token
+        self._keystore = Keystore("vllm")
+        self._browser = Browser() if settings.discovery else None
+        self._looked = False
+
+    def now(self) -> list[Candidate]:
+        """See ``Candidates.now``."""
+        if not self._looked:
+            # Else the first words in the log would be that there is none.
+            self._looked = True
+            self.wait(_FIRST_SECONDS)
+        found: list[Candidate] = []
+        services = self._browser.found() if self._browser is not None else []
+        paired = {peer.key: peer for peer in self._keystore.peers()}
+        for service in services:
+            here = _is_here(service)
+            known = self._keys_of(service, paired, here)
+            if known is None:
+                continue
+            name = printable(service.announced.name)
+            ways = [way.host for way in service.addresses]
+            for host in [_HERE, *ways] if here else ways:
+                at = f"{name} ({spelled(host, service.port)})"
+                found.append(Candidate(at, host, service.port, known))
+        return found + self._here()
+
+    @property
+    def paired(self) -> bool:
+        """Whether one that is found would be tried."""
+        return len(self.now()) > len(self._here())
+
+    def wait(self, seconds: float) -> None:
+        """Until some receiver is found, or that long."""
+        if self._browser is not None:
+            self._browser.wait(seconds)
+
+    def _here(self) -> list[Candidate]:
+        """Multicast may be blocked, and a receiver on this machine needs none to be found."""
+        name = spelled(_HERE, DEFAULT_PORT)
+        return [
+            Candidate(name, _HERE, DEFAULT_PORT, known)
+            for known in keys_for(_HERE, DEFAULT_PORT, self._token, self._keystore)
+        ]
+
+    def _keys_of(
+        self, service: Found, paired: dict[str, Peer], here: bool
+    ) -> keys.ClientKeys | None:
+        if self._token:
+            return keys.of_token(self._token)
+        key = service.announced.key
+        if here and key == keys.of_token("").receiver_public.decode():
+            return keys.of_token("")
+        if here or key in paired:
+            return _own(self._keystore.identity(), key)
+        return None
+
+    def none(self) -> str:
+        """See ``Candidates.none``."""
+        others = []
+        if self._browser is not None and not self._token:
+            others = [printable(service.announced.name) for service in self._browser.found()]
+        if others:
+            return (
+                f"{', '.join(sorted(set(others)))}: found, but not paired with this machine. Run "
+                "`mac-decode pair CODE` with the code that `mlx-receiver pair` shows there"
+            )
+        return (
+            "no receiver is found on this network: run `mlx-receiver start` on the Mac, or name "
+            "its address with --mac-decode-receiver where multicast is blocked"
+        )
+
+    def close(self) -> None:
+        """See ``Candidates.close``."""
+        if self._browser is not None:
+            self._browser.close()
+
+
+def keys_for(host: str, port: int, token: str, keystore: Keystore) -> list[keys.ClientKeys]:
+    """The keys that the receiver at that address may want, the likeliest first.
+
+    Raises PairingError.
+    """
+    if token:
+        return [keys.of_token(token)]
+    at = spelled(host, port)
+    peers = sorted(keystore.peers(), key=lambda peer: (peer.address != at, -peer.since))
+    receivers = [peer.key for peer in peers]
+    here = _leads_here(host, port)
+    if here:
+        # This user's own one takes its machine without a pairing.
+        local = Keystore("receiver").read("identity.json", Identity)
+        receivers = [*([local.public] if local is not None else []), *receivers]
+    me = keystore.identity() if receivers else None
+    found = [_own(me, key) for key in dict.fromkeys(receivers) if me is not None]
+    return [keys.of_token(""), *found] if here else found
+
+
+def _leads_here(host: str, port: int) -> bool:
+    """Whether all that the name leads to is this machine: the keys that everybody knows are good
+    for that only."""
+    try:
+        return all(is_this_machine(address.host) for address in resolve(host, port))
+    except (OSError, UnicodeError):
+        return False
+
+
+def _is_here(service: Found) -> bool:
+    """Whether a receiver runs on this machine: it is this user's, or is announced nowhere else."""
+    local = Keystore("receiver").read("identity.json", Identity)
+    if local is not None and service.announced.key == local.public:
+        return True
+    return bool(service.addresses) and all(is_this_machine(w.host) for w in service.addresses)
+
+
+def _own(me: Identity, receiver: str) -> keys.ClientKeys:
+    return keys.ClientKeys(receiver.encode(), me.public.encode(), me.secret.encode())
