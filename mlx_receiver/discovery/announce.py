@@ -111,14 +111,14 @@ class Announcer:
 
     async def checked(self, stations: Sequence[Station], failures: dict[str, str]) -> None:
         """See ``Keeper``."""
+        text = encode(self._announced)
         for station in stations:
-            cache = station.responder.zeroconf.cache
-            info = self._info(station)
-            if info.text != self._infos[station].text:
-                self._infos[station] = info
+            if self._infos[station].text != text:
+                info = self._infos[station] = self._info(station)
                 sending = await station.responder.async_update_service(info)
                 self._keep(asyncio.ensure_future(sending))
-            if cache.async_entries_with_name(info.name):
+            cache = station.responder.zeroconf.cache
+            if cache.async_entries_with_name(self._infos[station].name):
                 self._heard.add(station)
         self._trouble.lasts(self._reason(failures))
 

@@ -84,6 +84,7 @@ class _Name:
 
     task: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    asked: bool = False
     service: _Service | None = None
 
 
@@ -100,6 +101,7 @@ class Browser:
         self._news = False
         self._trouble = Trouble(logger, _TROUBLE)
         self._links: list[Link] = []
+        self._routes: dict[str, tuple[Link, bool] | None] = {}
         self._interfaces: dict[str, Interface] = {}
         self._interfaces_of: list[Link] | None = None
         self._browsers: dict[Station, AsyncServiceBrowser] = {}
@@ -125,8 +127,10 @@ class Browser:
         return self._trouble.text
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop looking: nothing is found any more."""
         self._stations.close()
+        with self._condition:
+            self._found = ()
 
     def __enter__(self) -> Browser:
         return self
@@ -175,6 +179,7 @@ class Browser:
 
     async def checked(self, stations: Sequence[Station], failures: dict[str, str]) -> None:
         """See ``Keeper``."""
+        self._routes.clear()
         if self._links != self._interfaces_of:
             # On macOS other programs are asked.
             present_now = await asyncio.to_thread(present)
@@ -192,15 +197,15 @@ class Browser:
         )
 
     def _take(self, station: Station, name: str) -> None:
-        """Follow a name; when there are too many, instead of one that has not answered."""
+        """Follow a name; when there are too many, instead of one that was asked in vain."""
         names = self._names[station]
         if not name.lower().endswith(f".{SERVICE_TYPE}") or len(name.encode()) > _LONGEST_NAME:
             return
         if len(names) >= MOST_SERVICES:
-            silent = next((other for other, known in names.items() if not known.service), None)
-            if silent is None:
+            silent = [other for other, k in names.items() if k.asked and k.service is None]
+            if not silent:
                 return
-            self._drop(names, silent)
+            self._drop(names, silent[0])
         known = names[name] = _Name()
         known.task = asyncio.ensure_future(self._follow(station, name, known))
 
@@ -229,6 +234,7 @@ class Browser:
                     service = _read(info, station)
             except Exception:  # a name that the library does not take
                 logger.debug("a service cannot be asked", exc_info=True)
+            known.asked = True
             if service != known.service:
                 known.service = service
                 self._show_soon()
@@ -283,7 +289,7 @@ class Browser:
 
     def _ways(self, said: Iterable[tuple[_Service, Link]]) -> tuple[Way, ...]:
         """How to get to the addresses, the best way first: by the loopback, without a router, by
-        the best interface."""
+        the best interface; else those that were heard of first."""
         ranked: dict[str, tuple[Any, Way]] = {}
         for service, heard_on in said:
             for address in service.addresses:
@@ -292,7 +298,7 @@ class Browser:
                 if address.version == 6 and address.is_link_local:
                     host = f"{address}%{link.name}"
                 else:
-                    way = way_to(host, self._links)
+                    way = self._way_to(host)
                     if way is None:
                         continue
                     link, near = way
@@ -304,9 +310,15 @@ class Browser:
                     address.version,
                     address.is_link_local,
                 )
-                ranked[host] = rank, Way(host, link.name, interface.kind)
-        best = sorted(ranked.values(), key=lambda ranked: (ranked[0], ranked[1].host))
+                ranked.setdefault(host, (rank, Way(host, link.name, interface.kind)))
+        best = sorted(ranked.values(), key=lambda ranked: ranked[0])
         return tuple(way for _, way in best[:MOST_ADDRESSES])
+
+    def _way_to(self, host: str) -> tuple[Link, bool] | None:
+        """``way_to``, asked once between two looks at the links."""
+        if host not in self._routes:
+            self._routes[host] = way_to(host, self._links)
+        return self._routes[host]
 
 
 def discover(seconds: float) -> list[Found]:

@@ -55,6 +55,10 @@ class Lander:
             return False
         return True
 
+    def discard(self, header: Header, fill: Fill) -> None:
+        """Have ``fill`` read a payload that nobody wants."""
+        fill(header, self._discard(header.payload_bytes), False)
+
     def _discard(self, count: int) -> list[memoryview]:
         if self._scratch is None:
             self._scratch = memoryview(bytearray(_SCRATCH_BYTES))

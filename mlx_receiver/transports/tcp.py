@@ -13,6 +13,7 @@ a time beside the payload, the receiver decrypts in the cache's memory. This is 
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,17 @@ class TcpSender:
             self._header = None
         del self._inbox[:start]
         return found
+
+    @property
+    def mtu(self) -> int:
+        """The largest packet on the way, in bytes; 0 where the system does not say."""
+        option = getattr(socket, "IP_MTU", 14 if sys.platform == "linux" else 0)
+        if not option or self._sock is None or self._sock.family != socket.AF_INET:
+            return 0
+        try:
+            return self._sock.getsockopt(socket.IPPROTO_IP, option)
+        except OSError:
+            return 0
 
     def close(self) -> None:
         """See ``transport.Sender.close``."""

@@ -34,6 +34,7 @@ from mlx_receiver.wire.addresses import announced, listening, spelled
 from mlx_receiver.wire.frames import (
     HEADER_BYTES,
     DataChallenge,
+    DataReply,
     Header,
     Kind,
     Level,
@@ -408,6 +409,10 @@ class TcpListener:
                 if header.kind is Kind.ATTACH:
                     attached.append(header.session)
                     self._sink.attach(client, header.session, back.reply)
+                    talk.count()
+                elif header.kind is Kind.PROBE:
+                    lander.discard(header, fill)
+                    back.reply(DataReply(0, True))
                     talk.count()
                 elif not lander.land(client, header, fill):
                     talk.count()

@@ -403,7 +403,7 @@ class ZmqListener:
             raise WireError(E_PROTOCOL, f"{header.describe()}: the payload has another size")
         if header.kind is Kind.ATTACH:
             self._sink.attach(client, header.session, lambda message: self._reply(peer, message))
-        else:
+        elif header.kind is Kind.BLOCK:
             self._lander.land(client, header, lambda _, buffers, __: scatter(payload, buffers))
         self._post(peer, Header(Kind.CREDIT, header.session, 0).pack())
 

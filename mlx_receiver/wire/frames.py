@@ -54,6 +54,7 @@ class Kind(enum.IntEnum):
     CREDIT = 5  # receiver: one more unit may be sent (transports without flow control)
     CHALLENGE = 6  # receiver: DataChallenge, its own proof and what the client must prove
     PROOF = 7  # client: DataProof; before it nothing is read that is larger
+    PROBE = 8  # client: bytes that are thrown away, and acknowledged by a REPLY of session 0
 
 
 #: One byte holds the dtype's code above the part's index.
@@ -188,7 +189,7 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
 
 
 def unpack_client(head: bytes | bytearray | memoryview) -> Header:
-    """The header of a frame that an authenticated client may send: ATTACH or BLOCK.
+    """The header of a frame that an authenticated client may send: ATTACH, BLOCK or PROBE.
 
     Raises WireError (``protocol``): nothing that follows on the connection can be trusted.
     """
@@ -197,7 +198,7 @@ def unpack_client(head: bytes | bytearray | memoryview) -> Header:
     except WireError as error:
         # A BLOCK whose header lies about its payload: the next frame cannot be found.
         raise WireError(E_PROTOCOL, error.reason) from None
-    if header.kind not in (Kind.ATTACH, Kind.BLOCK):
+    if header.kind not in (Kind.ATTACH, Kind.BLOCK, Kind.PROBE):
         raise WireError(E_PROTOCOL, f"a client must not send {header.kind.name}")
     if header.kind is Kind.ATTACH and header.payload_bytes:
         raise WireError(E_PROTOCOL, f"an ATTACH of {header.payload_bytes} payload bytes")

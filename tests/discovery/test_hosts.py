@@ -9,19 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from mlx_receiver.discovery import listing, stations, trouble
+from mlx_receiver.discovery import listing
 from mlx_receiver.discovery.announce import Announcer
 from mlx_receiver.discovery.browse import Browser, Found
 from mlx_receiver.wire import addresses
 from tests.discovery.hosts import Host, command, plug_in, two_hosts
 from tests.discovery.test_loopback import receiver
 from tests.waiting import eventually
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stations, "CHECK_SECONDS", 0.3)
-    monkeypatch.setattr(trouble, "PATIENCE_SECONDS", 1.0)
 
 
 @contextlib.contextmanager
@@ -57,14 +51,15 @@ def test_every_address_that_is_found_leads_there() -> None:
         servers = mac.run(addresses.listening, "*", 0)
         port = servers[0].getsockname()[1]
         expected = {mac.address(0, 4), f"{mac.address(0, 6)}%{spark.cables[0]}"}
-        with browsing_on(spark) as browser, announced_on(mac, port):
-            assert eventually(lambda: set(ways(browser.found())) == expected)
-            (found,) = browser.found()
-            assert found.port == port
-            assert {way.interface for way in found.addresses} == {spark.cables[0]}
-            for way in found.addresses:
-                spark.run(accepted, way.host, port)
-        assert eventually(lambda: not browser.found(), 2)
+        with browsing_on(spark) as browser:
+            with announced_on(mac, port):
+                assert eventually(lambda: set(ways(browser.found())) == expected)
+                (found,) = browser.found()
+                assert found.port == port
+                assert {way.interface for way in found.addresses} == {spark.cables[0]}
+                for way in found.addresses:
+                    spark.run(accepted, way.host, port)
+            assert eventually(lambda: not browser.found(), 2)
         for server in servers:
             server.close()
 
@@ -118,27 +113,26 @@ def test_cables_come_and_go() -> None:
         assert eventually(lambda: set(ways(browser.found()).values()) == {spark.cables[0]})
 
 
-def no_multicast(host: Host) -> None:
-    host.ip("link", "set", host.cables[0], "multicast", "off")
+def no_multicast(host: Host) -> object:
+    return host.ip("link", "set", host.cables[0], "multicast", "off")
 
 
-def port_taken(host: Host) -> None:
+def port_taken(host: Host) -> object:
     def take() -> socket.socket:
         taken = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
         taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         taken.bind(("::", 5353))
         return taken
 
-    host.taken = host.run(take)  # type: ignore[attr-defined]
+    return host.run(take)
 
 
 @pytest.mark.parametrize("prevent", [no_multicast, port_taken])
 def test_where_multicast_does_not_work_each_side_says_so_once(
-    prevent: Callable[[Host], None], caplog: pytest.LogCaptureFixture
+    prevent: Callable[[Host], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     with two_hosts() as (spark, mac):
-        for host in (spark, mac):
-            prevent(host)
+        kept = [prevent(host) for host in (spark, mac)]
         with caplog.at_level(logging.INFO), announced_on(mac), browsing_on(spark) as browser:
             assert eventually(lambda: len(caplog.records) == 2, 4)
             assert not eventually(lambda: len(caplog.records) != 2, 1)
@@ -148,6 +142,7 @@ def test_where_multicast_does_not_work_each_side_says_so_once(
         assert "--mac-decode-receiver" in said[0] and "--no-discovery" in said[0]
         assert "--mac-decode-receiver" in said[1]
         assert all(host.cables[0] in text for host, text in zip((mac, spark), said, strict=True))
+        del kept
 
 
 def test_a_firewall_that_lets_nothing_in_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

@@ -35,6 +35,9 @@ class Events:
     def message(self, message: m.ReceiverMessage, arrived: float) -> None:
         pass
 
+    def idle(self) -> bool:
+        return True
+
     def tick(self, now: float) -> None:
         pass
 

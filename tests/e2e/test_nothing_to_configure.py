@@ -1,6 +1,6 @@
 """Two machines that have never met: two commands and one code, and no address, token or model.
 
-Two network namespaces are the machines, with multicast between them and keys of their own.
+Two network namespaces are the machines, with two cables, multicast, and keys of their own.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from bench.lab import NoRights, Place, shaped_link
 from mlx_receiver.pairing.keystore import STATE_VARIABLE
 from tests.conftest import free_port
+from tests.discovery.hosts import Host, two_hosts
+from tests.discovery.test_paths import shape
 from tests.servers import BIN, Receiver, Server, Vllm, start_vllm
 from tests.waiting import eventually
 
@@ -30,46 +30,41 @@ _T = TypeVar("_T")
 
 @dataclass
 class Machines:
-    """A Spark, in whose namespace ``run`` calls, and a Mac."""
+    """A Spark, in whose namespace ``run`` calls, and a Mac; with a slow and a fast cable."""
 
-    spark: Place
-    mac: Place
+    spark: Host
+    mac: Host
     state: Path
-    pool: ThreadPoolExecutor
 
     def run(self, call: Callable[..., _T], *args: object, **options: object) -> _T:
-        return self.pool.submit(call, *args, **options).result(300)
+        return self.spark.pool.submit(call, *args, **options).result(300)
 
     def command(self, side: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A command of a user at that machine."""
-        place = self.mac if side == "mac" else self.spark
+        place = (self.mac if side == "mac" else self.spark).place
         program, *rest = arguments
         return subprocess.run(
             place.command([str(BIN / program), *rest]),
-            capture_output=True, text=True, timeout=60, check=False, env=self.environment(side),
+            capture_output=True, text=True, timeout=60, check=False,
+            env=os.environ | {STATE_VARIABLE: str(self.state / side)},
         )  # fmt: skip
-
-    def environment(self, side: str) -> dict[str, str]:
-        return {**os.environ, STATE_VARIABLE: str(self.state / side)}
 
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    try:
-        with shaped_link() as (spark, mac):
-            with ThreadPoolExecutor(1, initializer=spark.enter) as pool:
-                yield Machines(spark, mac, tmp_path_factory.mktemp("state"), pool)
-    except NoRights as error:
-        pytest.skip(str(error))
+    with two_hosts(cables=2) as (spark, mac):
+        for cable, mbits in enumerate((100, 1000)):
+            shape(spark, cable, mbits)
+        yield Machines(spark, mac, tmp_path_factory.mktemp("state"))
 
 
 def start_mac(machines: Machines, models: Path, log: Path, http_port: int) -> Receiver:
-    command = machines.mac.command(
+    command = machines.mac.place.command(
         [str(BIN / "mlx-receiver"), "start", "--models", str(models), "--dtype", "float32",
          "--http-port", str(http_port)]
     )  # fmt: skip
     state = {STATE_VARIABLE: str(machines.state / "mac")}
-    return Receiver(Server(command, log, state), 7790, http_port, machines.mac.address)
+    return Receiver(Server(command, log, state), 7790, http_port)
 
 
 def handed_off(vllm: Vllm) -> bool:
@@ -108,6 +103,8 @@ def test_two_commands_and_one_code(
         assert machines.run(eventually, lambda: handed_off(vllm), 40, 0.3), vllm.server.tail()
         assert machines.run(vllm.tokens, PROMPT, 12) == expected
         assert machines.run(vllm.metric, "vllm:mac_decode_tokens_total") > 0
+        # Over the faster cable.
+        assert f"KV goes to {machines.mac.address(1, 4)} (" in vllm.server.log.read_text()
         # A pairing that is taken back ends it at once; nothing is lost.
         gone = machines.command("mac", "mlx-receiver", "unpair", "*")
         assert gone.returncode == 0 and "Forgot" in gone.stdout

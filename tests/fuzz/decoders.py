@@ -190,7 +190,7 @@ def headers(fields: tuple[Any, ...]) -> int:
                 header = frames.unpack_client(frames._HEADER.pack(*changed))
             except m.WireError:
                 continue
-            assert header.kind in (frames.Kind.ATTACH, frames.Kind.BLOCK)
+            assert header.kind in (frames.Kind.ATTACH, frames.Kind.BLOCK, frames.Kind.PROBE)
             assert header.payload_bytes <= frames.MAX_PAYLOAD
             if header.kind is frames.Kind.BLOCK:
                 size = header.heads * header.tokens * header.width

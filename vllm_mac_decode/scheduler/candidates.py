@@ -37,6 +37,9 @@ class Candidates(Protocol):
     def now(self) -> list[Candidate]:
         """Those to be tried, the best first. Raises PairingError."""
 
+    def hosts(self, candidate: Candidate) -> list[str]:
+        """All addresses that are known of that receiver."""
+
     def none(self) -> str:
         """What to say, and to do, when there is none."""
 
@@ -65,6 +68,13 @@ class Typed:
             Candidate(self._settings.receiver, host, port, found)
             for found in keys_for(host, port, self._settings.token, self._keystore)
         ]
+
+    def hosts(self, candidate: Candidate) -> list[str]:
+        """See ``Candidates.hosts``."""
+        try:
+            return [address.host for address in resolve(candidate.host, candidate.port)]
+        except (OSError, UnicodeError):
+            return []
 
     def none(self) -> str:
         """See ``Candidates.none``."""
@@ -108,6 +118,17 @@ class Discovered:
                 at = f"{name} ({spelled(host, service.port)})"
                 found.append(Candidate(at, host, service.port, known))
         return found + self._here()
+
+    def hosts(self, candidate: Candidate) -> list[str]:
+        """See ``Candidates.hosts``."""
+        key = candidate.keys.receiver_public.decode()
+        services = self._browser.found() if self._browser is not None else []
+        return [
+            way.host
+            for service in services
+            if service.port == candidate.port and service.announced.key == key
+            for way in service.addresses
+        ]
 
     @property
     def paired(self) -> bool:

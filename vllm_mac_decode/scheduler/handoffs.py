@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.layout import CacheLayout
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from vllm_mac_decode.scheduler.port import EnginePort
 
 logger = logging.getLogger("vllm.mac_decode.relay")
+
+
+#: Causes that leave open whether blocks get through.
+_NO_BLOCKS: Final = ("unreachable", "stalled", "failed_block")
 
 
 class Handoffs:
@@ -41,6 +45,10 @@ class Handoffs:
         self.layout: CacheLayout | None = None
         self.vocab_size = 0
 
+    def idle(self) -> bool:
+        """Whether no hand-off is under way."""
+        return not self._sessions
+
     def _finish_unclaimed(self, session: Handoff) -> None:
         """All KV is there: neither the workers nor this side have a part in it any more."""
         session.enter(Phase.OVER)
@@ -52,6 +60,8 @@ class Handoffs:
         if not session.pending:
             return
         self._counts.fallbacks[cause] += 1
+        if cause in _NO_BLOCKS and self.link is not None:
+            self.link.doubt()
         if breaker:
             self._available.failed()
         self._part(session, cause)

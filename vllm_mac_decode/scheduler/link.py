@@ -16,6 +16,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import zmq
@@ -28,6 +29,7 @@ from mlx_receiver.wire.seldom import printable
 from vllm_mac_decode.export import DataTarget
 from vllm_mac_decode.scheduler.candidates import Candidate, Candidates, candidates
 from vllm_mac_decode.scheduler.control import ControlSocket, NoAnswer
+from vllm_mac_decode.scheduler.paths import Paths
 from vllm_mac_decode.settings import Settings
 
 logger = logging.getLogger("vllm.mac_decode.link")
@@ -51,6 +53,9 @@ class LinkListener(Protocol):
 
     def message(self, message: m.ReceiverMessage, arrived: float) -> None:
         """Anything else that the receiver says, and when it came (``time.perf_counter()``)."""
+
+    def idle(self) -> bool:
+        """Whether no hand-off is under way."""
 
     def tick(self, now: float) -> None:
         """A few times a second, connected or not; ``now`` is ``time.monotonic()``."""
@@ -87,6 +92,7 @@ class Link:
         self._closing = False
         self._complaint = ""
         self._where = ""  # for messages: the receiver of the conversation
+        self._paths: Paths | None = None
         self._target: DataTarget | None = None
         self._thread = threading.Thread(target=self._run, name="mac-decode-link", daemon=True)
         self._thread.start()
@@ -104,6 +110,11 @@ class Link:
         self._outbox.put(message)
         self._wake()
         return True
+
+    def doubt(self) -> None:
+        """Blocks did not arrive: perhaps another address of the receiver's still works."""
+        if self._paths is not None:
+            self._paths.doubt()
 
     def close(self) -> None:
         """Ask the thread to end, which frees its sockets, and wait for that a while."""
@@ -186,16 +197,22 @@ class Link:
             tried = found.now()
         except PairingError as error:
             raise _Lost(str(error), _REJECTED_SECONDS) from None
+        answered: set[tuple[bytes, int]] = set()
         for candidate in tried:
             if self._closing:
                 return
+            receiver = candidate.keys.receiver_public, candidate.port
+            if receiver in answered:
+                continue  # at another of its addresses: it would say the same
             try:
-                self._converse(context, candidate)
+                self._converse(context, found, candidate)
                 return
             except _Lost as lost:
                 if self._target is not None:
                     raise
                 failures.append(lost)
+                if not lost.nobody:
+                    answered.add(receiver)
         if not failures:
             raise _Lost(found.none())
         reasons = list(dict.fromkeys(map(str, failures)))
@@ -203,7 +220,9 @@ class Link:
             reasons = [found.none()] if not self._settings.receiver else reasons[:1]
         raise _Lost("; ".join(reasons), max(lost.pause for lost in failures))
 
-    def _converse(self, context: zmq.Context[zmq.Socket[bytes]], candidate: Candidate) -> None:
+    def _converse(
+        self, context: zmq.Context[zmq.Socket[bytes]], found: Candidates, candidate: Candidate
+    ) -> None:
         """One connection, from Hello to its end. Raises _Lost."""
         self._where = where = candidate.name
         try:
@@ -211,7 +230,7 @@ class Link:
                 ControlSocket(context, candidate, self._settings.stall_timeout)
             ) as control:
                 control.send(self._hello)
-                self._serve(control, self._welcomed(control))
+                self._serve(control, self._welcomed(control), lambda: found.hosts(candidate))
         except NoAnswer as error:
             again = error.kind in ("keys", "hung_up")
             lost = _Lost(str(error), _REJECTED_SECONDS if again else 0.0)
@@ -244,10 +263,13 @@ class Link:
             self._listener.tick(time.monotonic())
         raise _Lost("this side is closing")
 
-    def _serve(self, control: ControlSocket, welcome: m.Welcome) -> None:
+    def _serve(
+        self, control: ControlSocket, welcome: m.Welcome, hosts: Callable[[], Sequence[str]]
+    ) -> None:
         while not self._outbox.empty():
             self._outbox.get()  # what was for the last conversation
-        target = self._target_of(control.address.host, welcome)
+        paths = Paths(self._target_of(control.address.host, welcome), hosts)
+        target = paths.first()
         self._complaint = ""
         logger.info(
             "connected to the receiver at %s (%s, %s)",
@@ -255,7 +277,7 @@ class Link:
             printable(welcome.engine),
             printable(welcome.model),
         )
-        self._target = target
+        self._paths, self._target = paths, target
         self._listener.connected(welcome)
         pinged = 0.0
         heard = time.monotonic()
@@ -275,6 +297,7 @@ class Link:
                 control.send(m.Ping(sent_ns=time.monotonic_ns()))
             if now - heard > self._settings.stall_timeout:
                 raise _Lost(f"it has been silent for {now - heard:.1f} s")
+            self._target = paths.look(self._listener.idle()) or self._target
             self._listener.tick(now)
 
     def _take(self, control: ControlSocket) -> int:
@@ -291,7 +314,8 @@ class Link:
         return _AT_ONCE
 
     def _target_of(self, host: str, welcome: m.Welcome) -> DataTarget:
-        """Blocks go to the address of this connection, whatever the receiver says. Raises _Lost."""
+        """Blocks go to the address of this connection, whatever the receiver says, unless another
+        one of it proves that it is the same receiver's, and faster. Raises _Lost."""
         for endpoint in welcome.endpoints:
             if endpoint.transport == self._settings.transport:
                 plain = self._both_plain(host, endpoint)

@@ -53,6 +53,9 @@ class Events:
         if self.fault:
             raise RuntimeError("a fault of ours")
 
+    def idle(self) -> bool:
+        return True
+
     def tick(self, now: float) -> None:
         self.ticks += 1
 

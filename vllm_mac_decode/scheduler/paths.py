@@ -1,0 +1,188 @@
+"""Which of a receiver's addresses carries KV fastest: each is tried for a moment.
+
+A name, or what a receiver announces, often leads to Wi-Fi although there is a cable. The control
+connection may stay where it is: it carries little. That an address leads to the same receiver, the
+data connection's handshake proves.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import msgspec
+
+from mlx_receiver.plugins import transport
+from mlx_receiver.transports.transport import Sender, TransportError
+from mlx_receiver.wire.addresses import is_this_machine, spelled
+from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.wire.messages import WireError
+from vllm_mac_decode.export import DataTarget
+
+logger = logging.getLogger("vllm.mac_decode.link")
+
+#: Bytes and seconds that an address gets at most, and addresses that are tried.
+PROBE_BYTES: Final = 64 << 20
+_PROBE_SECONDS: Final = 0.5
+_MOST: Final = 6
+#: Seconds in which a connection must stand, and in which what was sent must be acknowledged.
+_CONNECT_SECONDS: Final = 1.0
+_ANSWER_SECONDS: Final = 2.0
+_FRAME_BYTES: Final = 1 << 20
+#: How often other addresses are looked for, and how soon after a measurement a broken path is.
+_LOOK_SECONDS: Final = 2.0
+_DOUBT_SECONDS: Final = 5.0
+#: Another address must be that much faster than the one in use.
+_BETTER: Final = 1.2
+
+#: Of which transports addresses can be measured.
+_MEASURED: Final = ("tcp",)
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """One address: bytes a second until they were read there, seconds for a word and its answer,
+    and the largest packet on the way, 0 where that is not known."""
+
+    host: str
+    rate: float
+    round_trip: float
+    mtu: int = 0
+
+    @property
+    def text(self) -> str:
+        """For a log line."""
+        mtu = f", MTU {self.mtu}" if self.mtu else ""
+        return f"{self.host} ({8e-9 * self.rate:.2f} Gbit/s, {1e3 * self.round_trip:.1f} ms{mtu})"
+
+
+class Paths:
+    """The way of one conversation's blocks. For the link's thread, except ``doubt``."""
+
+    def __init__(self, target: DataTarget, hosts: Callable[[], Sequence[str]]) -> None:
+        """``target`` leads to the control connection's host; ``hosts`` are all that are known."""
+        self._target = target
+        self._hosts = hosts
+        self._tried: frozenset[str] = frozenset()
+        self._rate = 0.0  # of the target's host, when it was measured
+        self._doubted = False
+        self._measured_at = self._looked_at = 0.0
+        self._thread: threading.Thread | None = None
+        self._found: list[Path] | None = None
+
+    def first(self) -> DataTarget:
+        """Where blocks go at first; takes a moment for each address."""
+        hosts = self._choices()
+        if len(hosts) > 1:
+            self._measure(hosts)
+            self._take(logged=True)
+        return self._target
+
+    def doubt(self) -> None:
+        """From any thread: blocks did not arrive."""
+        self._doubted = True
+
+    def look(self, idle: bool) -> DataTarget | None:
+        """A better target, if one was found since the last call and may be used now: a faster one
+        while no blocks are on their way (``idle``), or another one for one that broke."""
+        now = time.monotonic()
+        if self._thread is not None:
+            if self._thread.is_alive() or not (idle or self._doubted):
+                return None
+            self._thread = None
+            return self._target if self._take(logged=False) else None
+        if now - self._looked_at < _LOOK_SECONDS:
+            return None
+        self._looked_at = now
+        hosts = self._choices()
+        news = frozenset(hosts) != self._tried
+        broken = self._doubted and now - self._measured_at > _DOUBT_SECONDS
+        if len(hosts) > 1 and (news or broken):
+            self._thread = threading.Thread(
+                target=self._measure, args=(hosts,), name="mac-decode-paths", daemon=True
+            )
+            self._thread.start()
+        return None
+
+    def _choices(self) -> list[str]:
+        """The hosts that there are, the present one first; one only where there is nothing to
+        choose."""
+        here = self._target.endpoint.host
+        if self._target.endpoint.transport not in _MEASURED or is_this_machine(here):
+            return [here]
+        return list(dict.fromkeys([here, *self._hosts()]))[:_MOST]
+
+    def _measure(self, hosts: Sequence[str]) -> None:
+        # One after the other: together they would share what they have in common.
+        paths = [measure(host, self._target) for host in hosts]
+        self._tried = frozenset(hosts)
+        self._found = sorted((p for p in paths if p is not None), key=lambda path: -path.rate)
+        self._measured_at = time.monotonic()
+
+    def _take(self, logged: bool) -> bool:
+        """Whether what was measured leads elsewhere."""
+        found, self._found = self._found or [], None
+        doubted, self._doubted = self._doubted, False
+        if not found:
+            return False
+        best, here = found[0], self._target.endpoint.host
+        present = next((path for path in found if path.host == here), None)
+        moves = best.host != here and (
+            present is None or doubted or best.rate > _BETTER * present.rate
+        )
+        if moves:
+            endpoint = msgspec.structs.replace(self._target.endpoint, host=best.host)
+            self._target = replace(self._target, endpoint=endpoint)
+        if moves or logged:
+            used = best if moves or present is None else present
+            others = "; ".join(path.text for path in found if path is not used)
+            logger.info("KV goes to %s%s", used.text, f", not to {others}" if others else "")
+        return moves
+
+
+def measure(host: str, target: DataTarget) -> Path | None:
+    """Send for a moment to one address; None where that does not work."""
+    endpoint = msgspec.structs.replace(target.endpoint, host=host)
+    try:
+        sender = transport(endpoint.transport).connect(endpoint, target.ticket, _CONNECT_SECONDS)
+    except (TransportError, ValueError) as error:
+        logger.debug("%s is no way: %s", spelled(host, endpoint.port), error)
+        return None
+    try:
+        began = time.perf_counter()
+        _probe(sender, 1)
+        _acknowledged(sender, 1)
+        round_trip = time.perf_counter() - began
+        began = time.perf_counter()
+        frames = 0
+        while frames * _FRAME_BYTES < PROBE_BYTES:
+            _probe(sender, _FRAME_BYTES)
+            frames += 1
+            if time.perf_counter() - began > _PROBE_SECONDS:
+                break
+        _acknowledged(sender, frames)
+        rate = frames * _FRAME_BYTES / (time.perf_counter() - began)
+        return Path(host, rate, round_trip, getattr(sender, "mtu", 0))
+    except (TransportError, WireError, TimeoutError) as error:
+        logger.debug("%s is no way: %s", spelled(host, endpoint.port), error)
+        return None
+    finally:
+        sender.close()
+
+
+def _probe(sender: Sender, count: int) -> None:
+    payload = [memoryview(bytes(count))]
+    sender.send(Header(kind=Kind.PROBE, session=0, payload_bytes=count), payload)
+
+
+def _acknowledged(sender: Sender, frames: int) -> None:
+    """Wait until so many frames have been read. Raises TimeoutError."""
+    until = time.monotonic() + _ANSWER_SECONDS
+    while (frames := frames - len(sender.replies())) > 0:
+        if time.monotonic() > until:
+            raise TimeoutError("no answer to a probe")
+        time.sleep(0.0005)
