@@ -29,5 +29,5 @@ if "$env/bin/python" -c "import torch" 2>/dev/null || "$env/bin/python" -c "impo
     echo "torch or vLLM is installed in $env: this would not test the Mac's half by itself" >&2
     exit 1
 fi
-"$env/bin/python" -m pytest tests/wire tests/mlx_receiver tests/fuzz "$@"
+"$env/bin/python" -m pytest tests/wire tests/pairing tests/discovery tests/mlx_receiver tests/fuzz "$@"
 "$env/bin/mlx-receiver" check
