@@ -25,8 +25,8 @@ atexit.register(shutil.rmtree, os.environ[STATE_VARIABLE], ignore_errors=True)
 use_fast_blas()  # before any test imports MLX
 
 #: What the second process of ``python -m tests`` runs: it is not the one to load the machine.
-BESIDE = ("wire", "mlx_receiver", "vllm_mac_decode", "pairing", "discovery", "test_demo",
-          "test_engine_modes", "test_link", "test_packaging", "test_pause")  # fmt: skip
+BESIDE = ("mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_modes", "test_link",
+          "test_packaging", "test_pause")  # fmt: skip
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -31,7 +31,7 @@ _TROUBLE: Final = (
 MOST_SERVICES: Final = 64
 MOST_ADDRESSES: Final = 16
 
-#: Longest name in DNS, in bytes.
+#: Longest name in DNS.
 _LONGEST_NAME: Final = 255
 #: Milliseconds for which a service is asked for what is not known of it.
 _ASK_MS: Final = 3000
@@ -107,7 +107,7 @@ class Browser:
         self._browsers: dict[Station, AsyncServiceBrowser] = {}
         self._names: dict[Station, dict[str, _Name]] = {}
         self._showing: asyncio.TimerHandle | None = None
-        self._stations = Stations("discover", self, self._trouble.is_certain)
+        self._stations = Stations("browse", self, self._trouble.is_certain)
         self._stations.start()
 
     def found(self) -> list[Found]:
@@ -170,12 +170,12 @@ class Browser:
 
     async def closing(self, station: Station, goodbye: bool) -> None:
         """See ``Keeper``."""
-        names = self._names.pop(station, {})
-        for name in list(names):
-            self._drop(names, name)
         browser = self._browsers.pop(station, None)
         if browser is not None:
             await browser.async_cancel()
+        names = self._names.pop(station, {})
+        for name in list(names):
+            self._drop(names, name)
 
     async def checked(self, stations: Sequence[Station], failures: dict[str, str]) -> None:
         """See ``Keeper``."""
@@ -199,7 +199,7 @@ class Browser:
     def _take(self, station: Station, name: str) -> None:
         """Follow a name; when there are too many, instead of one that was asked in vain."""
         names = self._names[station]
-        if not name.lower().endswith(f".{SERVICE_TYPE}") or len(name.encode()) > _LONGEST_NAME:
+        if not name.lower().endswith(f".{SERVICE_TYPE}") or len(name) > _LONGEST_NAME:
             return
         if len(names) >= MOST_SERVICES:
             silent = [other for other, k in names.items() if k.asked and k.service is None]

@@ -182,7 +182,8 @@ def test_both_commands_list_what_is_there(announce: Callable[..., Announcer]) ->
     assert eventually(lambda: bool(announcer._heard))
     as_json = CliRunner().invoke(
         mlx_receiver.cli.app,
-        ["discover", "--seconds", "1", "--json", "--model", "org/Other"],
+        # What was said a moment ago is said again after a second only.
+        ["discover", "--seconds", "2", "--json", "--model", "org/Other"],
     )
     assert as_json.exit_code == 0
     (listed,) = [
@@ -194,7 +195,7 @@ def test_both_commands_list_what_is_there(announce: Callable[..., Announcer]) ->
     assert (listed["port"], listed["matches"]) == (7790, False)
     assert "org/Model, not org/Other" in listed["why_not"] and "not paired" in listed["why_not"]
     as_table = CliRunner(env={"COLUMNS": "200"}).invoke(
-        vllm_mac_decode.tools.cli.app, ["discover", "--seconds", "1"]
+        vllm_mac_decode.tools.cli.app, ["discover", "--seconds", "2"]
     )
     assert as_table.exit_code == 0
     for word in ("Studio [bold]", "org/Model", f"{HERE}:7790 (lo, virtual)", "not paired"):

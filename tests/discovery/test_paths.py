@@ -18,8 +18,6 @@ from vllm_mac_decode.export import DataTarget
 from vllm_mac_decode.scheduler import paths
 from vllm_mac_decode.scheduler.paths import PROBE_BYTES, Path, Paths, measure
 
-pytestmark = pytest.mark.beside
-
 #: Mbit/s of the two cables.
 RATES = (200, 2000)
 
