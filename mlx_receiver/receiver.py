@@ -10,14 +10,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal
 
 from mlx_receiver import plugins
-from mlx_receiver.control.desk import Desk, announcer
+from mlx_receiver.control.desk import Desk, Presence
 from mlx_receiver.control.lobby import Choose
 from mlx_receiver.control.server import ControlServer
 from mlx_receiver.decode import weights
 from mlx_receiver.decode.device import engine_name
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.model import LoadedModel, ModelSource, Progress, find_model
-from mlx_receiver.discovery.announce import Announcer
 from mlx_receiver.metrics import Metrics
 from mlx_receiver.sessions.service import SessionService
 from mlx_receiver.sessions.store import SessionStore
@@ -81,7 +80,7 @@ class Receiver:
         self.http: HttpServer | None = None
         self.started = time.monotonic()
         self._listeners: list[Listener] = []
-        self._announcer: Announcer | None = None
+        self.presence: Presence | None = None
 
     @property
     def address(self) -> str:
@@ -133,10 +132,13 @@ class Receiver:
 
             self.http = HttpServer(settings, application(self))
             self.http.start()
-        if settings.discovery:
-            self._announcer = announcer(
-                self.desk, settings.host, self.port, self.http_port, self.source.name
-            )
+        self.presence = Presence(
+            self.desk,
+            settings,
+            self.port,
+            self.http_port,
+            self.source.vllm_name or self.source.name,
+        )
         self.engine.start()
 
     def wait_ready(self, timeout: float | None = None) -> bool:
@@ -162,8 +164,8 @@ class Receiver:
 
     def stop(self) -> None:
         """Tell the clients, end every session, free the ports. Takes at most about 2 s."""
-        if self._announcer is not None:
-            self._announcer.close()
+        if self.presence is not None:
+            self.presence.close()
         self.control.stop()
         self.store.close()
         for listener in self._listeners:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
-from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -20,6 +19,7 @@ import msgspec
 from mlx_receiver.decode.blas import use_fast_blas
 from mlx_receiver.decode.model import ModelError
 from mlx_receiver.settings import Settings
+from mlx_receiver.wire.messages import E_MODEL, WireError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +37,7 @@ _PROGRESS_SECONDS: Final = 10.0
 #: take to go out, and how long a model that cannot be loaded is not tried again.
 _LOOK_SECONDS: Final = 0.2
 _LAST_WORDS: Final = 0.1
-_AGAIN_SECONDS: Final = 5.0
+_AGAIN_SECONDS: Final = 60.0
 
 _CAFFEINATE: Final = "/usr/bin/caffeinate"
 
@@ -76,24 +76,32 @@ def serve(settings: Settings, stop: Interruption) -> NoReturn:
 
     parse_map(settings.model_map)  # raises
     console = Console(stderr=True, highlight=False)
-    choice = None if settings.model else partial(choose, settings)
+    unusable: dict[str, tuple[str, float]] = {}
+
+    def chosen(asked: str) -> str:
+        found = choose(settings, asked)
+        why, until = unusable.get(found, ("", 0.0))
+        if time.monotonic() < until:
+            raise WireError(E_MODEL, f"this receiver cannot serve {found}: {why}")
+        return found
+
+    choice = None if settings.model else chosen
     model: str | None = settings.model
     while True:
         if choice is not None and not model:
             model = _asked(settings, choice, console, stop)
             if model is None:
                 _leave(console)
-        chosen = msgspec.structs.replace(settings, model=model)
         try:
-            model = _serve_model(chosen, choice, console, stop)
+            loading = msgspec.structs.replace(settings, model=model)
+            model = _serve_model(loading, choice, console, stop)
         except ModelError as error:
             if choice is None:
                 raise
-            # The next vLLM may serve another one.
+            # The next vLLM may serve another one, and this one hears why.
             logger.error("%s", error)
+            unusable[str(model)] = str(error), time.monotonic() + _AGAIN_SECONDS
             model = ""
-            if stop.wait(_AGAIN_SECONDS):
-                _leave(console)
         if model is None:
             _leave(console)
 
@@ -106,7 +114,9 @@ def _asked(settings: Settings, choice: Choose, console: Console, stop: Interrupt
     with WaitingReceiver(settings, choice) as receiver:
         for line in waiting(receiver):
             console.print(line, soft_wrap=True, markup=False)
-        while not stop.wait(0.1):
+        while not stop.wait(_LOOK_SECONDS):
+            if receiver.presence is not None:
+                receiver.presence.refresh()
             model = receiver.wait(0)
             if model is not None:
                 time.sleep(_LAST_WORDS)
@@ -152,11 +162,9 @@ def _serve_model(
         console.print(line, soft_wrap=True, markup=False)
     if awake:
         console.print("This Mac stays awake meanwhile (caffeinate), unless its lid is closed.")
-    if choice is None:
-        stop.wait(None)
-    else:
-        while not receiver.control.wanted and not stop.wait(_LOOK_SECONDS):
-            pass
+    while not receiver.control.wanted and not stop.wait(_LOOK_SECONDS):
+        if receiver.presence is not None:
+            receiver.presence.refresh()
     wanted = receiver.control.wanted
     receiver.stop()
     if not wanted:

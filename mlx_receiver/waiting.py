@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from mlx_receiver.control.desk import Desk, announcer
+from mlx_receiver.control.desk import Desk, Presence
 from mlx_receiver.control.lobby import Choose, Lobby
-from mlx_receiver.discovery.announce import Announcer
 from mlx_receiver.http.server import HttpServer, waiting_application
 from mlx_receiver.settings import Settings
 
@@ -19,7 +18,7 @@ class WaitingReceiver:
         self.settings = settings
         self.desk = Desk.of(settings)
         self._lobby = Lobby(self.desk.credentials, choose)
-        self._announcer: Announcer | None = None
+        self.presence: Presence | None = None
         self._http: HttpServer | None = None
         self.port = 0
 
@@ -40,10 +39,7 @@ class WaitingReceiver:
             if settings.http_port is not None:
                 self._http = HttpServer(settings, waiting_application(settings, self.desk))
                 self._http.start()
-            if settings.discovery:
-                self._announcer = announcer(
-                    self.desk, settings.host, self.port, self.http_port, "any"
-                )
+            self.presence = Presence(self.desk, settings, self.port, self.http_port)
         except BaseException:
             self._close()
             raise
@@ -58,8 +54,8 @@ class WaitingReceiver:
         self._close()
 
     def _close(self) -> None:
-        if self._announcer is not None:
-            self._announcer.close()
+        if self.presence is not None:
+            self.presence.close()
         self._lobby.close()
         if self._http is not None:
             self._http.stop()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from dataclasses import dataclass
 
+import msgspec
+
 from mlx_receiver.control.credentials import Credentials, Paired, SharedToken
 from mlx_receiver.discovery.announce import Announcer
-from mlx_receiver.discovery.service import Announced
+from mlx_receiver.discovery.service import ANY_MODEL, Announced
 from mlx_receiver.pairing.exchange import Card
 from mlx_receiver.pairing.keystore import Keystore, PairingError, instance_of
 from mlx_receiver.pairing.offer import Reception
@@ -44,26 +47,45 @@ class Desk:
 
     @property
     def is_paired(self) -> bool:
-        """Whether some machine is paired with it."""
+        """Whether some machine is paired with it, or none has to be."""
         try:
-            return self.reception is not None and bool(self.keystore.peers())
+            return self.reception is None or bool(self.keystore.peers())
         except PairingError:
             return False
 
 
-def announcer(desk: Desk, host: str, port: int, http_port: int, model: str) -> Announcer:
-    """Announces a receiver on the network; ``model`` is "any" while it has none."""
-    card = desk.card
-    return Announcer(
-        Announced(
+class Presence:
+    """Announces a receiver on the network until ``close``."""
+
+    def __init__(
+        self, desk: Desk, settings: Settings, port: int, http_port: int, model: str = ANY_MODEL
+    ) -> None:
+        """``model`` as vLLM calls it, or its folder, of which others hear the last name only."""
+        card = desk.card
+        self._desk = desk
+        # Of a key that follows from a token one could guess the token.
+        key = "" if settings.token else card.key
+        self._said = Announced(
             protocol=card.protocol,
-            instance=instance_of(card.key),
+            instance=instance_of(key or secrets.token_hex(16)),
             name=card.name,
-            model=model,
+            model=model.rstrip("/").rpartition("/")[2]
+            if model.startswith(("/", "~", "."))
+            else model,
             paired=desk.is_paired,
             http_port=http_port,
-            key=card.key,
-        ),
-        port,
-        host,
-    )
+            key=key,
+        )
+        self._announcer = Announcer(self._said, port, settings.host) if settings.discovery else None
+
+    def refresh(self) -> None:
+        """Say what has changed: machines are paired by other processes, too."""
+        said = msgspec.structs.replace(self._said, paired=self._desk.is_paired)
+        if self._announcer is not None and said != self._said:
+            self._said = said
+            self._announcer.update(said)
+
+    def close(self) -> None:
+        """Say goodbye."""
+        if self._announcer is not None:
+            self._announcer.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -21,10 +21,12 @@ HINT: Final = (
 )
 
 
-def list_receivers(seconds: float, as_json: bool, model: str = "") -> int:
+def list_receivers(
+    seconds: float, as_json: bool, model: str = "", known: Collection[str] | None = None
+) -> int:
     """Look for receivers and print them; the exit status: 0 if there are any, else 1.
 
-    ``model`` is the one that is wanted, "" for any.
+    ``model`` is the one that is wanted, "" for any; ``known`` as in ``why_not``.
     """
     from rich.console import Console
 
@@ -32,15 +34,15 @@ def list_receivers(seconds: float, as_json: bool, model: str = "") -> int:
     with errors.status(f"Listening for {seconds:g} s"):
         found = discover(seconds)
     if as_json:
-        print(json.dumps({"receivers": [as_dict(one, model) for one in found]}, indent=1))
+        print(json.dumps({"receivers": [as_dict(one, model, known) for one in found]}, indent=1))
     elif found:
-        Console(highlight=False).print(table(found, model))
+        Console(highlight=False).print(table(found, model, known))
     if not found:
         errors.print(HINT, soft_wrap=True)
     return 0 if found else 1
 
 
-def table(found: Sequence[Found], model: str) -> Any:
+def table(found: Sequence[Found], model: str, known: Collection[str] | None = None) -> Any:
     """A ``rich`` table of them."""
     from rich.markup import escape
     from rich.table import Table
@@ -50,7 +52,7 @@ def table(found: Sequence[Found], model: str) -> Any:
         shown.add_column(heading, overflow="fold")
     for one in found:
         said = one.announced
-        reason = why_not(said, model, PROTOCOL_VERSION)
+        reason = why_not(said, model, PROTOCOL_VERSION, known)
         shown.add_row(
             escape(said.name),
             escape(said.model),
@@ -65,9 +67,9 @@ def table(found: Sequence[Found], model: str) -> Any:
     return shown
 
 
-def as_dict(one: Found, model: str) -> dict[str, Any]:
+def as_dict(one: Found, model: str, known: Collection[str] | None = None) -> dict[str, Any]:
     """One of them for JSON."""
-    reason = why_not(one.announced, model, PROTOCOL_VERSION)
+    reason = why_not(one.announced, model, PROTOCOL_VERSION, known)
     return {
         **msgspec.structs.asdict(one.announced),
         "port": one.port,

@@ -6,6 +6,7 @@ Who a receiver is, the keys prove when a connection is made; whether the models 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Final
 
 import msgspec
@@ -102,9 +103,12 @@ def cut(text: str, nbytes: int) -> str:
     return text.encode(errors="ignore")[:nbytes].decode(errors="ignore")
 
 
-def why_not(announced: Announced, model: str, protocol: int) -> str:
+def why_not(
+    announced: Announced, model: str, protocol: int, known: Collection[str] | None = None
+) -> str:
     """Why this side, of that protocol and with that model, cannot use a receiver, in words; "" if
-    it can. ``model`` "" is any.
+    it can. ``model`` "" is any; ``known`` are the keys that this machine is paired with, None where
+    that is not asked. A receiver that announces no key has a token.
 
     Models are compared by the last part of their names, since one side may name a folder.
     """
@@ -117,9 +121,10 @@ def why_not(announced: Announced, model: str, protocol: int) -> str:
     reasons = []
     if model and announced.model != ANY_MODEL and _last(announced.model) != _last(model):
         reasons.append(f"it serves {announced.model}, not {model}")
-    if not announced.paired:
+    stranger = known is not None and announced.key and announced.key not in known
+    if not announced.paired or stranger:
         reasons.append(
-            "it is not paired: `mlx-receiver pair` on its machine shows the code for "
+            f"it is not paired{' with this machine' if stranger else ''}: `mlx-receiver pair` on its machine shows the code for "
             "`mac-decode pair`"
         )
     return "; ".join(reasons)

@@ -119,6 +119,17 @@ def test_every_connection_direction_and_number_has_a_tag_of_its_own(
     assert Opener(level, KEY, NONCES, "client").small(frame) == bytes(HEADER_BYTES)
 
 
+def test_levels_and_directions_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[bytes] = []
+    monkeypatch.setattr(seal, "AESGCM", keys.append)
+    for level in PROTECTED:
+        for key in (KEY, OTHER.key):
+            for nonces in (NONCES, NONCES[::-1]):
+                Sealer(level, key, nonces, "client")
+                Sealer(level, key, nonces, "receiver")
+    assert len(set(keys)) == len(keys) == 16 and not {KEY, OTHER.key} & set(keys)
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     st.sampled_from(PROTECTED),

@@ -121,14 +121,12 @@ class Discovered:
 
     def hosts(self, candidate: Candidate) -> list[str]:
         """See ``Candidates.hosts``."""
-        key = candidate.keys.receiver_public.decode()
         services = self._browser.found() if self._browser is not None else []
-        return [
-            way.host
-            for service in services
-            if service.port == candidate.port and service.announced.key == key
-            for way in service.addresses
-        ]
+        for service in services:
+            hosts = [way.host for way in service.addresses]
+            if service.port == candidate.port and candidate.host in hosts:
+                return hosts
+        return []
 
     @property
     def paired(self) -> bool:
@@ -199,6 +197,16 @@ def keys_for(host: str, port: int, token: str, keystore: Keystore) -> list[keys.
     me = keystore.identity() if receivers else None
     found = [_own(me, key) for key in dict.fromkeys(receivers) if me is not None]
     return [keys.of_token(""), *found] if here else found
+
+
+def known_keys(keystore: Keystore) -> set[str]:
+    """Of the receivers that take this machine: those it is paired with, and those that run here.
+
+    Raises PairingError.
+    """
+    known = {peer.key for peer in keystore.peers()} | {keys.of_token("").receiver_public.decode()}
+    local = Keystore("receiver").read("identity.json", Identity)
+    return known | ({local.public} if local is not None else set())
 
 
 def _leads_here(host: str, port: int) -> bool:

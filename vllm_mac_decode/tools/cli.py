@@ -76,8 +76,9 @@ def discover(
     """List the receivers that announce themselves on this network. Exit status: 0 if there are any,
     1 if not."""
     from mlx_receiver.discovery.listing import list_receivers
+    from vllm_mac_decode.scheduler.candidates import known_keys
 
-    raise typer.Exit(list_receivers(seconds, as_json, model))
+    _of_pairings(lambda keystore: list_receivers(seconds, as_json, model, known_keys(keystore)))
 
 
 @app.command()
