@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -69,9 +70,7 @@ class Presence:
             protocol=card.protocol,
             instance=instance_of(key or secrets.token_hex(16)),
             name=card.name,
-            model=model.rstrip("/").rpartition("/")[2]
-            if model.startswith(("/", "~", "."))
-            else model,
+            model=Path(model).name if model.startswith(("/", "~", ".")) else model,
             paired=desk.is_paired,
             http_port=http_port,
             key=key,

@@ -124,8 +124,8 @@ def why_not(
     stranger = known is not None and announced.key and announced.key not in known
     if not announced.paired or stranger:
         reasons.append(
-            f"it is not paired{' with this machine' if stranger else ''}: `mlx-receiver pair` on its machine shows the code for "
-            "`mac-decode pair`"
+            f"it is not paired{' with this machine' if stranger else ''}: `mlx-receiver pair` on "
+            "its machine shows the code for `mac-decode pair`"
         )
     return "; ".join(reasons)
 
