@@ -80,8 +80,8 @@ class Presence:
     def refresh(self) -> None:
         """Say what has changed: machines are paired by other processes, too."""
         said = msgspec.structs.replace(self._said, paired=self._desk.is_paired)
-        if self._announcer is not None and said != self._said:
-            self._said = said
+        changed, self._said = said != self._said, said
+        if changed and self._announcer is not None:
             self._announcer.update(said)
 
     def close(self) -> None:

@@ -151,3 +151,12 @@ def test_discovery_imports_no_engine_and_zeroconf_late() -> None:
         "assert not bad & set(sys.modules), bad & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_who_is_paired_with_others_is_not_paired_with_this_machine() -> None:
+    key = "k" * 40
+    one = with_(key=key)
+    assert why_not(one, "", PROTOCOL_VERSION, {key}) == ""
+    assert "not paired with this machine" in why_not(one, "", PROTOCOL_VERSION, set())
+    # Without a key it has a token, which only an attempt can compare.
+    assert why_not(with_(key=""), "", PROTOCOL_VERSION, set()) == ""

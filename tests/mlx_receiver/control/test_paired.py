@@ -160,6 +160,8 @@ def test_a_receiver_with_a_token_pairs_with_nobody(
     with started(tiny_llama_path, host="*", http_port=0, token="t" * 32) as fixed:
         with pytest.raises(PairingError, match="MAC_DECODE_TOKEN"):
             pair(spark, other, fixed.port, http_port(fixed), "1234-5678")
+        with pytest.raises(PairingError, match="MAC_DECODE_TOKEN"):
+            card(other, http_port(fixed))  # of its key one could guess the token
         client = FakeVllm(fixed, host=other, token="t" * 32)
         assert isinstance(client.hello(), Welcome)
         client.close()

@@ -248,3 +248,27 @@ def test_interfaces_are_named_with_their_speed(
 def test_the_interface_of_an_address_is_found() -> None:
     (address,) = resolve("127.0.0.1", 1)
     assert transfer.interface_to(address).name == "lo"
+
+
+def test_without_an_address_the_receiver_is_found(tiny_llama_path: Path) -> None:
+    with started(tiny_llama_path, discovery=True) as announced:
+        checks = ReceiverChecks(Settings(), None)
+        findings = list(checks.findings())
+    assert [f.name for f in findings] == ["discovery", "address", "token", "model"]
+    assert f":{announced.port})" in findings[0].seen and findings[0].state == "fine"
+    assert checks.best == "", "vLLM will find it, too"
+
+
+def test_without_an_address_and_without_a_receiver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver, "_LOOK_SECONDS", 0.3)
+    monkeypatch.setattr("vllm_mac_decode.scheduler.candidates.DEFAULT_PORT", free_port())
+    findings = list(ReceiverChecks(Settings(), None).findings())
+    assert findings[0].name == "discovery" and findings[0].state == "warning"
+    assert "no receiver is found on this network" in findings[0].seen
+    assert findings[-1].name == "reachable" and findings[-1].state == "wrong"
+
+
+def test_an_address_of_a_machine_that_is_not_paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    (finding,) = ReceiverChecks(Settings(receiver="192.0.2.77"), None).findings()
+    assert (finding.name, finding.state) == ("pairing", "wrong")
+    assert "mac-decode pair CODE --receiver 192.0.2.77" in finding.seen
