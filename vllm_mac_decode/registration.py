@@ -54,8 +54,9 @@ def _add_flags(engine_args: Any) -> None:
             metavar="HOST[:PORT]",
             type=_receiver,
             default=None,
-            help="Where `mlx-receiver start` listens (also MAC_DECODE_RECEIVER; default "
-            f"127.0.0.1, port {DEFAULT_PORT}).",
+            help="Where `mlx-receiver start` listens (also MAC_DECODE_RECEIVER; port "
+            f"{DEFAULT_PORT} unless given). Without it, the paired receiver that is found on the "
+            "network.",
         )
         return parser
 
