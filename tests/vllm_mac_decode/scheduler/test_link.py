@@ -16,12 +16,13 @@ import zmq
 
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.handshake import Introduction
-from mlx_receiver.wire.keys import control_keys, new_ticket
+from mlx_receiver.wire.keys import control_keys, new_ticket, of_token
 from mlx_receiver.wire.layout import full_attention
 from mlx_receiver.wire.signature import ModelSignature
 from tests.conftest import free_port
 from tests.waiting import eventually
 from vllm_mac_decode.scheduler import link as link_module
+from vllm_mac_decode.scheduler.candidates import Candidate
 from vllm_mac_decode.scheduler.control import ControlSocket
 from vllm_mac_decode.scheduler.link import Link
 from vllm_mac_decode.settings import Settings
@@ -112,6 +113,65 @@ def linked(
     finally:
         link.close()
         assert not link._thread.is_alive()
+
+
+class Network:
+    """Candidates that are the given ones."""
+
+    def __init__(self, *found: Candidate) -> None:
+        self.found = list(found)
+
+    def now(self) -> list[Candidate]:
+        return self.found
+
+    def hosts(self, candidate: Candidate) -> list[str]:
+        return []
+
+    def none(self) -> str:
+        return "there is no receiver"
+
+    def close(self) -> None:
+        pass
+
+
+def candidate(peer: Peer, host: str = "127.0.0.1") -> Candidate:
+    return Candidate(peer.address, host, int(peer.address.rpartition(":")[2]), of_token(""))
+
+
+def test_when_a_receiver_is_lost_the_next_one_is_used(
+    monkeypatch: pytest.MonkeyPatch, lines: Callable[[], list[str]]
+) -> None:
+    first, second = Peer(welcoming), Peer(welcoming)
+    network = Network(candidate(first), candidate(second))
+    monkeypatch.setattr("vllm_mac_decode.scheduler.link.candidates", lambda _: network)
+    with linked("") as (link, events):
+        assert events.seen.get(timeout=5) == "connected"
+        first.close()
+        assert events.seen.get(timeout=5) != "connected"
+        assert events.seen.get(timeout=10) == "connected"
+        assert link.target is not None
+        second.close()
+        assert events.seen.get(timeout=5) != "connected"
+        assert eventually(lambda: any("there is no receiver" in line for line in lines()), 10)
+    assert first.address in lines()[0] and second.address in lines()[1]
+
+
+def test_a_receiver_that_refuses_is_asked_at_one_of_its_addresses(
+    monkeypatch: pytest.MonkeyPatch, lines: Callable[[], list[str]]
+) -> None:
+    heard = []
+
+    def refusing(message: m.ClientMessage) -> list[bytes]:
+        heard.append(message)
+        return [m.encode(m.Rejected(m.E_MODEL, "another model"))]
+
+    peer = Peer(refusing)
+    network = Network(candidate(peer), candidate(peer, "localhost"))
+    monkeypatch.setattr("vllm_mac_decode.scheduler.link.candidates", lambda _: network)
+    with linked(""):
+        assert eventually(lambda: any("another model" in line for line in lines()), 5)
+    assert len(heard) == 1
+    peer.close()
 
 
 @pytest.fixture
