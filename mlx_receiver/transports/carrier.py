@@ -65,6 +65,8 @@ class InBand:
 
     def fill(self, header: Header, buffers: Sequence[memoryview], wanted: bool) -> None:
         """See ``Carrier.fill``."""
+        if not header.payload_bytes:
+            return  # nor is there a tag
         recv_payload(self._sock, [*buffers, self._tag])
         if wanted:
             self._opener.payload(buffers, self._tag)

@@ -195,7 +195,7 @@ def headers(fields: tuple[Any, ...]) -> int:
             if header.kind is frames.Kind.BLOCK:
                 size = header.heads * header.tokens * header.width
                 assert header.payload_bytes == size * frames.ITEMSIZE[header.dtype] > 0
-            else:
+            elif header.kind is frames.Kind.ATTACH:
                 assert not header.payload_bytes
             assert 0 <= header.session < 1 << 63
     return count

@@ -217,6 +217,22 @@ def test_blocks_and_replies_come_through(
     sender.close()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES + 1])
+def test_probes_are_thrown_away(
+    listener: TcpListener, sink: MemorySink, level: Level, size: int
+) -> None:
+    sender = TcpTransport(level).connect(listener.endpoint, TICKET, 10.0)
+    for number in range(2):
+        sender.send(Header(Kind.PROBE, 0, size), [memoryview(bytes(size))] if size else [])
+        sender.send(*make_block(1, number))
+    sink.wait(lambda: len(sink.landed) == 2)
+    assert sink.order == [(1, 0), (1, 1)] and not sink.refusals
+    heard: list[DataReply] = []
+    assert eventually(lambda: heard.extend(sender.replies()) or len(heard) == 2)
+    sender.close()
+
+
 def test_two_connections_of_a_client_say_nothing_alike(
     listener: TcpListener, sink: MemorySink
 ) -> None:
