@@ -20,11 +20,13 @@ NAME = "owner/model"
 @dataclass
 class Hub:
     """``folder`` is the model ``name``. Requests whose path contains ``stalls`` get
-    no answer (of a file, half of it); with ``gated`` nobody gets a file."""
+    no answer (of a file, half of it); with ``gated`` nobody gets a file. ``pause``: seconds in the
+    middle of each."""
 
     folder: Path
     stalls: str = "\0"
     gated: bool = False
+    pause: float = 0.0
     name: str = NAME
     requests: list[str] = field(default_factory=list)
     url: str = ""
@@ -48,7 +50,7 @@ class Hub:
 
 
 @contextmanager
-def hub(folder: Path, **options: str | bool) -> Iterator[Hub]:
+def hub(folder: Path, **options: str | bool | float) -> Iterator[Hub]:
     """A hub that serves until the end of the block."""
     state = Hub(folder, **options)  # type: ignore[arg-type]
     over = threading.Event()
@@ -106,11 +108,14 @@ def hub(folder: Path, **options: str | bool) -> Iterator[Hub]:
             self.end_headers()
             if self.command == "HEAD":
                 return
-            half = len(data) // 2 if stalls else len(data)
+            half = len(data) // 2
             self.wfile.write(data[:half])
+            self.wfile.flush()
             if stalls:
-                self.wfile.flush()
                 over.wait()
+                return
+            time.sleep(state.pause)
+            self.wfile.write(data[half:])
 
         def log_message(self, *_: object) -> None:
             pass

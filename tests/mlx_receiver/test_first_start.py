@@ -199,7 +199,8 @@ def test_an_unknown_model_keeps_to_one_line(tiny_llama_path: Path, tmp_path: Pat
 
 def test_the_download_shows_its_progress(tiny_llama_path: Path, tmp_path: Path) -> None:
     code = "hub.weights(hub.description('owner/model'), lambda *seen: print(*seen))"
-    with hub(tiny_llama_path) as giving:
+    # Half a second is longer than the bars of the hub's library wait before they show more.
+    with hub(tiny_llama_path, pause=0.5) as giving:
         done = with_hub(giving, tmp_path, code)
     size = (tiny_llama_path / "model.safetensors").stat().st_size
     counts = [int(line.split()[1]) for line in done.stdout.splitlines()]

@@ -65,6 +65,11 @@ class Link:
 
     up: bool = True
     said: list[m.ClientMessage] = field(default_factory=list)
+    #: How often it was said that blocks do not get through.
+    doubts: int = 0
+
+    def doubt(self) -> None:
+        self.doubts += 1
 
     def send(self, message: m.ClientMessage) -> bool:
         if self.up:

@@ -127,6 +127,7 @@ def test_the_clock_gives_up_what_waits(engine: Engine) -> None:
     assert not engine.port.resumed
     engine.relay.tick(time.monotonic() + 2.1)
     assert engine.counts().fallbacks == {"stalled": 1}
+    assert engine.link.doubts == 1, "another address of the receiver's may still work"
 
 
 def test_queued_is_not_the_breakers_business() -> None:
