@@ -63,12 +63,12 @@ class LinkListener(Protocol):
 
 class _Lost(Exception):
     """The conversation is over; the text says why. ``pause``: seconds before the next one, 0 for
-    the usual. ``nobody``: nothing listens there."""
+    the usual. ``nobody``: nothing listens there. ``refused``: the receiver itself said no."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
         self.pause = pause
-        self.nobody = False
+        self.nobody = self.refused = False
 
 
 class Link:
@@ -211,7 +211,7 @@ class Link:
                 if self._target is not None:
                     raise
                 failures.append(lost)
-                if not lost.nobody:
+                if lost.refused:
                     answered.add(receiver)
         if not failures:
             raise _Lost(found.none())
@@ -254,9 +254,11 @@ class Link:
                 return answer
             if answer is not None:
                 reason = answer.reason if isinstance(answer, m.Rejected) else "no Welcome"
-                raise _Lost(
+                lost = _Lost(
                     f"the receiver at {self._where} refuses: {printable(reason)}", _REJECTED_SECONDS
                 )
+                lost.refused = True
+                raise lost
             not_yet = control.check_answering()
             if time.monotonic() > until:
                 raise not_yet
