@@ -35,13 +35,12 @@ def transport_rows(result: dict[str, Any]) -> Iterator[Row]:
     size = f"{result['bytes'] / 1e9:.2f} GB"
     for link, rows in result["links"].items():
         at = {row["transport"]: row for row in rows}
-        checked, sealed = at["tcp+checksum"], at["tcp+sealed"]
+        checked = at["tcp+checksum"]
         yield (
             f"{size} of KV cache over {link} into finished MLX arrays",
             f"**{at['tcp']['gb_per_s']:.2f} GB/s**, {at['tcp']['cpu_s_per_gb_both']:.2f} CPU-s/GB "
             f"for both sides; with a checksum of every block {checked['gb_per_s']:.2f} and "
-            f"{checked['cpu_s_per_gb_both']:.2f}; encrypted, as between machines, "
-            f"{sealed['gb_per_s']:.2f} and {sealed['cpu_s_per_gb_both']:.2f}",
+            f"{checked['cpu_s_per_gb_both']:.2f}",
             f"plain sockets {at['sockets']['gb_per_s']:.2f} GB/s; "
             + (
                 f"one thread's memcpy {result['floors']['memcpy_gb_per_s']:.1f}"
