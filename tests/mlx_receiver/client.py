@@ -88,6 +88,8 @@ class FakeVllm:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        # One that the receiver does not know has nobody to send to.
+        self.socket.setsockopt(zmq.SNDTIMEO, 5000)
         keys.guard_client(self.socket, known or keys.of_token(token))
         self.socket.connect(f"tcp://{host}:{receiver.port}")
         self.kv_dtype = kv_dtype

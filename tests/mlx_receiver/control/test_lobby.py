@@ -58,8 +58,13 @@ def say(waiting: WaitingReceiver, *frames: bytes, host: str = "127.0.0.1") -> Re
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         keys.guard_client(socket, known)
+        # Without a handshake there is nobody to send to.
+        socket.setsockopt(zmq.SNDTIMEO, 500)
         socket.connect(f"tcp://{host}:{waiting.port}")
-        socket.send_multipart(frames)
+        try:
+            socket.send_multipart(frames)
+        except zmq.Again:
+            return None
         if not socket.poll(500):
             return None
         answer = decode_receiver(socket.recv())
