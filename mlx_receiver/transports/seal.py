@@ -39,7 +39,8 @@ TAG_BYTES: Final = 16
 
 #: Payload bytes that are sealed, then sent, before the next are: few enough to be in the
 #: processor's cache still when the kernel copies them, and so many because each call gives the GIL
-#: up. Over loopback 2 MiB made 4.1 GB/s, 1 MiB 3.9, 512 KiB 3.6, 256 KiB 3.3, and 4 MiB 3.9.
+#: up. On two cores 1 and 2 MiB differ by less than two runs do; beside a busy thread 2 MiB lose
+#: less than smaller ones.
 CHUNK_BYTES: Final = 2 << 20
 
 _KEY_BYTES: Final = 32
