@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import platformdirs
 import pytest
 
@@ -23,6 +24,10 @@ os.environ[STATE_VARIABLE] = tempfile.mkdtemp(prefix="mac-decode-state-")
 atexit.register(shutil.rmtree, os.environ[STATE_VARIABLE], ignore_errors=True)
 
 use_fast_blas()  # before any test imports MLX
+
+# By default these wait for five seconds, which a busy machine may need for a cold first answer.
+for function in (httpx.get, httpx.post, httpx.put):
+    function.__kwdefaults__["timeout"] = 60.0
 
 #: What the second process of ``python -m tests`` runs: it is not the one to load the machine.
 BESIDE = ("mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_modes", "test_link",

@@ -71,12 +71,12 @@ def test_a_lost_receiver_is_noticed_at_once_and_used_again(
     try:
         assert events.seen.get(timeout=10) == "connected"
         receiver.server.signal(signal.SIGKILL)
-        assert events.seen.get(timeout=2) == "it closed the connection"
+        assert events.seen.get(timeout=20) == "it closed the connection"
         assert link.target is None
         receiver = start()
         assert events.seen.get(timeout=10) == "connected"
         receiver.server.signal(signal.SIGTERM)
-        assert events.seen.get(timeout=2) == "the receiver is stopping"
+        assert events.seen.get(timeout=20) == "the receiver is stopping"
         receiver.server.process.wait(timeout=15)
         start()
         assert events.seen.get(timeout=10) == "connected"

@@ -206,7 +206,7 @@ def test_idle_connections_shut_nobody_out(live: Receiver) -> None:
     try:
         with beside(live):
             for _ in range(CONNECTIONS):
-                sock = socket.create_connection(("127.0.0.1", live.http_port), timeout=5)
+                sock = socket.create_connection(("127.0.0.1", live.http_port), timeout=60)
                 sock.sendall(b"GET /health HTTP/1.1\r\n")
                 idle.append(sock)
                 time.sleep(0.001)
@@ -289,7 +289,7 @@ def test_a_client_that_reads_nothing_is_cut_off(live: Receiver) -> None:
 
 def test_the_api_key_cannot_be_guessed_quickly(live: Receiver) -> None:
     url = f"{live.url}/v1/models"
-    with httpx.Client() as knows:
+    with httpx.Client(timeout=60) as knows:
         assert knows.get(url, headers=KEY).status_code == 200
         said = [
             CLIENT.get(url, headers={"Authorization": f"Bearer {i}"}).status_code for i in range(60)
