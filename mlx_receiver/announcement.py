@@ -28,19 +28,13 @@ def waiting(receiver: WaitingReceiver) -> list[str]:
     settings = receiver.settings
     places = reachable_at(settings.host, interfaces()) or [("127.0.0.1", None)]
     best, _ = places[0]
-    at = ", ".join(
-        spelled(address, receiver.port) + (f" ({interface.text})" if interface is not None else "")
-        for address, interface in places
-    )
     lines = [
-        f"Listening on {at}",
+        *listening_on(places, receiver.port),
         "No --model: this receiver loads what the first vLLM that connects serves.",
         "On the vLLM machine:",
     ]
     lines += pairing(receiver.desk, settings, receiver.http_port, best)
-    token = "MAC_DECODE_TOKEN=... " if settings.token else ""
-    where = "" if settings.discovery else f"MAC_DECODE_RECEIVER={spelled(best, receiver.port)} "
-    return [*lines, f"  {token}{where}vllm serve MODEL --kv-connector mac_decode"]
+    return [*lines, serve_command(settings, best, receiver.port, "MODEL")]
 
 
 def announcement(receiver: Receiver) -> list[str]:
@@ -58,9 +52,7 @@ def announcement(receiver: Receiver) -> list[str]:
         f"KV memory {budget / 2**30:.2f} GiB, {budget // per_token:,} tokens, up to "
         f"{settings.max_sessions} sessions, {settings.max_batch} of them decoding",
     ]
-    for address, interface in places:
-        on = f" ({interface.text})" if interface is not None else ""
-        lines.append(f"Listening on {spelled(address, receiver.port)}{on}")
+    lines += listening_on(places, receiver.port)
     lines[-1] += f"; KV comes to port {ports}"
     best, interface = places[0]
     if receiver.http is not None:
@@ -104,15 +96,29 @@ def pairing(desk: Desk, settings: Settings, http_port: int, address: str) -> Seq
 
 def other_side(settings: Settings, source: ModelSource, address: str, port: int) -> Sequence[str]:
     """The command that starts vLLM with this receiver."""
-    token = "MAC_DECODE_TOKEN=... " if settings.token else ""
-    where = "" if settings.discovery else f"MAC_DECODE_RECEIVER={spelled(address, port)} "
     name = source.vllm_name
     if name is None and is_loopback(settings.host) and "quantization" not in source.config:
         name = source.name
-    lines = [f"  {token}{where}vllm serve {name or 'MODEL'} --kv-connector mac_decode"]
+    lines = [serve_command(settings, address, port, name or "MODEL")]
     if name is None:
         lines.append(f"  (MODEL is what vLLM calls the model of {source.name})")
     return lines
+
+
+def serve_command(settings: Settings, address: str, port: int, model: str) -> str:
+    """What to type on the vLLM machine."""
+    token = "MAC_DECODE_TOKEN=... " if settings.token else ""
+    where = "" if settings.discovery else f"MAC_DECODE_RECEIVER={spelled(address, port)} "
+    return f"  {token}{where}vllm serve {model} --kv-connector mac_decode"
+
+
+def listening_on(places: Sequence[tuple[str, Interface | None]], port: int) -> list[str]:
+    """A line for each address."""
+    return [
+        f"Listening on {spelled(address, port)}"
+        + (f" ({interface.text})" if interface is not None else "")
+        for address, interface in places
+    ]
 
 
 def wifi_warning(interface: Interface, bytes_per_token: int) -> str:

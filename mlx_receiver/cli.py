@@ -9,18 +9,17 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from mlx_receiver import __version__
 from mlx_receiver.decode.blas import use_fast_blas
+from mlx_receiver.discovery import cli as discovery
 from mlx_receiver.options import typed
+from mlx_receiver.pairing import cli as pairing
+from mlx_receiver.pairing.cli import with_keystore
 from mlx_receiver.settings import ENV_PREFIX, Settings, SettingsError, check_dtype, check_ports
-
-if TYPE_CHECKING:
-    from mlx_receiver.pairing.keystore import Keystore
 
 app = typer.Typer(
     help="Continue on MLX the requests that vLLM has prefilled elsewhere.",
@@ -92,55 +91,12 @@ def check(
 
 
 @app.command()
-def discover(
-    seconds: Annotated[
-        float, typer.Option(min=0.1, max=600, help="How long to listen, in seconds.")
-    ] = 3.0,
-    model: Annotated[str, typer.Option(help="Say which receivers do not serve this one.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """List the receivers that announce themselves on this network. Exit status: 0 if there are any,
-    1 if not."""
-    from mlx_receiver.discovery.listing import list_receivers
-
-    raise typer.Exit(list_receivers(seconds, as_json, model))
-
-
-@app.command()
 def pair() -> None:
     """Show a one-time code with which a vLLM machine becomes this receiver's; then `mac-decode pair
     CODE` there. Exit status: 0 once it is paired, 1 if nobody used the code."""
     from mlx_receiver.pairing.commands import show_code
 
-    _of_pairings(show_code)
-
-
-@app.command()
-def pairings() -> None:
-    """List the machines that are paired with this one."""
-    from mlx_receiver.pairing.commands import list_pairings
-
-    _of_pairings(list_pairings)
-
-
-@app.command()
-def unpair(
-    name: Annotated[str, typer.Argument(help="The machine's name or id, as listed; * for all.")],
-) -> None:
-    """Forget a machine: it is disconnected at once."""
-    from mlx_receiver.pairing import commands
-
-    _of_pairings(lambda keystore: commands.unpair(keystore, name))
-
-
-def _of_pairings(command: Callable[[Keystore], int]) -> NoReturn:
-    from mlx_receiver.pairing.keystore import Keystore, PairingError
-
-    try:
-        status = command(Keystore("receiver"))
-    except PairingError as error:
-        _give_up(error)
-    raise typer.Exit(status)
+    with_keystore("receiver", _give_up, show_code)
 
 
 @app.command()
@@ -198,9 +154,13 @@ def _configure_logging(level: str) -> None:
             logging.getLogger(library).setLevel(max(number, logging.WARNING))
 
 
-def _give_up(error: Exception) -> NoReturn:
+def _give_up(error: Exception | str) -> NoReturn:
     typer.echo(f"mlx-receiver: {error}", err=True)
     raise typer.Exit(2)
+
+
+discovery.add_command(app, lambda: None)
+pairing.add_commands(app, "receiver", "vLLM machines", ": it is disconnected at once", _give_up)
 
 
 def main() -> NoReturn:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from mlx_receiver.control.desk import Desk, Presence
 from mlx_receiver.control.lobby import Choose, Lobby
 from mlx_receiver.http.server import HttpServer, waiting_application
@@ -45,12 +43,7 @@ class WaitingReceiver:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def _close(self) -> None:

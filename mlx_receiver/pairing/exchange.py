@@ -70,7 +70,7 @@ class Guest:
     """The side that was given the code."""
 
     def __init__(self, code: str) -> None:
-        self._spake = SPAKE2_A(spelled(code), idA=_GUEST, idB=_HOST)
+        self._spake = SPAKE2_A(digits(code), idA=_GUEST, idB=_HOST)
         self._key = b""
 
     def greeting(self) -> Greeting:
@@ -91,7 +91,7 @@ class Host:
     """The side that shows the code."""
 
     def __init__(self, code: str) -> None:
-        self._spake = SPAKE2_B(spelled(code), idA=_GUEST, idB=_HOST)
+        self._spake = SPAKE2_B(digits(code), idA=_GUEST, idB=_HOST)
         self._key = b""
 
     def answer(self, greeting: Greeting, attempt: str, me: Peer) -> Answer:
@@ -105,9 +105,9 @@ class Host:
         return _open(self._key, _GUEST, closing.card)
 
 
-def spelled(code: str) -> bytes:
+def digits(code: str) -> bytes:
     """The code however it was typed: only its digits count."""
-    return "".join(digit for digit in code if digit in "0123456789").encode()
+    return "".join(c for c in code if c in "0123456789").encode()
 
 
 def _agreed(spake: SPAKE2_A | SPAKE2_B, message: bytes) -> bytes:

@@ -33,6 +33,8 @@ Key = Annotated[str, Meta(min_length=40, max_length=40, pattern=r"^[!-~]{40}\Z")
 #: Who somebody is: the beginning of the hash of the public key.
 Instance = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 
+Side = Literal["receiver", "vllm"]
+
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 
@@ -85,7 +87,7 @@ def instance_of(key: str) -> str:
 class Keystore:
     """One side's folder: ``receiver`` on the Mac, ``vllm`` on the Spark. For any thread."""
 
-    def __init__(self, side: Literal["receiver", "vllm"]) -> None:
+    def __init__(self, side: Side) -> None:
         base = os.environ.get(STATE_VARIABLE) or platformdirs.user_data_path(_APPLICATION)
         self.folder = Path(base) / side
         self._read: tuple[tuple[int, int, int] | None, Pairings] = (None, Pairings())

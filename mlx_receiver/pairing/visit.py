@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from typing import Final, TypeVar
 
 import httpx
 import msgspec
 
-from mlx_receiver.pairing.exchange import Answer, Card, Guest, spelled
+from mlx_receiver.pairing.exchange import Answer, Card, Guest, digits
 from mlx_receiver.pairing.keystore import Keystore, PairingError, Peer
-from mlx_receiver.wire.addresses import resolve
-from mlx_receiver.wire.addresses import spelled as address_spelled
+from mlx_receiver.wire.addresses import Address, spelled, try_each
 from mlx_receiver.wire.seldom import printable
 
 _SECONDS: Final = 10.0
@@ -31,7 +31,7 @@ def pair(keystore: Keystore, host: str, port: int, http_port: int, code: str) ->
 
     Raises PairingError saying what to do.
     """
-    if len(spelled(code)) != _DIGITS:
+    if len(digits(code)) != _DIGITS:
         raise PairingError(f"a code has {_DIGITS} digits, as the receiver shows it: 1234-5678")
     identity = keystore.identity()
     me = Peer(socket.gethostname(), identity.public)
@@ -46,7 +46,7 @@ def pair(keystore: Keystore, host: str, port: int, http_port: int, code: str) ->
                 "its machine shows another"
             ) from None
         _asked(http, "/pair/closing", guest.closing(answer.attempt, me), None)
-    peer = msgspec.structs.replace(host_card, address=address_spelled(host, port))
+    peer = msgspec.structs.replace(host_card, address=spelled(host, port))
     keystore.add(peer)
     return peer
 
@@ -59,27 +59,25 @@ def card(host: str, http_port: int) -> Card:
 
 def _reached(host: str, port: int) -> httpx.Client:
     """A client for the first of the host's addresses that answers. Raises PairingError."""
-    failures = []
+
+    def attempt(address: Address, until: float) -> httpx.Client:
+        # In numbers: a receiver does not know by which names it is called.
+        numeric = address.text.replace("%", "%25")
+        http = httpx.Client(base_url=f"http://{numeric}", timeout=_SECONDS, follow_redirects=False)
+        try:
+            http.get("/health", timeout=max(until - time.monotonic(), 0.01))
+        except httpx.HTTPError as error:
+            http.close()
+            raise OSError(f"{address.text}: {error}") from None
+        return http
+
     try:
-        for address in resolve(host, port):
-            # In numbers: a receiver does not know by which names it is called.
-            host_in_url = address.text.replace("%", "%25")
-            http = httpx.Client(
-                base_url=f"http://{host_in_url}", timeout=_SECONDS, follow_redirects=False
-            )
-            try:
-                http.get("/health")
-                return http
-            except httpx.HTTPError as error:
-                failures.append(f"{address.text}: {error}")
-                http.close()
-    except OSError as error:
-        failures.append(str(error.strerror or error))
-    raise Unreachable(
-        f"no receiver answers at {address_spelled(host, port)} ({'; '.join(failures)}): is "
-        "`mlx-receiver start` running there, does its firewall let it listen, and is this its "
-        "--http-port?"
-    )
+        return try_each(host, port, _SECONDS, attempt)
+    except (OSError, UnicodeError) as error:
+        raise Unreachable(
+            f"no receiver answers at {spelled(host, port)} ({error}): is `mlx-receiver start` "
+            "running there, does its firewall let it listen, and is this its --http-port?"
+        ) from None
 
 
 def _asked(

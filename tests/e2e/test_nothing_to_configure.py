@@ -18,7 +18,6 @@ import pytest
 from mlx_receiver.pairing.keystore import STATE_VARIABLE
 from tests.conftest import free_port
 from tests.discovery.hosts import Host, two_hosts
-from tests.discovery.test_paths import shape
 from tests.servers import BIN, Receiver, Server, Vllm, start_vllm
 from tests.waiting import eventually
 
@@ -54,7 +53,7 @@ class Machines:
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     with two_hosts(cables=2) as (spark, mac):
         for cable, mbits in enumerate((100, 1000)):
-            shape(spark, cable, mbits)
+            spark.shape(cable, mbits)
         yield Machines(spark, mac, tmp_path_factory.mktemp("state"))
 
 

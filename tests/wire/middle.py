@@ -14,6 +14,7 @@ from mlx_receiver.transports.seal import TAG_BYTES
 from mlx_receiver.transports.transport import Listener
 from mlx_receiver.wire.frames import HEADER_BYTES, Header, Level, unpack
 from mlx_receiver.wire.messages import Endpoint
+from tests.wire.peers import read
 
 
 class Middle:
@@ -101,18 +102,8 @@ class Middle:
 
 def _frame(sock: socket.socket) -> bytes:
     """A frame of the handshake."""
-    head = _read(sock, HEADER_BYTES)
-    return head + _read(sock, unpack(head).payload_bytes)
-
-
-def _read(sock: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        more = sock.recv(count - len(data))
-        if not more:
-            raise ConnectionResetError("closed")
-        data += more
-    return data
+    head = read(sock, HEADER_BYTES)
+    return head + read(sock, unpack(head).payload_bytes)
 
 
 def parts(header: Header, level: Level) -> tuple[int, int]:

@@ -33,11 +33,12 @@ def say(sock: socket.socket, kind: Kind, message: Any) -> None:
 
 def hear(sock: socket.socket) -> tuple[Header, bytes]:
     """The next frame. Raises ConnectionError when the other side closes instead."""
-    header = frames.unpack(_read(sock, HEADER_BYTES))
-    return header, _read(sock, header.payload_bytes)
+    header = frames.unpack(read(sock, HEADER_BYTES))
+    return header, read(sock, header.payload_bytes)
 
 
-def _read(sock: socket.socket, count: int) -> bytes:
+def read(sock: socket.socket, count: int) -> bytes:
+    """So many bytes. Raises ConnectionError when the other side closes before."""
     data = b""
     while len(data) < count:
         more = sock.recv(count - len(data))

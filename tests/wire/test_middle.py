@@ -26,26 +26,6 @@ Frame = tuple[Header, list[memoryview]]
 
 
 @pytest.fixture
-def sink() -> MemorySink:
-    """The receiver's memory."""
-    return MemorySink()
-
-
-@pytest.fixture
-def listener(sink: MemorySink) -> Iterator[TcpListener]:
-    """The receiving end."""
-    made = TcpListener("127.0.0.1", 0, sink)
-    yield made
-    made.close()
-
-
-@pytest.fixture(params=["signed", "sealed"])
-def level(request: pytest.FixtureRequest) -> Level:
-    """Each level that protects anything."""
-    return request.param
-
-
-@pytest.fixture
 def bystander(listener: TcpListener, sink: MemorySink, level: Level) -> Iterator[Sender]:
     """Somebody else's connection, which must not notice anything."""
     sender = TcpTransport(level).connect(listener.endpoint, OTHER, 10.0)

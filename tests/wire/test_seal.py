@@ -6,7 +6,6 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import msgspec
@@ -34,26 +33,6 @@ PROTECTED: tuple[Level, ...] = ("signed", "sealed")
 KEY, NONCES = TICKET.key, bytes(range(64))
 
 Frame = tuple[Header, list[memoryview]]
-
-
-@pytest.fixture
-def sink() -> MemorySink:
-    """The receiver's memory."""
-    return MemorySink()
-
-
-@pytest.fixture
-def listener(sink: MemorySink) -> Iterator[TcpListener]:
-    """The receiving end."""
-    made = TcpListener("127.0.0.1", 0, sink)
-    yield made
-    made.close()
-
-
-@pytest.fixture(params=PROTECTED)
-def level(request: pytest.FixtureRequest) -> Level:
-    """Each level that protects anything."""
-    return request.param
 
 
 # --- one direction ------------------------------------------------------------------------------

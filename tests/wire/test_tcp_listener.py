@@ -28,20 +28,6 @@ Calls = list[socket.socket]
 
 
 @pytest.fixture
-def sink() -> MemorySink:
-    """The receiver's memory."""
-    return MemorySink()
-
-
-@pytest.fixture
-def listener(sink: MemorySink) -> Iterator[TcpListener]:
-    """The receiving end."""
-    made = TcpListener("127.0.0.1", 0, sink)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def worker(listener: TcpListener, sink: MemorySink) -> Iterator[Sender]:
     """Somebody else's connection, which must not notice anything."""
     sender = TcpTransport().connect(listener.endpoint, OTHER, 10.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from mlx_receiver.discovery.browse import Browser, Found
-from mlx_receiver.pairing.keystore import Identity, Keystore, Peer
+from mlx_receiver.pairing.keystore import Identity, Keystore
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.addresses import is_this_machine, resolve, spelled
 from mlx_receiver.wire.seldom import printable
@@ -106,9 +106,9 @@ class Discovered:
             self.wait(_FIRST_SECONDS)
         found: list[Candidate] = []
         services = self._browser.found() if self._browser is not None else []
-        paired = {peer.key: peer for peer in self._keystore.peers()}
+        paired, local = {peer.key for peer in self._keystore.peers()}, _local_key()
         for service in services:
-            here = _is_here(service)
+            here = _is_here(service, local)
             known = self._keys_of(service, paired, here)
             if known is None:
                 continue
@@ -146,9 +146,7 @@ class Discovered:
             for known in keys_for(_HERE, DEFAULT_PORT, self._token, self._keystore)
         ]
 
-    def _keys_of(
-        self, service: Found, paired: dict[str, Peer], here: bool
-    ) -> keys.ClientKeys | None:
+    def _keys_of(self, service: Found, paired: set[str], here: bool) -> keys.ClientKeys | None:
         if self._token:
             return keys.of_token(self._token)
         key = service.announced.key
@@ -192,8 +190,7 @@ def keys_for(host: str, port: int, token: str, keystore: Keystore) -> list[keys.
     here = _leads_here(host, port)
     if here:
         # This user's own one takes its machine without a pairing.
-        local = Keystore("receiver").read("identity.json", Identity)
-        receivers = [*([local.public] if local is not None else []), *receivers]
+        receivers = [*filter(None, [_local_key()]), *receivers]
     me = keystore.identity() if receivers else None
     found = [_own(me, key) for key in dict.fromkeys(receivers) if me is not None]
     return [keys.of_token(""), *found] if here else found
@@ -204,9 +201,14 @@ def known_keys(keystore: Keystore) -> set[str]:
 
     Raises PairingError.
     """
-    known = {peer.key for peer in keystore.peers()} | {keys.of_token("").receiver_public.decode()}
+    here = {keys.of_token("").receiver_public.decode(), _local_key()}
+    return {peer.key for peer in keystore.peers()} | here - {""}
+
+
+def _local_key() -> str:
+    """Of this user's own receiver, "" where there was never one. Raises PairingError."""
     local = Keystore("receiver").read("identity.json", Identity)
-    return known | ({local.public} if local is not None else set())
+    return local.public if local is not None else ""
 
 
 def _leads_here(host: str, port: int) -> bool:
@@ -218,10 +220,10 @@ def _leads_here(host: str, port: int) -> bool:
         return False
 
 
-def _is_here(service: Found) -> bool:
-    """Whether a receiver runs on this machine: it is this user's, or is announced nowhere else."""
-    local = Keystore("receiver").read("identity.json", Identity)
-    if local is not None and service.announced.key == local.public:
+def _is_here(service: Found, local: str) -> bool:
+    """Whether a receiver runs on this machine: it has this user's key, or is announced nowhere
+    else."""
+    if local and service.announced.key == local:
         return True
     return bool(service.addresses) and all(is_this_machine(w.host) for w in service.addresses)
 

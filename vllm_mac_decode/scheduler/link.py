@@ -271,7 +271,7 @@ class Link:
         while not self._outbox.empty():
             self._outbox.get()  # what was for the last conversation
         paths = Paths(self._target_of(control.address.host, welcome), hosts)
-        target = paths.first()
+        target = self._measured(control, paths)
         self._complaint = ""
         logger.info(
             "connected to the receiver at %s (%s, %s)",
@@ -301,6 +301,22 @@ class Link:
                 raise _Lost(f"it has been silent for {now - heard:.1f} s")
             self._target = paths.look(self._listener.idle()) or self._target
             self._listener.tick(now)
+
+    def _measured(self, control: ControlSocket, paths: Paths) -> DataTarget:
+        """Where blocks go at first; the receiver is kept company until that is known. Raises
+        _Lost."""
+        while (target := paths.first()) is None:
+            if self._closing:
+                raise _Lost("this side is closing")
+            control.send(m.Ping(sent_ns=time.monotonic_ns()))
+            control.wait(_PING_SECONDS / 2)
+            while (message := control.read(self._vocab_size)) is not None:
+                if isinstance(message, m.Rejected):
+                    raise _Lost(printable(message.reason))
+            if control.lost():
+                raise _Lost("it closed the connection")
+            self._listener.tick(time.monotonic())
+        return target
 
     def _take(self, control: ControlSocket) -> int:
         """Hand on what has arrived, as much as the clock allows; how many messages."""

@@ -61,25 +61,33 @@ class Path:
 
 
 class Paths:
-    """The way of one conversation's blocks. For the link's thread, except ``doubt``."""
+    """The way of one conversation's blocks. For the link's thread, except ``doubt``.
+
+    Names are resolved and addresses measured in a thread of their own, one at a time: the link's
+    must answer the receiver meanwhile.
+    """
 
     def __init__(self, target: DataTarget, hosts: Callable[[], Sequence[str]]) -> None:
         """``target`` leads to the control connection's host; ``hosts`` are all that are known."""
         self._target = target
         self._hosts = hosts
         self._tried: frozenset[str] = frozenset()
-        self._rate = 0.0  # of the target's host, when it was measured
         self._doubted = False
         self._measured_at = self._looked_at = 0.0
         self._thread: threading.Thread | None = None
-        self._found: list[Path] | None = None
+        self._found: list[Path] = []
 
-    def first(self) -> DataTarget:
-        """Where blocks go at first; takes a moment for each address."""
-        hosts = self._choices()
-        if len(hosts) > 1:
-            self._measure(hosts)
-            self._take(logged=True)
+    def first(self) -> DataTarget | None:
+        """Where blocks go at first; None while the addresses are measured: then ask again."""
+        if not self._has_choice:
+            return self._target
+        if self._thread is None:
+            self._survey(broken=False)
+            return None
+        if self._thread.is_alive():
+            return None
+        self._thread = None
+        self._take(logged=True)
         return self._target
 
     def doubt(self) -> None:
@@ -89,34 +97,37 @@ class Paths:
     def look(self, idle: bool) -> DataTarget | None:
         """A better target, if one was found since the last call and may be used now: a faster one
         while no blocks are on their way (``idle``), or another one for one that broke."""
-        now = time.monotonic()
+        if not self._has_choice:
+            return None
         if self._thread is not None:
-            if self._thread.is_alive() or not (idle or self._doubted):
+            if self._thread.is_alive() or (self._found and not (idle or self._doubted)):
                 return None
             self._thread = None
             return self._target if self._take(logged=False) else None
-        if now - self._looked_at < _LOOK_SECONDS:
-            return None
-        self._looked_at = now
-        hosts = self._choices()
-        news = frozenset(hosts) != self._tried
-        broken = self._doubted and now - self._measured_at > _DOUBT_SECONDS
-        if len(hosts) > 1 and (news or broken):
-            self._thread = threading.Thread(
-                target=self._measure, args=(hosts,), name="mac-decode-paths", daemon=True
-            )
-            self._thread.start()
+        now = time.monotonic()
+        if now - self._looked_at >= _LOOK_SECONDS:
+            self._looked_at = now
+            self._survey(self._doubted and now - self._measured_at > _DOUBT_SECONDS)
         return None
 
-    def _choices(self) -> list[str]:
-        """The hosts that there are, the present one first; one only where there is nothing to
-        choose."""
-        here = self._target.endpoint.host
-        if self._target.endpoint.transport not in _MEASURED or is_this_machine(here):
-            return [here]
-        return list(dict.fromkeys([here, *self._hosts()]))[:_MOST]
+    @property
+    def _has_choice(self) -> bool:
+        endpoint = self._target.endpoint
+        return endpoint.transport in _MEASURED and not is_this_machine(endpoint.host)
 
-    def _measure(self, hosts: Sequence[str]) -> None:
+    def _survey(self, broken: bool) -> None:
+        """Begin to look for addresses, and to measure them if there are others than the last time,
+        or if the present one is ``broken``."""
+        self._thread = threading.Thread(
+            target=self._measure, args=(broken,), name="mac-decode-paths", daemon=True
+        )
+        self._thread.start()
+
+    def _measure(self, broken: bool) -> None:
+        here = self._target.endpoint.host
+        hosts = list(dict.fromkeys([here, *self._hosts()]))[:_MOST]
+        if len(hosts) < 2 or not (broken or frozenset(hosts) != self._tried):
+            return
         # One after the other: together they would share what they have in common.
         paths = [measure(host, self._target) for host in hosts]
         self._tried = frozenset(hosts)
@@ -125,10 +136,10 @@ class Paths:
 
     def _take(self, logged: bool) -> bool:
         """Whether what was measured leads elsewhere."""
-        found, self._found = self._found or [], None
-        doubted, self._doubted = self._doubted, False
+        found, self._found = self._found, []
         if not found:
             return False
+        doubted, self._doubted = self._doubted, False
         best, here = found[0], self._target.endpoint.host
         present = next((path for path in found if path.host == here), None)
         moves = best.host != here and (

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from mlx_receiver.discovery import cli as discovery
 from mlx_receiver.options import typed
+from mlx_receiver.pairing import cli as pairing
+from mlx_receiver.pairing.cli import with_keystore
 from mlx_receiver.settings import DEFAULT_HTTP_PORT
 from vllm_mac_decode import __version__
 from vllm_mac_decode.settings import ENV_PREFIX, Settings, SettingsError, load
-
-if TYPE_CHECKING:
-    from mlx_receiver.pairing.keystore import Keystore
 
 app = typer.Typer(
     help="Prefill with vLLM, decode on a Mac with MLX: see, trace and check the hand-off.",
@@ -66,22 +65,6 @@ def demo(
 
 
 @app.command()
-def discover(
-    seconds: Annotated[
-        float, typer.Option(min=0.1, max=600, help="How long to listen, in seconds.")
-    ] = 3.0,
-    model: Annotated[str, typer.Option(help="Say which receivers do not serve this one.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """List the receivers that announce themselves on this network. Exit status: 0 if there are any,
-    1 if not."""
-    from mlx_receiver.discovery.listing import list_receivers
-    from vllm_mac_decode.scheduler.candidates import known_keys
-
-    _of_pairings(lambda keystore: list_receivers(seconds, as_json, model, known_keys(keystore)))
-
-
-@app.command()
 @typed(Settings, ENV_PREFIX, "receiver")
 def pair(
     code: Annotated[str, typer.Argument(help="The code that the receiver shows.")],
@@ -92,35 +75,7 @@ def pair(
     """Pair this machine with a receiver, once: from then on vLLM finds it and may use it."""
     from vllm_mac_decode.tools.pair import pair_with
 
-    _of_pairings(lambda keystore: pair_with(keystore, receiver, http_port, code))
-
-
-@app.command()
-def pairings() -> None:
-    """List the receivers that this machine is paired with."""
-    from mlx_receiver.pairing.commands import list_pairings
-
-    _of_pairings(list_pairings)
-
-
-@app.command()
-def unpair(
-    name: Annotated[str, typer.Argument(help="The receiver's name or id, as listed; * for all.")],
-) -> None:
-    """Forget a receiver."""
-    from mlx_receiver.pairing import commands
-
-    _of_pairings(lambda keystore: commands.unpair(keystore, name))
-
-
-def _of_pairings(command: Callable[[Keystore], int]) -> NoReturn:
-    from mlx_receiver.pairing.keystore import Keystore, PairingError
-
-    try:
-        status = command(Keystore("vllm"))
-    except PairingError as error:
-        _give_up(str(error))
-    raise typer.Exit(status)
+    with_keystore("vllm", _give_up, lambda keystore: pair_with(keystore, receiver, http_port, code))
 
 
 _ApiKey = Annotated[
@@ -311,6 +266,20 @@ def bench(
 def _give_up(text: str, status: int = 1) -> NoReturn:
     typer.echo(f"mac-decode: {text}", err=True)
     raise typer.Exit(status)
+
+
+def _known() -> set[str]:
+    from mlx_receiver.pairing.keystore import Keystore, PairingError
+    from vllm_mac_decode.scheduler.candidates import known_keys
+
+    try:
+        return known_keys(Keystore("vllm"))
+    except PairingError as error:
+        _give_up(str(error))
+
+
+discovery.add_command(app, _known)
+pairing.add_commands(app, "vllm", "receivers", "", _give_up)
 
 
 def main() -> None:
