@@ -85,7 +85,9 @@ def test_claiming_before_the_last_block(client: FakeVllm, prefill: Prefill) -> N
         "return_token_ids": True,
         "kv_transfer_params": params(kv, session),
     }
-    with httpx.stream("POST", url(receiver, "/v1/chat/completions"), json=body, timeout=60) as answer:
+    with httpx.stream(
+        "POST", url(receiver, "/v1/chat/completions"), json=body, timeout=60
+    ) as answer:
         lines = (line for line in answer.iter_lines() if line)
         next(lines), next(lines)
         # The first token is out; now the rest of the KV comes.
