@@ -258,7 +258,7 @@ def spark(told_json: str, control: int, tokens: int) -> None:
         for start, end in steps:
             blocks = list(range(start // BLOCK, -(-end // BLOCK)))
             span = ExportSpan(session, request, start, end, blocks)
-            exporter.begin_step([span], [], target)
+            exporter.begin_step([span], [], {session: target})
             seconds = pace * prefill_seconds(start, end)
             for index, name in enumerate(layers):
                 sleep_until(moment + seconds * (index + 1) / LAYERS)
@@ -271,7 +271,7 @@ def spark(told_json: str, control: int, tokens: int) -> None:
         for _ in range(OUTPUT_TOKENS):
             lines.hear()
         done = time.monotonic()
-        exporter.begin_step([], [session], target)
+        exporter.begin_step([], [session], {})
         while request not in ledger.finished({request}):
             time.sleep(0.001)
         cpu = time.process_time() - cpu

@@ -1,7 +1,7 @@
 """``mac_decode`` as vLLM sees it: a thin facade over the scheduler half and the worker half.
 
-Scheduler half (in the engine's process): ``Relay`` decides and follows the sessions, ``Link``
-talks to the receiver, ``ExportPlan`` says what each step writes. Worker half (one a worker):
+Scheduler half (in the engine's process): ``Relay`` decides and follows the sessions, ``Fleet``
+talks to the receivers, ``ExportPlan`` says what each step writes. Worker half (one a worker):
 ``Exporter``. They meet only in what ``metadata`` holds.
 
 No exception may leave a method that vLLM calls while it serves: a fault switches the connector
@@ -33,7 +33,7 @@ from vllm_mac_decode.engine import adapter
 from vllm_mac_decode.metadata import StepExports, WorkerNews, WorkerReport
 from vllm_mac_decode.scheduler import eligibility
 from vllm_mac_decode.scheduler.export_plan import ExportPlan
-from vllm_mac_decode.scheduler.link import Link
+from vllm_mac_decode.scheduler.fleet import Fleet
 from vllm_mac_decode.scheduler.relay import ROUTER_KEY, Relay
 from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_from
 from vllm_mac_decode.worker.exporter import Exporter
@@ -87,6 +87,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self._ledger = BlockLedger()
         self._fault = ""  # where there was one: everything is local from then on
         self.relay: Relay | None = None
+        self._fleet: Fleet | None = None
         self._plan: ExportPlan | None = None
         if role is KVConnectorRole.SCHEDULER:
             adapter.install()
@@ -111,13 +112,13 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self._exporter = None
         if exporter is not None:
             exporter.close(wait=False)  # vLLM is in the middle of a step
-        if relay is not None and relay.link is not None:
+        fleet, self._fleet = self._fleet, None
+        if relay is not None and fleet is not None:
             try:
-                relay.link.close()
-                relay.disconnected("a fault in the connector")
+                fleet.close()
+                relay.close()
             except Exception:  # the relay may be what is broken
-                logger.exception("responses that the receiver was decoding are lost")
-            relay.link = None
+                logger.exception("responses that a receiver was decoding are lost")
 
     # --- worker half ------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         for span in meta.spans:
             self._ledger.announce(span.request_id, 0)
         if self._exporter is not None:
-            self._exporter.begin_step(meta.spans, meta.ended, meta.target)
+            self._exporter.begin_step(meta.spans, meta.ended, meta.targets)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Nothing is loaded into vLLM's cache."""
@@ -255,7 +256,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self.relay.layout = layout
         model = str(self._vllm_config.model_config.model)
         me = Introduction(signature, layout, uuid.uuid4().hex, f"vllm {vllm_version}", model)
-        self.relay.link = Link(self._settings, me, self.relay)
+        self._fleet = Fleet(self._settings, me, self.relay.join)
 
     @_guarded(lambda: None)
     def on_new_request(self, request: Request) -> None:
@@ -291,8 +292,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             plan.drop(request_id)
         # A session may end at any moment: a span that is withheld must not count as announced.
         spans = plan.step(scheduler_output, relay.alive)
-        target = relay.link.target if spans and relay.link is not None else None
-        return StepExports(spans=spans, ended=relay.take_ended(), target=target)
+        targets = relay.targets({span.session for span in spans})
+        return StepExports(spans=spans, ended=relay.take_ended(), targets=targets)
 
     @_guarded(lambda: (False, None))
     def request_finished(
@@ -349,9 +350,9 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Close sockets and threads."""
-        if self.relay is not None and self.relay.link is not None:
-            self.relay.link.close()
-            self.relay.link = None
+        if self._fleet is not None:
+            self._fleet.close()
+            self._fleet = None
         if self._exporter is not None:
             self._exporter.close()
             self._exporter = None

@@ -24,7 +24,8 @@ class ExportSpan:
 
 @dataclass(frozen=True)
 class DataTarget:
-    """Where blocks go, and what opens the door; another ``receiver`` means a restart.
+    """Where blocks go, and what opens the door; another ``receiver`` means a restart. ``number``
+    tells the receivers apart that there are at a time.
 
     The ticket is a secret, and vLLM logs a step's metadata when its engine dies.
     """
@@ -32,3 +33,4 @@ class DataTarget:
     endpoint: Endpoint
     receiver: str
     ticket: DataTicket = field(repr=False)
+    number: int = 0

@@ -16,11 +16,12 @@ from vllm_mac_decode.export import DataTarget, ExportSpan
 
 @dataclass
 class StepExports(KVConnectorMetadata):
-    """One step's exports, and the sessions that ended since the last step."""
+    """One step's exports, where each session's blocks go, and the sessions that ended since the
+    last step. A session without a target has lost its receiver."""
 
     spans: list[ExportSpan] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
-    target: DataTarget | None = None
+    targets: dict[int, DataTarget] = field(default_factory=dict)
 
 
 @dataclass

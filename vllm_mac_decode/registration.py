@@ -11,7 +11,7 @@ import functools
 import json
 from typing import Any
 
-from vllm_mac_decode.settings import DEFAULT_PORT, SettingsError, load, parse_address
+from vllm_mac_decode.settings import DEFAULT_PORT, SettingsError, load, parse_addresses
 
 CONNECTOR = "mac_decode"
 _DONE = "_mac_decode_registered"
@@ -72,7 +72,7 @@ def _add_flags(engine_args: Any) -> None:
 
 def _receiver(text: str) -> str:
     try:
-        parse_address(text)
+        parse_addresses(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text

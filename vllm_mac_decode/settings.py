@@ -20,6 +20,9 @@ ENV_PREFIX = "MAC_DECODE_"
 #: Where ``mlx-receiver start`` listens unless it is told otherwise.
 DEFAULT_PORT = 7790
 
+#: Receivers that one vLLM uses at once.
+MOST_RECEIVERS = 8
+
 
 class SettingsError(ValueError):
     """A setting is unknown or unusable; the text names it and says what to write instead."""
@@ -32,7 +35,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         str,
         Meta(
             description="The receiver's control address, host or host:port; the name is resolved "
-            "at every connection. Empty: whichever announces itself on the network and is paired."
+            "at every connection. Several are separated by commas, and each request goes to the "
+            "one with the least to do. Empty: all that announce themselves on the network and are "
+            "paired."
         ),
     ] = ""
     token: Annotated[str, Meta(description="The token the receiver was started with.")] = ""
@@ -93,7 +98,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ] = False
 
     def __post_init__(self) -> None:
-        self.address()  # raises
+        self.addresses()  # raises
         if self.stall_timeout <= 0:
             raise ValueError("stall_timeout must be above 0 seconds")
         if self.queue_timeout < 0:
@@ -110,10 +115,19 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """Connections that there may be at once."""
         return 2 if self.streams == "auto" else self.streams
 
-    def address(self) -> tuple[str, int] | None:
-        """The receiver's host and port, None where it is to be discovered. Raises ValueError for
-        what is no address."""
-        return parse_address(self.receiver) if self.receiver else None
+    def addresses(self) -> dict[str, tuple[str, int]]:
+        """Host and port of each receiver that is given, by how it is spelled; none where they are
+        to be discovered. Raises ValueError for what is no address."""
+        return parse_addresses(self.receiver)
+
+
+def parse_addresses(text: str) -> dict[str, tuple[str, int]]:
+    """Host and port of each address in a list with commas, by how it is spelled. Raises ValueError
+    as ``parse_address`` does, and for more than MOST_RECEIVERS."""
+    given = [one.strip() for one in text.split(",")] if text else []
+    if len(given) > MOST_RECEIVERS:
+        raise ValueError(f"receiver names {len(given)} receivers; {MOST_RECEIVERS} is the most")
+    return {one: parse_address(one) for one in given}
 
 
 def parse_address(text: str) -> tuple[str, int]:

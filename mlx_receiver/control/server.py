@@ -48,7 +48,7 @@ from mlx_receiver.wire.messages import (
     encode,
     opened_session,
 )
-from mlx_receiver.wire.seldom import Seldom
+from mlx_receiver.wire.seldom import Seldom, printable
 from mlx_receiver.wire.signature import ModelSignature
 
 logger = logging.getLogger(__name__)
@@ -156,6 +156,15 @@ class ControlServer:
         """Names of the clients that are connected."""
         return [client.name for client in list(self._clients.values())]
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """Of clients that have measured it: the way that their blocks take, in words."""
+        return {
+            client.name: printable(client.path.text)
+            for client in list(self._clients.values())
+            if client.path is not None
+        }
+
     def _post(self, identity: bytes, message: ReceiverMessage) -> None:
         """Send from any thread."""
         self._outbox.append((identity, message))
@@ -245,6 +254,7 @@ class ControlServer:
     def _serve(self, client: Client, message: ClientMessage) -> None:
         match message:
             case Ping():
+                client.path = message.path
                 client.post(self._sessions.status(client, message.sent_ns))
             case Open():
                 try:

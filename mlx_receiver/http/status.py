@@ -38,6 +38,8 @@ class Health(Status, frozen=True, kw_only=True):
     decoding: int
     waiting: int
     clients: list[str]
+    #: By client: the address that its KV comes to, how fast, and the MTU.
+    paths: dict[str, str]
     kv_reserved_bytes: int
     kv_memory_bytes: int
     uptime_seconds: float
@@ -69,6 +71,7 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
             decoding=receiver.engine.decoding,
             waiting=receiver.engine.waiting,
             clients=receiver.control.clients,
+            paths=receiver.control.paths,
             kv_reserved_bytes=store.reserved_bytes,
             kv_memory_bytes=store.budget_bytes,
             uptime_seconds=round(time.monotonic() - receiver.started, 3),

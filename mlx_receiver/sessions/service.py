@@ -23,6 +23,7 @@ from mlx_receiver.wire.messages import (
     Cancel,
     Code,
     Complete,
+    DataPath,
     Decoded,
     Failed,
     Open,
@@ -54,6 +55,8 @@ class Client:
         self.layout = layout
         self.post = post
         self.last_heard = time.monotonic()
+        #: What its last Ping said of the way its blocks take.
+        self.path: DataPath | None = None
         self.jobs: dict[Job, Session] = {}
         self._sessions = sessions
 
@@ -165,6 +168,8 @@ class SessionService:
 
     def status(self, client: Client, ping_ns: int) -> Status:
         """Capacity and the client's sessions."""
+        decoding = self._engine.decoding + self._engine.waiting
+        coming = sum(s.phase is not Phase.DECODING for s in self.store.sessions())
         return Status(
             ping_ns=ping_ns,
             clock_ns=time.monotonic_ns(),
@@ -174,6 +179,7 @@ class SessionService:
                 Progress(s.id, _state(s), s.kv_bytes, s.decoded)
                 for s in self.store.of_client(client)
             ],
+            load=decoding + coming,
         )
 
     # --- what happens to a session (``store.SessionEvents``) -----------------------------------

@@ -50,6 +50,13 @@ _STANDSTILL_BYTES: Final = 1 << 20
 _MAX_INBOX: Final = 4 * MAX_SMALL_PAYLOAD
 
 
+#: Linux's IP_MTU and IPV6_MTU (``linux/in.h``, ``linux/in6.h``), which Python does not name.
+_MTU: Final = {
+    socket.AF_INET: (socket.IPPROTO_IP, 14),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 24),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Dialled:
     """A connection whose two ends have proved themselves; ``peer`` is its name for messages."""
@@ -148,11 +155,11 @@ class TcpSender:
     @property
     def mtu(self) -> int:
         """The largest packet on the way, in bytes; 0 where the system does not say."""
-        option = getattr(socket, "IP_MTU", 14 if sys.platform == "linux" else 0)
-        if not option or self._sock is None or self._sock.family != socket.AF_INET:
+        option = _MTU.get(self._sock.family) if self._sock is not None else None
+        if option is None or self._sock is None or sys.platform != "linux":
             return 0
         try:
-            return self._sock.getsockopt(socket.IPPROTO_IP, option)
+            return self._sock.getsockopt(*option)
         except OSError:
             return 0
 

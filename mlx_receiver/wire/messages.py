@@ -207,10 +207,30 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     reason: Text = ""
 
 
+class DataPath(msgspec.Struct, frozen=True):
+    """Which of the receiver's addresses the client sends blocks to, and what it measured there:
+    bytes a second, nanoseconds for a word and its answer, the largest packet (0: not known)."""
+
+    host: Name
+    rate: Bytes
+    round_trip_ns: Nanoseconds
+    mtu: Count = 0
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        mtu = f", MTU {self.mtu}" if self.mtu else ""
+        return (
+            f"{self.host} ({8e-9 * self.rate:.2f} Gbit/s, {1e-6 * self.round_trip_ns:.1f} ms{mtu})"
+        )
+
+
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
-    """Sent while the client is alive; a silent client's sessions are dropped."""
+    """Sent while the client is alive; a silent client's sessions are dropped. ``path`` is where its
+    blocks go, if it has measured that: the receiver shows it."""
 
     sent_ns: Nanoseconds
+    path: DataPath | None = None
 
 
 # --- receiver to client -------------------------------------------------------------------
@@ -324,6 +344,7 @@ class Progress(msgspec.Struct, frozen=True, array_like=True):
 class Status(msgspec.Struct, frozen=True, tag="status"):
     """Answer to a Ping: proof of life, capacity, and each of the client's sessions.
 
+    ``load`` is how many texts the receiver is working on or waiting for, whoever asked for them.
     ``ping_ns`` returns the Ping's own time and ``clock_ns`` the receiver's monotonic clock, so
     that the client can put both sides' times on one axis.
     """
@@ -333,6 +354,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     accepting: bool
     free_bytes: Bytes
     sessions: Annotated[list[Progress], Meta(max_length=MAX_ROWS)]
+    load: Count = 0
 
 
 ClientMessage = Hello | Open | Start | Cancel | Ping

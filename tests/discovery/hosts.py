@@ -48,29 +48,69 @@ class Host:
 @contextlib.contextmanager
 def two_hosts(cables: int = 1, ipv4: bool = True) -> Iterator[tuple[Host, Host]]:
     """Two of them, with that many cables, each a network of its own; without root, a skip."""
-    names = [f"discovery-{os.getpid()}-{side}" for side in "ab"]
     ends = [[f"dc{os.getpid()}{side}{n}"[-15:] for n in range(cables)] for side in "ab"]
+    with _hosts(ends) as (names, hosts):
+        for n in range(cables):
+            _or_skip(lambda n=n: plug_in(names, [ends[0][n], ends[1][n]], n, ipv4))
+        yield hosts[0], hosts[1]
+
+
+@contextlib.contextmanager
+def switched(count: int) -> Iterator[list[Host]]:
+    """That many of them at one switch: ``10.233.0.1`` and so on; without root, a skip."""
+    ends = [[f"sw{os.getpid()}h{n}"[-15:]] for n in range(count)]
+    with _hosts([*ends, []]) as (names, hosts):
+
+        def connect() -> None:
+            *others, switch = names
+            command(
+                "ip", "-n", switch, "link", "add", "sw", "type", "bridge", "mcast_snooping", "0"
+            )
+            command("ip", "-n", switch, "link", "set", "sw", "up")
+            for n, name in enumerate(others):
+                port, end = f"port{n}", ends[n][0]
+                command("ip", "link", "add", end, "netns", name, "type", "veth",
+                        "peer", "name", port, "netns", switch)  # fmt: skip
+                command("ip", "-n", switch, "link", "set", port, "master", "sw", "up")
+                bring_up(name, end, f"10.233.0.{n + 1}/24")
+
+        _or_skip(connect)
+        yield hosts[:count]
+
+
+@contextlib.contextmanager
+def _hosts(ends: list[list[str]]) -> Iterator[tuple[list[str], list[Host]]]:
+    """One for each list of its cables' ends, and the namespaces' names; not connected yet."""
+    names = [f"discovery-{os.getpid()}-{n}" for n in range(len(ends))]
+    with contextlib.ExitStack() as stack:
+        hosts = []
+        for name, own in zip(names, ends, strict=True):
+            _or_skip(lambda name=name: command("ip", "netns", "add", name))
+            stack.callback(
+                subprocess.run, ["ip", "netns", "delete", name], capture_output=True, check=False
+            )
+            _or_skip(lambda name=name: command("ip", "-n", name, "link", "set", "lo", "up"))
+            place = Place("", name, own[0] if own else "")
+            pool = stack.enter_context(ThreadPoolExecutor(1, initializer=place.enter))
+            hosts.append(Host(place, own, pool))
+        yield names, hosts
+
+
+def _or_skip(call: Callable[[], None]) -> None:
     try:
-        with contextlib.ExitStack() as stack:
-            for name in names:
-                command("ip", "netns", "add", name)
-                stack.callback(
-                    subprocess.run,
-                    ["ip", "netns", "delete", name],
-                    capture_output=True,
-                    check=False,
-                )
-                command("ip", "-n", name, "link", "set", "lo", "up")
-            for n in range(cables):
-                plug_in(names, [ends[0][n], ends[1][n]], n, ipv4)
-            hosts = []
-            for name, own in zip(names, ends, strict=True):
-                place = Place("", name, own[0] if own else "")
-                pool = stack.enter_context(ThreadPoolExecutor(1, initializer=place.enter))
-                hosts.append(Host(place, own, pool))
-            yield hosts[0], hosts[1]
+        call()
     except NoRights as error:
         pytest.skip(str(error))
+
+
+def bring_up(name: str, end: str, address: str) -> None:
+    """An end of a cable in a namespace; without an ``address`` it has IPv6's own only."""
+    # Waiting for duplicates of an IPv6 address takes two seconds.
+    inside = ("ip", "netns", "exec", name)
+    command(*inside, "sh", "-c", f"echo 0 > /proc/sys/net/ipv6/conf/{end}/accept_dad")
+    if address:
+        command("ip", "-n", name, "address", "add", address, "dev", end)
+    command("ip", "-n", name, "link", "set", end, "up")
 
 
 def plug_in(names: list[str], ends: list[str], number: int, ipv4: bool = True) -> None:
@@ -78,12 +118,7 @@ def plug_in(names: list[str], ends: list[str], number: int, ipv4: bool = True) -
     command("ip", "link", "add", ends[0], "netns", names[0], "type", "veth",
             "peer", "name", ends[1], "netns", names[1])  # fmt: skip
     for side, (name, end) in enumerate(zip(names, ends, strict=True), 1):
-        # Waiting for duplicates of an IPv6 address takes two seconds.
-        inside = ("ip", "netns", "exec", name)
-        command(*inside, "sh", "-c", f"echo 0 > /proc/sys/net/ipv6/conf/{end}/accept_dad")
-        if ipv4:
-            command("ip", "-n", name, "address", "add", f"10.232.{number}.{side}/30", "dev", end)
-        command("ip", "-n", name, "link", "set", end, "up")
+        bring_up(name, end, f"10.232.{number}.{side}/30" if ipv4 else "")
 
 
 def command(*arguments: str) -> None:

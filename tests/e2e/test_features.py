@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +20,14 @@ from vllm.v1.request import Request
 
 from tests.e2e.equality_cases import CASES, HANDED_OFF, NOT_DECODED
 from tests.servers import Receiver, start_receiver
+from tests.waiting import eventually
 from vllm_mac_decode.engine.adapter import engine_rules
 from vllm_mac_decode.scheduler import eligibility
-from vllm_mac_decode.scheduler.availability import Availability
 from vllm_mac_decode.scheduler.eligibility import local_reason
-from vllm_mac_decode.scheduler.link import Link
+from vllm_mac_decode.scheduler.fleet import Fleet
 from vllm_mac_decode.scheduler.port import EngineRules
 from vllm_mac_decode.scheduler.relay import Relay
+from vllm_mac_decode.scheduler.remote import Remote
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.tools.check import read_model
 
@@ -79,7 +79,7 @@ def _embeddings() -> Any:
 
 def returned() -> set[str]:
     """Every label that there is in the code."""
-    decide = (eligibility, engine_rules, Availability.local_reason, Relay._decide)
+    decide = (eligibility, engine_rules, Remote.local_reason, Relay._chosen, Relay._decide)
     sources = [inspect.getsource(part) for part in decide]
     found = re.findall(r'(?:return|everything =) "(\w+)"', "".join(sources))
     assert len(found) > 15
@@ -177,17 +177,15 @@ def test_a_receiver_that_is_not_there_or_fails_is_left_alone(
     engine = SimpleNamespace(rules=EngineRules(), weights_changed=False, max_model_len=2048)
     relay.engine = engine  # type: ignore[assignment]
     relay.vocab_size = me.signature.vocab_size
-    relay.link = Link(settings, me, relay)
+    fleet = Fleet(settings, me, relay.join)
     try:
-        until = time.monotonic() + 10
-        while relay.link.target is None and time.monotonic() < until:
-            time.sleep(0.05)
+        assert eventually(lambda: any(remote.welcome for remote in relay._receivers), 10)
         assert reason_now(relay) == {}
         engine.weights_changed = True
         assert reason_now(relay) == {"weights_changed": 1}
         engine.weights_changed = False
         for _ in range(3):
-            relay._available.failed()
+            relay._receivers[0].failed()
         assert reason_now(relay) == {"circuit_open": 1}
     finally:
-        relay.link.close()
+        fleet.close()

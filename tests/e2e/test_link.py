@@ -14,6 +14,7 @@ from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import layout_from_config
 from tests.servers import Receiver, start_receiver
+from vllm_mac_decode.scheduler.candidates import candidates
 from vllm_mac_decode.scheduler.link import Link
 from vllm_mac_decode.settings import Settings
 
@@ -67,7 +68,8 @@ def test_a_lost_receiver_is_noticed_at_once_and_used_again(
     events = Events()
     source = find_model(str(tiny_llama_path))
     me = Introduction(source.signature, layout_from_config(source.config, "float32"))
-    link = Link(settings, me, events)
+    link = Link(settings, me, events, candidates(settings), receiver.address)
+    link.start()
     try:
         assert events.seen.get(timeout=10) == "connected"
         receiver.server.signal(signal.SIGKILL)

@@ -128,7 +128,7 @@ def test_a_pause_that_waits_waits_for_the_receiver(
     vllm, receiver = drained
     before = fallbacks(vllm)
     reader = Reader(vllm, PROMPTS[2])
-    assert receiver.health()["decoding"] == 1
+    assert eventually(lambda: receiver.health()["decoding"] == 1)
     with paused(vllm, "wait"):
         assert receiver.health()["decoding"] == 0, "the pause was over before the response"
     assert reader.ended() == expected[2]

@@ -12,6 +12,7 @@ from mlx_receiver.wire.layout import full_attention
 from tests.vllm_mac_decode.plain import Output, Outputs, Params, Request, Stats
 from vllm_mac_decode.scheduler.port import EngineRules
 from vllm_mac_decode.scheduler.relay import Relay
+from vllm_mac_decode.scheduler.remote import Remote
 from vllm_mac_decode.settings import Settings
 
 VOCABULARY, CONTEXT, MODEL_LEN, BYTES = 100, 60, 80, 64
@@ -64,6 +65,8 @@ class Link:
     """What is said to the receiver; ``up``: whether it can be."""
 
     up: bool = True
+    where: str = "the test's"
+    target: None = None
     said: list[m.ClientMessage] = field(default_factory=list)
     #: How often it was said that blocks do not get through.
     doubts: int = 0
@@ -83,20 +86,32 @@ class Engine:
     def __init__(self, **settings: Any) -> None:
         self.relay = Relay(Settings(**settings))
         self.port, self.link = Port(), Link()
-        self.relay.engine, self.relay.link = self.port, self.link  # type: ignore[assignment]
+        self.relay.engine = self.port  # type: ignore[assignment]
+        self.receiver = self.join(self.link)
         self.relay.vocab_size = VOCABULARY
         self.relay.layout = full_attention(1, 4, 2, "float32")
         assert self.relay.layout.bytes_per_token == BYTES
         self.requests: dict[str, Request] = {}
         self.connect()
 
-    def connect(self, max_tokens: int = CONTEXT) -> None:
-        self.link.up = True
-        self.relay.connected(m.Welcome("r", "m", "e", [], new_ticket(), max_tokens, ["raw"]))
+    def join(self, link: Link) -> Remote:
+        """A receiver that is not connected yet."""
+        remote = self.relay.join()
+        remote.link = link  # type: ignore[assignment]
+        return remote
 
-    def lose(self) -> None:
-        self.link.up = False
-        self.relay.disconnected("it is gone")
+    def connect(
+        self, max_tokens: int = CONTEXT, remote: Remote | None = None, name: str = "r"
+    ) -> bool:
+        remote = remote or self.receiver
+        remote.link.up = True  # type: ignore[union-attr]
+        welcome = m.Welcome(name, "m", "e", [], new_ticket(), max_tokens, ["raw"])
+        return remote.connected(welcome)
+
+    def lose(self, remote: Remote | None = None) -> None:
+        remote = remote or self.receiver
+        remote.link.up = False  # type: ignore[union-attr]
+        remote.disconnected("it is gone")
 
     def add(self, name: str = "a", max_tokens: int = 8, **params: Any) -> Request:
         prompt = params.pop("prompt", PROMPT)
@@ -122,9 +137,9 @@ class Engine:
         self.relay.rewrite({0: outputs})  # type: ignore[dict-item]
         return outputs
 
-    def say(self, *messages: m.ReceiverMessage) -> None:
+    def say(self, *messages: m.ReceiverMessage, by: Remote | None = None) -> None:
         for message in messages:
-            self.relay.message(message, time.perf_counter())
+            (by or self.receiver).message(message, time.perf_counter())
 
     def complete(self, number: int, prompt: int = len(PROMPT)) -> None:
         self.say(m.Opened(number), m.Complete(number, prompt * BYTES))

@@ -151,11 +151,13 @@ class Worker:
         self.caches[layer][slots] = torch.cat([part[0], part[1]], dim=-1).transpose(0, 1)
 
     def step(
-        self, work: list[tuple[Request, int, int]], target: DataTarget, hooks: int = 1
+        self, work: list[tuple[Request, int, int]], *targets: DataTarget, hooks: int = 1
     ) -> None:
-        """One forward pass; ``hooks`` says how often vLLM calls a layer's hook."""
+        """One forward pass; the sessions take the targets in turn. ``hooks`` says how often vLLM
+        calls a layer's hook."""
         spans = [request.span(start, end, self.block_size) for request, start, end in work]
-        self.exporter.begin_step(spans, [], target)
+        where = zip(spans, itertools.cycle(targets), strict=False)
+        self.exporter.begin_step(spans, [], {span.session: target for span, target in where})
         for layer in self.caches:
             for request, start, end in work:
                 self.write(layer, request, start, end)
@@ -182,7 +184,7 @@ class Worker:
     def check_alive(self) -> None:
         """All threads still run."""
         alive = {thread.name for thread in threading.enumerate()}
-        assert all(thread.is_alive() for thread in self.exporter._threads), alive
+        assert all(thread.is_alive() for thread in self.exporter.threads), alive
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from vllm_mac_decode.settings import Settings, SettingsError, load
 
 def test_the_defaults_need_nothing() -> None:
     assert load({}, {}) == load(None, {}) == Settings()
-    assert Settings().address() is None, "the receiver is discovered"
+    assert not Settings().addresses(), "receivers are discovered"
 
 
 def test_every_setting_can_come_from_the_environment() -> None:
@@ -45,7 +45,7 @@ def test_the_extra_config_goes_before_the_environment() -> None:
 
 def test_the_process_environment_is_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAC_DECODE_RECEIVER", "mac.local:7000")
-    assert load().address() == ("mac.local", 7000)
+    assert load().addresses() == {"mac.local:7000": ("mac.local", 7000)}
 
 
 def test_an_empty_variable_is_as_if_unset() -> None:
@@ -108,7 +108,7 @@ def test_bad_addresses_are_quoted(address: str) -> None:
     ],
 )
 def test_good_addresses(address: str, expected: tuple[str, int]) -> None:
-    assert load({"receiver": address}, {}).address() == expected
+    assert load({"receiver": address}, {}).addresses() == {address: expected}
 
 
 @pytest.mark.parametrize(

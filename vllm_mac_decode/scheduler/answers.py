@@ -14,7 +14,8 @@ from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.seldom import Seldom, printable
 from vllm_mac_decode.scheduler.handoff import Handoff, Phase
 from vllm_mac_decode.scheduler.handoffs import Handoffs
-from vllm_mac_decode.scheduler.promise import BrokenPromise
+from vllm_mac_decode.scheduler.promise import BrokenPromise, Promise
+from vllm_mac_decode.scheduler.remote import Remote
 from vllm_mac_decode.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,41 +29,86 @@ _LEASE_SECONDS = 60.0
 
 
 class Answers(Handoffs):
-    """The ``LinkListener`` half of the relay; called from the link's thread."""
+    """The half of the relay that the receivers' links call, each from its own thread."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._complaints = Seldom(logger)
 
-    def connected(self, welcome: m.Welcome) -> None:
-        """Sessions open as requests come."""
+    def join(self) -> Remote:
+        """A receiver that may be connected now and then."""
+        remote = Remote(self)
         with self._lock:
-            self._available.connected(welcome)
+            self._receivers.append(remote)
+        return remote
 
-    def disconnected(self, reason: str) -> None:
+    def leave(self, remote: Remote) -> None:
+        """It will not be any more."""
+        with self._lock:
+            self.disconnected(remote)
+            self._receivers.remove(remote)
+
+    def close(self) -> None:
+        """There are no receivers any more."""
+        with self._lock:
+            for remote in self._receivers:
+                self.disconnected(remote)
+
+    def taken(self, receiver: str, remote: Remote) -> bool:
+        """Whether another link is connected to that receiver."""
+        with self._lock:
+            return any(
+                other.welcome is not None and other.welcome.receiver == receiver
+                for other in self._receivers
+                if other is not remote
+            )
+
+    def connected(self, remote: Remote, welcome: m.Welcome) -> bool:
+        """Sessions open as requests come, unless another link is connected to it."""
+        with self._lock:
+            if self.taken(welcome.receiver, remote):
+                return False
+            remote.enter(welcome)
+            return True
+
+    def disconnected(self, remote: Remote) -> None:
         """Every session that the receiver had is lost."""
         with self._lock:
-            self._available.connected(None)
-            if self._sessions:
-                self._available.failed()
-            for session in list(self._sessions.values()):
+            remote.enter(None)
+            lost = [s for s in self._sessions.values() if s.receiver is remote]
+            if lost:
+                remote.failed()
+            for session in lost:
                 self._fall_back(session, "lost", breaker=False)
 
-    def message(self, message: m.ReceiverMessage, arrived: float) -> None:
-        """Act on what the receiver says; what it says of unknown sessions is ignored."""
+    def message(self, remote: Remote, message: m.ReceiverMessage, arrived: float) -> None:
+        """Act on what the receiver says; what it says of sessions that it does not have is
+        ignored."""
         with self._lock:
             match message:
                 case m.Step():
-                    self._decoded(message.decoded)
+                    self._decoded(remote, message.decoded)
                     self._counts.relay_times.append(time.perf_counter() - arrived)
                 case m.Status():
-                    self._available.accepting = message.accepting
+                    remote.heard(message)
                     for progress in message.sessions:
-                        self._told(progress)
+                        self._told(remote, progress)
                 case m.Opened() | m.Refused() | m.Complete() | m.Failed():
-                    self._told(message)
+                    self._told(remote, message)
                 case _:
                     pass
+
+    def idle(self, remote: Remote) -> bool:
+        """Whether no hand-off to it is under way."""
+        with self._lock:
+            return all(session.receiver is not remote for session in self._sessions.values())
+
+    def _of(self, remote: Remote, number: int) -> tuple[Handoff, Promise] | None:
+        """The session of that number, if the receiver has it."""
+        session = self._sessions.get(number)
+        if session is None or session.promise is None or session.receiver is not remote:
+            return None
+        return session, session.promise
 
     def tick(self, now: float) -> None:
         """Give up sessions that have made no progress for too long."""
@@ -77,12 +123,16 @@ class Answers(Handoffs):
                 if cause:
                     self._fall_back(session, cause, breaker=cause == "stalled")
 
-    def _told(self, message: m.Opened | m.Refused | m.Complete | m.Failed | m.Progress) -> None:
+    def _told(
+        self,
+        remote: Remote,
+        message: m.Opened | m.Refused | m.Complete | m.Failed | m.Progress,
+    ) -> None:
         """What the receiver says of one session."""
-        session = self._sessions.get(message.session)
-        promise = session.promise if session is not None else None
-        if session is None or promise is None:
+        found = self._of(remote, message.session)
+        if found is None:
             return
+        session, promise = found
         now = time.monotonic()
         try:
             match message:
@@ -116,7 +166,7 @@ class Answers(Handoffs):
         )
         self._fall_back(session, "failed_protocol")
 
-    def _decoded(self, step: list[m.Decoded]) -> None:
+    def _decoded(self, remote: Remote, step: list[m.Decoded]) -> None:
         now = time.monotonic()
         produced: dict[int, tuple[Request, m.Decoded]] = {}
         # Given up once their tokens, if there are any, are on their way: what ends the response
@@ -124,13 +174,14 @@ class Answers(Handoffs):
         broken: list[tuple[Handoff, BrokenPromise]] = []
         full: list[Handoff] = []
         for decoded in step:
-            session = self._sessions.get(decoded.session)
-            if session is None or session.promise is None:
+            found = self._of(remote, decoded.session)
+            if found is None:
                 continue
+            session, promise = found
             try:
                 if decoded.session in produced:
                     raise BrokenPromise("it sent two parts of one step")
-                context_full = session.promise.decoded(decoded, session.tokens, now)
+                context_full = promise.decoded(decoded, session.tokens, now)
             except BrokenPromise as error:
                 broken.append((session, error))
                 continue
@@ -145,7 +196,7 @@ class Answers(Handoffs):
                 produced[decoded.session] = (session.request, decoded)
             if decoded.finish:
                 self._counts.events["completed"] += 1
-                self._available.succeeded()
+                remote.succeeded()
                 self._tell_workers(session)
                 self._forget(session)
         if produced:

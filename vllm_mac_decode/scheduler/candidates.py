@@ -1,4 +1,4 @@
-"""Which receivers there may be, in the order in which they are tried, and the keys for each."""
+"""Which receivers there may be, the ways to each, and the keys that it may want."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from mlx_receiver.discovery.browse import Browser, Found
-from mlx_receiver.pairing.keystore import Identity, Keystore
+from mlx_receiver.pairing.keystore import Identity, Keystore, PairingError
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.addresses import is_this_machine, resolve, spelled
 from mlx_receiver.wire.seldom import printable
@@ -19,6 +19,8 @@ logger = logging.getLogger("vllm.mac_decode.link")
 _FIRST_SECONDS: Final = 2.0
 
 _HERE: Final = "127.0.0.1"
+#: The receiver that may run here without being found.
+LOCAL: Final = spelled(_HERE, DEFAULT_PORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,14 @@ class Candidate:
 
 
 class Candidates(Protocol):
-    """Where to look for a receiver. Used by the link's thread."""
+    """Where to look for receivers."""
 
-    def now(self) -> list[Candidate]:
-        """Those to be tried, the best first. Raises PairingError."""
+    def receivers(self) -> list[str]:
+        """A name for each receiver that there may be, which tells it from the others; nothing is
+        resolved. Raises PairingError."""
+
+    def ways(self, receiver: str) -> list[Candidate]:
+        """How to get to that one, the best way first. Raises PairingError."""
 
     def hosts(self, candidate: Candidate) -> list[str]:
         """All addresses that are known of that receiver."""
@@ -48,26 +54,33 @@ class Candidates(Protocol):
 
 
 def candidates(settings: Settings) -> Candidates:
-    """What the settings ask for: one address, or whoever is found."""
-    return Typed(settings) if settings.address() else Discovered(settings)
+    """What the settings ask for: the addresses that are given, or whoever is found."""
+    return Typed(settings) if settings.receiver else Discovered(settings)
 
 
 class Typed:
-    """The receiver whose address was given."""
+    """The receivers whose addresses were given."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._token = settings.token
+        self._addresses = settings.addresses()
         self._keystore = Keystore("vllm")
 
-    def now(self) -> list[Candidate]:
-        """See ``Candidates.now``."""
-        address = self._settings.address()
-        assert address is not None
-        host, port = address
-        return [
-            Candidate(self._settings.receiver, host, port, found)
-            for found in keys_for(host, port, self._settings.token, self._keystore)
-        ]
+    def receivers(self) -> list[str]:
+        """See ``Candidates.receivers``."""
+        return list(self._addresses)
+
+    def ways(self, receiver: str) -> list[Candidate]:
+        """See ``Candidates.ways``."""
+        host, port = self._addresses[receiver]
+        known = keys_for(host, port, self._token, self._keystore)
+        if not known:
+            raise PairingError(
+                "this machine is paired with no receiver: run `mac-decode pair CODE --receiver "
+                f"{receiver}` with the code that `mlx-receiver pair` shows on the Mac, or give "
+                "both sides one token"
+            )
+        return [Candidate(receiver, host, port, keys) for keys in known]
 
     def hosts(self, candidate: Candidate) -> list[str]:
         """See ``Candidates.hosts``."""
@@ -78,12 +91,7 @@ class Typed:
 
     def none(self) -> str:
         """See ``Candidates.none``."""
-        where = self._settings.receiver
-        return (
-            "this machine is paired with no receiver: run `mac-decode pair CODE --receiver "
-            f"{where}` with the code that `mlx-receiver pair` shows on the Mac, or give both sides "
-            "one token"
-        )
+        return f"no receiver answers at {', '.join(self._addresses)}"
 
     def close(self) -> None:
         """See ``Candidates.close``."""
@@ -98,31 +106,27 @@ class Discovered:
         self._browser = Browser() if settings.discovery else None
         self._looked = False
 
-    def now(self) -> list[Candidate]:
-        """See ``Candidates.now``."""
+    def receivers(self) -> list[str]:
+        """See ``Candidates.receivers``."""
         if not self._looked:
             # Else the first words in the log would be that there is none.
             self._looked = True
             self.wait(_FIRST_SECONDS)
-        found: list[Candidate] = []
-        services = self._browser.found() if self._browser is not None else []
-        paired, local = {peer.key for peer in self._keystore.peers()}, _local_key()
-        for service in services:
-            here = _is_here(service, local)
-            known = self._keys_of(service, paired, here)
-            if known is None:
-                continue
-            name = printable(service.announced.name)
-            ways = [way.host for way in service.addresses]
-            for host in [_HERE, *ways] if here else ways:
-                at = f"{name} ({spelled(host, service.port)})"
-                found.append(Candidate(at, host, service.port, known))
-        return found + self._here()
+        announced = self._announced()
+        here = any(
+            (way.host, way.port) == (_HERE, DEFAULT_PORT)
+            for ways in announced.values()
+            for way in ways
+        )
+        return [*announced, *([] if here else [LOCAL])]
+
+    def ways(self, receiver: str) -> list[Candidate]:
+        """See ``Candidates.ways``."""
+        return self._here() if receiver == LOCAL else self._announced().get(receiver, [])
 
     def hosts(self, candidate: Candidate) -> list[str]:
         """See ``Candidates.hosts``."""
-        services = self._browser.found() if self._browser is not None else []
-        for service in services:
+        for service in self._found():
             hosts = [way.host for way in service.addresses]
             if service.port == candidate.port and candidate.host in hosts:
                 return hosts
@@ -131,18 +135,42 @@ class Discovered:
     @property
     def paired(self) -> bool:
         """Whether one that is found would be tried."""
-        return len(self.now()) > len(self._here())
+        return bool(self._announced())
 
     def wait(self, seconds: float) -> None:
         """Until some receiver is found, or that long."""
         if self._browser is not None:
             self._browser.wait(seconds)
 
+    def _found(self) -> list[Found]:
+        return self._browser.found() if self._browser is not None else []
+
+    def _announced(self) -> dict[str, list[Candidate]]:
+        """The ways to those that take this machine."""
+        paired, local = {peer.key for peer in self._keystore.peers()}, _local_key()
+        found: dict[str, list[Candidate]] = {}
+        for service in self._found():
+            here = _is_here(service, local)
+            known = self._keys_of(service, paired, here)
+            if known is None:
+                continue
+            said = service.announced
+            ways = [way.host for way in service.addresses]
+            found[f"{said.instance}:{service.port}:{said.key}"] = [
+                Candidate(
+                    f"{printable(said.name)} ({spelled(host, service.port)})",
+                    host,
+                    service.port,
+                    known,
+                )
+                for host in ([_HERE, *ways] if here else ways)
+            ]
+        return found
+
     def _here(self) -> list[Candidate]:
         """Multicast may be blocked, and a receiver on this machine needs none to be found."""
-        name = spelled(_HERE, DEFAULT_PORT)
         return [
-            Candidate(name, _HERE, DEFAULT_PORT, known)
+            Candidate(LOCAL, _HERE, DEFAULT_PORT, known)
             for known in keys_for(_HERE, DEFAULT_PORT, self._token, self._keystore)
         ]
 
@@ -158,9 +186,7 @@ class Discovered:
 
     def none(self) -> str:
         """See ``Candidates.none``."""
-        others = []
-        if self._browser is not None and not self._token:
-            others = [printable(service.announced.name) for service in self._browser.found()]
+        others = [] if self._token else [printable(s.announced.name) for s in self._found()]
         if others:
             return (
                 f"{', '.join(sorted(set(others)))}: found, but not paired with this machine. Run "

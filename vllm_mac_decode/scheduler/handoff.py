@@ -13,6 +13,8 @@ from vllm_mac_decode.scheduler.promise import Promise
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from vllm_mac_decode.scheduler.remote import Remote
+
 #: Times of each kind that wait for vLLM to collect them.
 KEPT_TIMES = 1024
 
@@ -64,6 +66,7 @@ class Handoff:
     sampling: Sampling  # as the receiver is told
     routed: bool = False  # a router's prefill: the receiver is asked for the rest over HTTP
     phase: Phase = Phase.DECIDED
+    receiver: Remote | None = None  # whom Open was sent to
     continued_as: str = ""  # the local continuation's request id
     promise: Promise | None = None  # what the receiver owes, once Open was sent
     tokens: list[int] = field(default_factory=list)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.layout import CacheLayout
-from vllm_mac_decode.scheduler.availability import Availability
 from vllm_mac_decode.scheduler.handoff import Counts, Handoff, Phase
+from vllm_mac_decode.scheduler.remote import Remote
 from vllm_mac_decode.settings import Settings
 
 if TYPE_CHECKING:
-    from vllm_mac_decode.scheduler.link import Link
     from vllm_mac_decode.scheduler.port import EnginePort
 
 logger = logging.getLogger("vllm.mac_decode.relay")
@@ -28,7 +28,7 @@ _NO_BLOCKS: Final = ("unreachable", "stalled", "failed_block")
 
 
 class Handoffs:
-    """Whether there is a receiver is part of what the lock guards: a session is entered while one
+    """Which receivers there are is part of what the lock guards: a session is opened while its own
     is connected and given up when that one is lost, never in between."""
 
     def __init__(self, settings: Settings) -> None:
@@ -38,16 +38,28 @@ class Handoffs:
         self._by_request: dict[str, Handoff] = {}
         self._ended: list[int] = []
         self._counts = Counts()
-        self._available = Availability(settings)
-        self.link: Link | None = None
+        self._receivers: list[Remote] = []
         self.engine: EnginePort | None = None
         #: Of the model's cache; known when the engine is attached.
         self.layout: CacheLayout | None = None
         self.vocab_size = 0
 
-    def idle(self) -> bool:
-        """Whether no hand-off is under way."""
-        return not self._sessions
+    def _chosen(self, prompt_tokens: int) -> Remote | str:
+        """The receiver with the least to do, for a request with this prompt; or why there is none,
+        as a metric label."""
+        if not self._settings.enabled:
+            return "disabled"
+        connected = [remote for remote in self._receivers if remote.welcome is not None]
+        if self.engine is None or not connected:
+            return "no_receiver"
+        if self.engine.weights_changed:
+            return "weights_changed"
+        reasons = [remote.local_reason(prompt_tokens) for remote in connected]
+        free = [remote for remote, no in zip(connected, reasons, strict=True) if not no]
+        if not free:
+            return reasons[0]
+        ours = Counter(session.receiver for session in self._sessions.values())
+        return min(free, key=lambda remote: remote.others + ours[remote])
 
     def _finish_unclaimed(self, session: Handoff) -> None:
         """All KV is there: neither the workers nor this side have a part in it any more."""
@@ -60,10 +72,10 @@ class Handoffs:
         if not session.pending:
             return
         self._counts.fallbacks[cause] += 1
-        if cause in _NO_BLOCKS and self.link is not None:
-            self.link.doubt()
-        if breaker:
-            self._available.failed()
+        if cause in _NO_BLOCKS and session.receiver is not None:
+            session.receiver.doubt()
+        if breaker and session.receiver is not None:
+            session.receiver.failed()
         self._part(session, cause)
         match session.phase:
             case Phase.DECODING:
@@ -71,8 +83,12 @@ class Handoffs:
             case Phase.PREFILLED:
                 session.enter(Phase.OVER)
             case _:
-                session.enter(Phase.LOCAL)
-                session.request.max_tokens = session.max_tokens
+                self._give_back(session)
+
+    def _give_back(self, session: Handoff) -> None:
+        """Nothing has come of it yet: vLLM goes on as without this connector."""
+        session.enter(Phase.LOCAL)
+        session.request.max_tokens = session.max_tokens
 
     def _continue_locally(self, session: Handoff) -> None:
         assert self.engine is not None
@@ -95,8 +111,8 @@ class Handoffs:
         self._sessions.pop(session.session, None)
         if session.remote:
             self._tell_workers(session)
-            if self.link is not None:
-                self.link.send(m.Cancel(session.session, reason))
+            if session.receiver is not None:
+                session.receiver.send(m.Cancel(session.session, reason))
 
     def _abort(self, session: Handoff) -> None:
         if session.pending:
@@ -121,5 +137,5 @@ class Handoffs:
 
     def _send(self, session: Handoff, message: m.Open | m.Start) -> None:
         """What cannot be said ends the hand-off: nobody will answer it."""
-        if self.link is None or not self.link.send(message):
+        if session.receiver is None or not session.receiver.send(message):
             self._fall_back(session, "lost", breaker=False)

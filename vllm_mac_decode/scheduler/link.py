@@ -1,6 +1,6 @@
-"""The control connection to the receiver: one background thread in vLLM's engine process.
+"""The control connection to one receiver: a background thread in vLLM's engine process.
 
-Connects whenever a receiver is there, says Hello, keeps the connection alive with Pings, and
+Connects whenever the receiver is there, says Hello, keeps the connection alive with Pings, and
 hands every other message to a listener. A receiver that appears later, restarts or moves (the
 host name is resolved again at every attempt) is found without restarting vLLM.
 
@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import zmq
@@ -27,7 +28,7 @@ from mlx_receiver.wire.addresses import is_this_machine
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.seldom import printable
 from vllm_mac_decode.export import DataTarget
-from vllm_mac_decode.scheduler.candidates import Candidate, Candidates, candidates
+from vllm_mac_decode.scheduler.candidates import Candidate, Candidates
 from vllm_mac_decode.scheduler.control import ControlSocket, NoAnswer
 from vllm_mac_decode.scheduler.paths import Paths
 from vllm_mac_decode.settings import Settings
@@ -45,8 +46,11 @@ _AT_ONCE: Final = 256
 class LinkListener(Protocol):
     """Called from the link's thread."""
 
-    def connected(self, welcome: m.Welcome) -> None:
-        """The receiver accepts sessions."""
+    def taken(self, receiver: str) -> bool:
+        """Whether another link is connected to that receiver (``Welcome.receiver``)."""
+
+    def connected(self, welcome: m.Welcome) -> bool:
+        """The receiver accepts sessions. False: it is taken."""
 
     def disconnected(self, reason: str) -> None:
         """Every session is lost."""
@@ -71,30 +75,61 @@ class _Lost(Exception):
         self.nobody = self.refused = False
 
 
+class _Twin(Exception):
+    """Another link is connected to the receiver, by another of its names."""
+
+    def __init__(self, receiver: str) -> None:
+        super().__init__()
+        self.receiver = receiver
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a link has no receiver. ``nobody``: nothing listens there."""
+
+    text: str
+    nobody: bool = False
+
+
 class Link:
-    """Owns the thread. ``send``, ``target`` and ``close`` may be used from any other."""
+    """Owns the thread. ``send``, ``target``, ``problem`` and ``close`` may be used from any
+    other."""
 
     def __init__(
         self,
         settings: Settings,
         me: Introduction,
         listener: LinkListener,
+        found: Candidates,
+        receiver: str,
+        number: int = 0,
     ) -> None:
+        """``receiver`` is one of ``found``'s; ``number`` tells the links apart."""
         self._settings = settings
         self._vocab_size = me.signature.vocab_size
         self._hello = me.hello()
         self._listener = listener
+        self._found = found
+        self._receiver = receiver
+        self.number = number
         self._outbox: queue.SimpleQueue[m.ClientMessage] = queue.SimpleQueue()
         self._wake_lock = threading.Lock()
         self._wake_in, self._wake_out = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
             end.setblocking(False)
         self._closing = False
-        self._complaint = ""
-        self._where = ""  # for messages: the receiver of the conversation
+        #: For messages: the receiver of the conversation.
+        self.where = ""
         self._paths: Paths | None = None
         self._target: DataTarget | None = None
-        self._thread = threading.Thread(target=self._run, name="mac-decode-link", daemon=True)
+        #: Why the last attempt failed; None before there was one, and while it is connected.
+        self.problem: Problem | None = None
+        self._thread = threading.Thread(
+            target=self._run, name=f"mac-decode-link-{number}", daemon=True
+        )
+
+    def start(self) -> None:
+        """Begin to connect."""
         self._thread.start()
 
     @property
@@ -116,11 +151,11 @@ class Link:
         if self._paths is not None:
             self._paths.doubt()
 
-    def close(self) -> None:
-        """Ask the thread to end, which frees its sockets, and wait for that a while."""
+    def close(self, wait: bool = True) -> None:
+        """Ask the thread to end, which frees its sockets, and (``wait``) wait for that a while."""
         self._closing = True
         self._wake()
-        if threading.current_thread() is not self._thread:
+        if wait and self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=_JOIN_SECONDS)
 
     def _wake(self) -> None:
@@ -133,34 +168,37 @@ class Link:
     def _run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            with contextlib.closing(candidates(self._settings)) as found:
-                self._keep_conversing(context, found)
+            self._keep_conversing(context)
         finally:
             context.term()  # every socket is closed, without lingering
             with self._wake_lock:
                 self._wake_in.close()
                 self._wake_out.close()
 
-    def _keep_conversing(self, context: zmq.Context[zmq.Socket[bytes]], found: Candidates) -> None:
+    def _keep_conversing(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         attempt = 0
         while not self._closing:
             began = time.monotonic()
             pause = 0.0
             try:
-                self._try_each(context, found)
+                self._try_each(context)
             except _Lost as lost:
                 pause = lost.pause
-                self._over(str(lost))
+                self._over(Problem(str(lost), lost.nobody))
+            except _Twin as twin:
+                self._over(Problem("another link is connected to it", nobody=True))
+                while not self._closing and self._listener.taken(twin.receiver):
+                    self._rest(_RETRY_SECONDS[0])
             except Exception:
                 logger.exception("the link to the receiver failed; it will be tried again")
                 pause = _RETRY_SECONDS[-1]
-                self._over("the link failed")
+                self._over(Problem("the link failed"))
             if time.monotonic() - began > 10:
                 attempt = 0
             pause = pause or _RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)]
             attempt += 1
             self._rest(pause)
-        self._over("this side is closing")
+        self._over(Problem("this side is closing"))
 
     def _rest(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -169,68 +207,60 @@ class Link:
             with contextlib.suppress(Exception):  # one that lasts is logged while connected
                 self._listener.tick(time.monotonic())
 
-    def _over(self, reason: str) -> None:
-        """No receiver is connected any more, or, as ``reason`` says, still not."""
+    def _over(self, problem: Problem) -> None:
+        """The receiver is not connected any more, or still not."""
         connected, self._target = self._target is not None, None
+        self.problem = None if connected else problem
         if not connected:
-            # Once, not at every attempt.
-            if reason != self._complaint and not self._closing:
-                self._complaint = reason
-                logger.warning("decoding locally: %s", reason)
             return
         if not self._closing:
             logger.warning(
-                "lost the receiver at %s: %s; responses go on locally",
-                self._where,
-                reason,
+                "lost the receiver at %s: %s; responses go on locally", self.where, problem.text
             )
         try:
-            self._listener.disconnected(reason)
+            self._listener.disconnected(problem.text)
         except Exception:
             logger.exception("responses that the receiver was decoding may be lost")
 
-    def _try_each(self, context: zmq.Context[zmq.Socket[bytes]], found: Candidates) -> None:
-        """Converse with the first candidate that welcomes us. Raises _Lost when that is over, or
-        when there is none."""
+    def _try_each(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """Converse by the first way on which the receiver welcomes us. Raises _Lost when that is
+        over, or when there is none."""
         failures: list[_Lost] = []
         try:
-            tried = found.now()
+            ways = self._found.ways(self._receiver)
         except PairingError as error:
             raise _Lost(str(error), _REJECTED_SECONDS) from None
-        answered: set[tuple[bytes, int]] = set()
-        for candidate in tried:
+        answered: set[bytes] = set()
+        for candidate in ways:
             if self._closing:
                 return
-            receiver = candidate.keys.receiver_public, candidate.port
-            if receiver in answered:
+            if candidate.keys.receiver_public in answered:
                 continue  # at another of its addresses: it would say the same
             try:
-                self._converse(context, found, candidate)
+                self._converse(context, candidate)
                 return
             except _Lost as lost:
                 if self._target is not None:
                     raise
                 failures.append(lost)
                 if lost.refused:
-                    answered.add(receiver)
-        if not failures:
-            raise _Lost(found.none())
-        reasons = list(dict.fromkeys(map(str, failures)))
-        if all(lost.nobody for lost in failures):
-            reasons = [found.none()] if not self._settings.receiver else reasons[:1]
-        raise _Lost("; ".join(reasons), max(lost.pause for lost in failures))
+                    answered.add(candidate.keys.receiver_public)
+        reasons = "; ".join(dict.fromkeys(map(str, failures))) or "it is not found any more"
+        last = _Lost(reasons, max((lost.pause for lost in failures), default=0.0))
+        last.nobody = all(lost.nobody for lost in failures)
+        raise last
 
-    def _converse(
-        self, context: zmq.Context[zmq.Socket[bytes]], found: Candidates, candidate: Candidate
-    ) -> None:
+    def _converse(self, context: zmq.Context[zmq.Socket[bytes]], candidate: Candidate) -> None:
         """One connection, from Hello to its end. Raises _Lost."""
-        self._where = where = candidate.name
+        self.where = where = candidate.name
         try:
             with contextlib.closing(
                 ControlSocket(context, candidate, self._settings.stall_timeout)
             ) as control:
-                control.send(self._hello)
-                self._serve(control, self._welcomed(control), lambda: found.hosts(candidate))
+                welcome = self._welcomed(control)
+                if self._listener.taken(welcome.receiver):
+                    raise _Twin(welcome.receiver)
+                self._serve(control, welcome, lambda: self._found.hosts(candidate))
         except NoAnswer as error:
             again = error.kind in ("keys", "hung_up")
             lost = _Lost(str(error), _REJECTED_SECONDS if again else 0.0)
@@ -247,7 +277,12 @@ class Link:
     def _welcomed(self, control: ControlSocket) -> m.Welcome:
         """The answer to Hello. Raises _Lost, NoAnswer and WireError."""
         until = time.monotonic() + self._settings.stall_timeout
+        said = False
         while not self._closing:
+            if not said:
+                with contextlib.suppress(zmq.Again):  # somebody hung up at once: why, is told below
+                    control.send(self._hello)
+                    said = True
             control.wait(_PING_SECONDS / 2)
             answer = control.read(self._vocab_size)
             if isinstance(answer, m.Welcome):
@@ -255,7 +290,7 @@ class Link:
             if answer is not None:
                 reason = answer.reason if isinstance(answer, m.Rejected) else "no Welcome"
                 lost = _Lost(
-                    f"the receiver at {self._where} refuses: {printable(reason)}", _REJECTED_SECONDS
+                    f"the receiver at {self.where} refuses: {printable(reason)}", _REJECTED_SECONDS
                 )
                 lost.refused = True
                 raise lost
@@ -272,15 +307,17 @@ class Link:
             self._outbox.get()  # what was for the last conversation
         paths = Paths(self._target_of(control.address.host, welcome), hosts)
         target = self._measured(control, paths)
-        self._complaint = ""
+        self._paths, self._target = paths, target
+        if not self._listener.connected(welcome):
+            self._target = None
+            raise _Twin(welcome.receiver)
+        self.problem = None
         logger.info(
             "connected to the receiver at %s (%s, %s)",
-            self._where,
+            self.where,
             printable(welcome.engine),
             printable(welcome.model),
         )
-        self._paths, self._target = paths, target
-        self._listener.connected(welcome)
         pinged = 0.0
         heard = time.monotonic()
         while not self._closing:
@@ -296,7 +333,7 @@ class Link:
                 raise _Lost("it closed the connection")
             if now - pinged > _PING_SECONDS:
                 pinged = now
-                control.send(m.Ping(sent_ns=time.monotonic_ns()))
+                control.send(m.Ping(time.monotonic_ns(), paths.used))
             if now - heard > self._settings.stall_timeout:
                 raise _Lost(f"it has been silent for {now - heard:.1f} s")
             self._target = paths.look(self._listener.idle()) or self._target
@@ -338,7 +375,7 @@ class Link:
             if endpoint.transport == self._settings.transport:
                 plain = self._both_plain(host, endpoint)
                 at = m.Endpoint(endpoint.transport, host, endpoint.port, endpoint.nonce, plain)
-                return DataTarget(at, welcome.receiver, welcome.ticket)
+                return DataTarget(at, welcome.receiver, welcome.ticket, self.number)
         offered = ", ".join(printable(endpoint.transport) for endpoint in welcome.endpoints)
         raise _Lost(
             f"the receiver offers no {self._settings.transport!r} transport (it has: {offered})",

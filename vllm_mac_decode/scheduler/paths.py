@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 import msgspec
@@ -20,7 +20,7 @@ from mlx_receiver.plugins import transport
 from mlx_receiver.transports.transport import Sender, TransportError
 from mlx_receiver.wire.addresses import is_this_machine, spelled
 from mlx_receiver.wire.frames import Header, Kind
-from mlx_receiver.wire.messages import WireError
+from mlx_receiver.wire.messages import DataPath, WireError
 from vllm_mac_decode.export import DataTarget
 
 logger = logging.getLogger("vllm.mac_decode.link")
@@ -43,23 +43,6 @@ _BETTER: Final = 1.2
 _MEASURED: Final = ("tcp",)
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
-    """One address: bytes a second until they were read there, seconds for a word and its answer,
-    and the largest packet on the way, 0 where that is not known."""
-
-    host: str
-    rate: float
-    round_trip: float
-    mtu: int = 0
-
-    @property
-    def text(self) -> str:
-        """For a log line."""
-        mtu = f", MTU {self.mtu}" if self.mtu else ""
-        return f"{self.host} ({8e-9 * self.rate:.2f} Gbit/s, {1e3 * self.round_trip:.1f} ms{mtu})"
-
-
 class Paths:
     """The way of one conversation's blocks. For the link's thread, except ``doubt``.
 
@@ -75,7 +58,9 @@ class Paths:
         self._doubted = False
         self._measured_at = self._looked_at = 0.0
         self._thread: threading.Thread | None = None
-        self._found: list[Path] = []
+        self._found: list[DataPath] = []
+        #: Where blocks go, if that was measured.
+        self.used: DataPath | None = None
 
     def first(self) -> DataTarget | None:
         """Where blocks go at first; None while the addresses are measured: then ask again."""
@@ -126,7 +111,7 @@ class Paths:
     def _measure(self, broken: bool) -> None:
         here = self._target.endpoint.host
         hosts = list(dict.fromkeys([here, *self._hosts()]))[:_MOST]
-        if len(hosts) < 2 or not (broken or frozenset(hosts) != self._tried):
+        if not broken and frozenset(hosts) == self._tried:
             return
         # One after the other: together they would share what they have in common.
         paths = [measure(host, self._target) for host in hosts]
@@ -148,14 +133,14 @@ class Paths:
         if moves:
             endpoint = msgspec.structs.replace(self._target.endpoint, host=best.host)
             self._target = replace(self._target, endpoint=endpoint)
+        self.used = used = best if moves or present is None else present
         if moves or logged:
-            used = best if moves or present is None else present
             others = "; ".join(path.text for path in found if path is not used)
             logger.info("KV goes to %s%s", used.text, f", not to {others}" if others else "")
         return moves
 
 
-def measure(host: str, target: DataTarget) -> Path | None:
+def measure(host: str, target: DataTarget) -> DataPath | None:
     """Send for a moment to one address; None where that does not work."""
     endpoint = msgspec.structs.replace(target.endpoint, host=host)
     try:
@@ -177,7 +162,7 @@ def measure(host: str, target: DataTarget) -> Path | None:
                 break
         _acknowledged(sender, frames)
         rate = frames * _FRAME_BYTES / (time.perf_counter() - began)
-        return Path(host, rate, round_trip, getattr(sender, "mtu", 0))
+        return DataPath(host, int(rate), int(1e9 * round_trip), getattr(sender, "mtu", 0))
     except (TransportError, WireError, TimeoutError) as error:
         logger.debug("%s is no way: %s", spelled(host, endpoint.port), error)
         return None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mlx_receiver.wire import messages as m
@@ -28,6 +29,8 @@ from vllm_mac_decode.scheduler.promise import Promise
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.request import Request
+
+    from vllm_mac_decode.export import DataTarget
 
 logger = logging.getLogger("vllm.mac_decode.relay")
 
@@ -62,9 +65,9 @@ class Relay(Answers):
 
     def _decide(self, request: Request) -> m.Sampling | str:
         """How the receiver is to sample, or why the request decodes locally."""
-        reason = self._available.local_reason(self.engine, request.num_prompt_tokens)
-        if reason is not None:
-            return reason
+        chosen = self._chosen(request.num_prompt_tokens)
+        if isinstance(chosen, str):
+            return chosen
         assert self.engine is not None
         reason = eligibility.local_reason(request, self._settings, self.engine.rules)
         if reason is not None:
@@ -87,16 +90,23 @@ class Relay(Answers):
             session = self._by_request.get(request_id)
             if session is None or session.phase is not Phase.DECIDED:
                 return None
-            request, welcome, layout = session.request, self._available.welcome, self.layout
-            assert request.prompt_token_ids is not None
-            assert welcome is not None  # or ``disconnected`` had ended the session
-            assert layout is not None
+            request, layout = session.request, self.layout
+            assert request.prompt_token_ids is not None and layout is not None
+            # Only now: it may have waited for long, and receivers come and go.
+            chosen = self._chosen(request.num_prompt_tokens)
+            if isinstance(chosen, str):
+                self._counts.local[chosen] += 1
+                self._part(session, chosen)
+                self._give_back(session)
+                return None
+            assert chosen.welcome is not None
             session.enter(Phase.OPEN)
+            session.receiver = chosen
             session.promise = Promise(
                 session.sampling,
                 request.num_prompt_tokens,
                 layout.nbytes(request.num_prompt_tokens),
-                welcome.max_tokens,
+                chosen.welcome.max_tokens,
             )
             self._send(
                 session,
@@ -149,6 +159,18 @@ class Relay(Answers):
         with self._lock:
             ended, self._ended = self._ended, []
         return ended
+
+    def targets(self, sessions: Iterable[int]) -> dict[int, DataTarget]:
+        """Where workers send the blocks of these sessions, as far as their receivers are there."""
+        found = {}
+        with self._lock:
+            for number in sessions:
+                session = self._sessions.get(number)
+                remote = session.receiver if session is not None else None
+                target = remote.link.target if remote is not None and remote.link else None
+                if target is not None:
+                    found[number] = target
+        return found
 
     def alive(self, request_id: str) -> bool:
         """Whether the request's blocks are still wanted by a receiver."""

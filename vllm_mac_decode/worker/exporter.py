@@ -1,65 +1,45 @@
 """Worker half: reads each layer's new KV out of the paged cache and streams it.
 
 The engine's thread only notes that a layer's K and V are written (``layer_written``: a queue
-put, and on a GPU an event record). Threads do the rest: one gathers blocks into a bounded ring
-of staging buffers, others send them (``sender``). The blocks themselves are the backlog: vLLM keeps
-a finished request's blocks until the ledger says that they have been read.
+put, and on a GPU an event record). The threads of a ``Destination``, one for each receiver, do the
+rest: one gathers blocks into a bounded ring of staging buffers, others send them (``sender``). The
+blocks themselves are the backlog: vLLM keeps a finished request's blocks until the ledger says that
+they have been read.
 
 Nothing here may stop or slow down the engine: every fault ends the session, never the step.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
-from vllm.logger import init_logger
 
-from mlx_receiver.transports.transport import TransportError
-from mlx_receiver.wire.frames import DataReply, Header, Kind
-from mlx_receiver.wire.layout import ITEMSIZE
-from mlx_receiver.wire.messages import WireError
 from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
+from vllm_mac_decode.worker.destination import Destination, Job
 from vllm_mac_decode.worker.launch import LaunchGate
 from vllm_mac_decode.worker.ledger import BlockLedger
-from vllm_mac_decode.worker.paged_cache import ExportedLayer, PagedPart
-from vllm_mac_decode.worker.sender import DataChannel, Staged
-from vllm_mac_decode.worker.staging import SLOT_BYTES, DeviceClock, StagingRing
-
-logger = init_logger("vllm.mac_decode.exporter")
-
-_POLL_SECONDS = 0.0005
-_IDLE_SECONDS = 0.2
-
-#: Dead sessions whose numbers are kept: far more than there can be jobs of under way.
-_REMEMBERED = 16384
+from vllm_mac_decode.worker.paged_cache import ExportedLayer
+from vllm_mac_decode.worker.staging import DeviceClock, StagingRing
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Layer:
+    """One layer of a step, and what becomes of each of the step's spans."""
+
     layer: ExportedLayer
-    spans: list[ExportSpan]
+    spans: Sequence[tuple[Destination, ExportSpan]]
     written: Any  # torch.cuda.Event, or None on the CPU
     computed_ns: int
 
 
-@dataclass
-class _Session:
-    generation: int = 0  # of the connections on which the receiver was asked; 0: not yet
-    accepted: bool = False
-    backlog: deque[_Job] = field(default_factory=deque)
-
-
 class Exporter:
-    """Streams spans of the paged cache to a receiver, in the background."""
+    """Streams spans of the paged cache to receivers, in the background."""
 
     def __init__(
         self,
@@ -73,54 +53,38 @@ class Exporter:
         self._settings = settings
         first = next(iter(layers.values()))
         self._device = first.cache.device
-        self._dtype = first.dtype
         #: tensor blocks per scheduler block
         self._split = block_size // first.layout.block_size
-        self._ring = StagingRing(settings.staging_mib << 20, self._device)
-        clock = DeviceClock() if self._device.type == "cuda" else None
-        self._channel = DataChannel(settings, self._ring, clock, self._is_dead, self._fail)
-
-        self._lock = threading.Lock()
-        #: Sessions that no longer matter, in the order in which they died. An old one may be
-        #: forgotten, a young one must not be taken for new.
-        self._dead: dict[int, None] = {}
-        self._unreachable: list[int] = []  # those of them that the scheduler half should hear of
-        self._target: DataTarget | None = None
-        self._spans: list[ExportSpan] = []
+        self._clock = DeviceClock() if self._device.type == "cuda" else None
+        self._spans: list[tuple[Destination, ExportSpan]] = []
         self._unwritten: set[str] = set()
-
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._gate = LaunchGate[_Job](self._jobs.put)
-        self._sessions: dict[int, _Session] = {}  # gather thread only, like the next two
-        self._ids_of: tuple[int, int] | None = None
-        self._ids = torch.empty(0, dtype=torch.int64)
+        self._gate = LaunchGate[_Layer](self._put)
         self._closing = False
-        #: A fault has ended the threads; the connector switches off then.
+        #: A fault has ended a thread; the connector switches off then.
         self.stopped = False
-        loops = {"gather": self._gather_loop} | {
-            f"send-{i}": partial(self._channel.run, i) for i in range(settings.most_streams)
-        }
-        self._threads = [
-            threading.Thread(target=self._run, args=(loop,), name=f"mac-decode-{name}", daemon=True)
-            for name, loop in loops.items()
-        ]
-        for thread in self._threads:
-            thread.start()
+        # Pinning memory takes the driver milliseconds, in which a request would wait: the first
+        # receiver's is taken now, and another's when there is one, in its own thread.
+        self._destinations = {0: self._destination(at_once=True)}
 
     # --- the engine's thread ----------------------------------------------------------------
 
     def begin_step(
-        self, spans: list[ExportSpan], ended: list[int], target: DataTarget | None
+        self, spans: list[ExportSpan], ended: list[int], targets: Mapping[int, DataTarget]
     ) -> None:
-        """What this step will write. Also called for steps that write nothing."""
-        with self._lock:
-            self._bury(ended)
-            if target is not None:
-                self._target = target
+        """What this step will write, and where each session's blocks go. Also called for steps that
+        write nothing."""
+        for destination in self._destinations.values():
+            destination.bury(ended)
+        self._spans = []
         for span in spans:
             self._ledger.announce(span.request_id, len(self._layers))
+            target = targets.get(span.session)
+            number = target.number if target is not None else 0
+            if number not in self._destinations:
+                self._destinations[number] = self._destination()
+            self._destinations[number].aim(target)
+            self._spans.append((self._destinations[number], span))
         self._gate.begin()
-        self._spans = spans
         self._unwritten = set(self._layers) if spans else set()
 
     def layer_written(self, name: str) -> None:
@@ -132,7 +96,7 @@ class Exporter:
         if self._device.type == "cuda":
             written = torch.cuda.Event(enable_timing=True)
             written.record()
-        self._gate.add(_Job(self._layers[name], self._spans, written, time.monotonic_ns()))
+        self._gate.add(_Layer(self._layers[name], self._spans, written, time.monotonic_ns()))
 
     def end_step(self) -> None:
         """The forward pass is queued: layers whose hook did not run (a full CUDA graph was
@@ -144,226 +108,45 @@ class Exporter:
 
     def take_unreachable(self) -> list[int]:
         """Sessions given up since the last call because no connection could be made."""
-        with self._lock:
-            found, self._unreachable = self._unreachable, []
-        return found
+        return [s for d in self._destinations.values() for s in d.take_unreachable()]
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """All that gather and send."""
+        return [thread for d in self._destinations.values() for thread in d.threads]
 
     def close(self, wait: bool = True) -> None:
         """Stop the threads, now or (without ``wait``) soon; what has not been sent is lost."""
+        self._stop()
+        ends = [
+            threading.Thread(target=destination.end, name="mac-decode-end", daemon=True)
+            for destination in self._destinations.values()
+        ]
+        for thread in ends:
+            thread.start()
+        for thread in ends if wait else []:
+            thread.join()
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        """Nothing is read any more: vLLM may reuse every block."""
         self._closing = True
+        for destination in list(self._destinations.values()):
+            destination.stop()
         self._ledger.release()
-        if wait:
-            self._end_threads()
-        else:
-            threading.Thread(target=self._end_threads, name="mac-decode-end", daemon=True).start()
 
-    def _end_threads(self) -> None:
-        self._jobs.put(None)
-        self._channel.close()
-        for thread in self._threads:
-            thread.join(timeout=2.0)
+    def _failed(self) -> None:
+        """A destination's thread ends by a fault."""
+        self.stopped = True
+        self._stop()
 
-    # --- the threads -----------------------------------------------------------------------
+    def _put(self, written: _Layer) -> None:
+        for destination, span in written.spans:
+            destination.put(Job(written.layer, span, written.written, written.computed_ns))
 
-    def _run(self, loop: Any) -> None:
-        try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # a new thread starts on device 0
-            loop()
-        except Exception:
-            if not self._closing:
-                logger.exception("a fault in the KV export")
-                self.stopped = True
-            self._closing = True
-            self._ledger.release()
-            self._channel.drop()  # the receiver gives up what it waits for
-
-    def _is_dead(self, session: int) -> bool:
-        # Once this is closing, vLLM may reuse blocks that a GPU has yet to gather: nothing is sent.
-        with self._lock:
-            return self._closing or session in self._dead
-
-    # --- gathering --------------------------------------------------------------------------
-
-    def _gather_loop(self) -> None:
-        while not self._closing:
-            pending = any(not s.accepted for s in self._sessions.values())
-            try:
-                job = self._jobs.get(timeout=_POLL_SECONDS if pending else _IDLE_SECONDS)
-            except queue.Empty:
-                job = None
-            if self._closing:
-                return
-            if job is not None:
-                for span in job.spans:
-                    self._dispatch(replace(job, spans=[span]))
-            self._take_replies()
-            self._sweep()
-
-    def _dispatch(self, job: _Job) -> None:
-        span = job.spans[0]
-        if self._is_dead(span.session):
-            self._ledger.read(span.request_id)
-            return
-        session = self._sessions.get(span.session)
-        if session is None:
-            session = self._sessions[span.session] = _Session()
-            self._attach(span.session, session)
-        if session.accepted:
-            self._gather(job, span)
-        else:
-            session.backlog.append(job)
-
-    def _attach(self, session_id: int, session: _Session) -> None:
-        """Ask the receiver whether the session may receive blocks, once there are connections."""
-        with self._lock:
-            target = self._target
-        try:
-            session.generation = self._channel.attach(session_id, target)
-        except TransportError as error:
-            self._fail(session_id, str(error))
-            with self._lock:
-                self._unreachable.append(session_id)
-
-    def _take_replies(self) -> None:
-        waiting = [(i, s) for i, s in self._sessions.items() if not s.accepted]
-        for session_id, session in waiting:
-            if not session.generation and not self._is_dead(session_id):
-                self._attach(session_id, session)
-        asked = {i: s.generation for i, s in self._sessions.items() if s.generation}
-        if not asked:
-            return
-        generation, problem = self._channel.generation, "the data connection is gone"
-        try:
-            for reply in self._channel.replies(wait=bool(waiting)):
-                self._take_reply(reply)
-        except (TransportError, WireError, msgspec.MsgspecError) as error:
-            self._channel.drop(generation)
-            generation, problem = 0, str(error)
-        # Part of a session's blocks may be lost with the connections on which it was asked.
-        for session_id, asked_on in asked.items():
-            if asked_on != generation:
-                self._fail(session_id, problem)
-
-    def _take_reply(self, reply: DataReply) -> None:
-        session = self._sessions.get(reply.session)
-        if session is None:
-            return
-        if not reply.accepted:
-            self._fail(reply.session, reply.reason)
-            return
-        session.accepted = True
-        while session.backlog:
-            job = session.backlog.popleft()
-            if self._is_dead(reply.session):
-                self._ledger.read(job.spans[0].request_id)
-            else:
-                self._gather(job, job.spans[0])
-
-    def _fail(self, session_id: int, reason: str) -> None:
-        """Give a session up. The receiver or the relay's clock tells vLLM's other half."""
-        logger.debug("session %d: export given up: %s", session_id, reason)
-        with self._lock:
-            self._bury([session_id])
-
-    def _bury(self, sessions: list[int]) -> None:
-        """With the lock."""
-        self._dead.update(dict.fromkeys(sessions))
-        while len(self._dead) > _REMEMBERED:
-            del self._dead[next(iter(self._dead))]
-
-    def _sweep(self) -> None:
-        """Forget dead sessions and the jobs that waited for them."""
-        for session_id in [s for s in self._sessions if self._is_dead(s)]:
-            for job in self._sessions.pop(session_id).backlog:
-                self._ledger.read(job.spans[0].request_id)
-
-    def _gather(self, job: _Job, span: ExportSpan) -> None:
-        """Copy one layer of a span into staging, piece by piece, and queue it for sending."""
-        layer, layout = job.layer, job.layer.layout
-        size = layout.block_size
-        ids = self._tensor_blocks(span)
-        base = span.start - span.start % (size * self._split)  # first token of ids[0]
-        itemsize = layer.cache.element_size()
-        numbers = [part.heads * size * part.width for part in layout.parts]  # of one block
-        block = sum(numbers)
-        per_piece = max(1, SLOT_BYTES // (block * itemsize))
-        last = -(-(span.end - base) // size)
-        for at in range((span.start - base) // size, last, per_piece):
-            if self._is_dead(span.session) or self._closing:
-                self._ring.settle()
-                self._ledger.read(span.request_id)
-                return
-            piece = ids[at : min(at + per_piece, last)]
-            count = len(piece)
-            slot = self._ring.acquire(count * block * itemsize)
-            slot.fill(
-                layer.cache.dtype,
-                (count * block,),
-                partial(layout.read, layer.cache, piece),
-                job.written,
-            )
-            first = base + at * size  # the token in the piece's first row
-            low, high = max(span.start, first), min(span.end, first + count * size)
-            frames = []
-            start = 0
-            for index, part in enumerate(layout.parts):
-                end = start + count * numbers[index] * itemsize
-                token = part.width * itemsize  # bytes of one, in one head's row
-                payload = _tokens(
-                    slot.memory[start:end],
-                    part.heads,
-                    (low - first) * token,
-                    (high - first) * token,
-                )
-                frames.append((self._header(job, span, index, part, low, high), payload))
-                start = end
-            # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
-            queued = self._ring.stream is not None and at + count == last
-            self._channel.put(
-                Staged(
-                    slot, frames, partial(self._ledger.read, span.request_id) if queued else None
-                )
-            )
-        if self._ring.stream is None:
-            self._ledger.read(span.request_id)
-
-    def _tensor_blocks(self, span: ExportSpan) -> torch.Tensor:
-        """The tensor's block ids of a span, on its device; the same for every layer of a step."""
-        key = (span.session, span.start)
-        if self._ids_of != key:
-            ids = torch.tensor(span.block_ids, dtype=torch.int64)
-            if self._split > 1:
-                ids = (ids[:, None] * self._split + torch.arange(self._split)).flatten()
-            if self._ring.stream is not None:
-                # On the stream that will read them: the default one has compute queued on it.
-                with torch.cuda.stream(self._ring.stream):
-                    ids = ids.to(self._device)
-            self._ids_of, self._ids = key, ids
-        return self._ids
-
-    def _header(
-        self, job: _Job, span: ExportSpan, index: int, part: PagedPart, low: int, high: int
-    ) -> Header:
-        return Header(
-            kind=Kind.BLOCK,
-            session=span.session,
-            payload_bytes=part.heads * (high - low) * part.width * ITEMSIZE[self._dtype],
-            layer=job.layer.index,
-            part=index,
-            dtype=self._dtype,
-            head_start=job.layer.head_start,
-            heads=part.heads,
-            width=part.width,
-            token_start=low,
-            tokens=high - low,
-            computed_ns=job.computed_ns,
+    def _destination(self, at_once: bool = False) -> Destination:
+        ring = StagingRing(self._settings.staging_mib << 20, self._device, at_once)
+        return Destination(
+            ring, self._split, self._settings, self._ledger, self._clock, self._failed
         )
-
-
-def _tokens(rows: memoryview, heads: int, low: int, high: int) -> list[memoryview]:
-    """Bytes low .. high of every head's row, in as few parts as possible."""
-    row = rows.nbytes // heads
-    if (low, high) == (0, row):
-        return [rows]
-    return [rows[at + low : at + high] for at in range(0, rows.nbytes, row)]

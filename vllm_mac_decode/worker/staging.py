@@ -11,6 +11,7 @@ it does so, too.
 
 from __future__ import annotations
 
+import functools
 import math
 import queue
 import time
@@ -124,13 +125,17 @@ class _EventMaker:
         return event
 
 
-class StagingRing:
-    """``total_bytes`` of staging, in slots of SLOT_BYTES. Thread-safe."""
+class NoStaging(Exception):
+    """There is no memory to stage anything in; the text says why."""
 
-    def __init__(self, total_bytes: int, device: torch.device) -> None:
-        """All memory is taken now: pinning some takes the driver milliseconds, in which a request
-        would wait, and must not happen while vLLM captures a CUDA graph."""
-        self._device = device
+
+class StagingRing:
+    """``total_bytes`` of staging, in slots of SLOT_BYTES. ``acquire`` is for one thread."""
+
+    def __init__(self, total_bytes: int, device: torch.device, at_once: bool = True) -> None:
+        """``at_once`` takes all memory now, else it is taken as it is needed: pinning some takes
+        the driver milliseconds, and must not happen while vLLM captures a CUDA graph."""
+        self.device = device
         #: Where a GPU gathers, and what a gather needs is best put there; None on the CPU.
         self.stream: Any = None
         self._copies: Any = None
@@ -139,15 +144,37 @@ class StagingRing:
             if not _one_memory(device):
                 self._copies = torch.cuda.Stream(device, priority=_HIGH_PRIORITY)
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-        for _ in range(max(1, total_bytes // SLOT_BYTES)):
+        self._most = max(1, total_bytes // SLOT_BYTES)
+        self._made = 0
+        while at_once and self._made < self._most:
             self._free.put(self._make(SLOT_BYTES))
+            self._made += 1
+
+    def enter(self) -> None:
+        """Called first in every thread that uses its slots: one starts on device 0."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def acquire(self, nbytes: int) -> Slot:
-        """A slot of at least ``nbytes``; blocks while all are in use.
+        """A slot of at least ``nbytes``; blocks while all are in use. Raises NoStaging.
 
         A piece larger than a slot (one very large block) gets a buffer of its own.
         """
-        return self._make(nbytes) if nbytes > SLOT_BYTES else self._free.get()
+        try:
+            if nbytes > SLOT_BYTES:
+                return self._make(nbytes)
+            if self._free.empty() and self._made < self._most:
+                slot = self._make(SLOT_BYTES)
+                self._made += 1
+                return slot
+        except (MemoryError, RuntimeError) as error:
+            if nbytes > SLOT_BYTES or not self._made:
+                raise NoStaging(f"no memory to stage blocks in: {error}") from None
+            self._most = self._made
+            logger.warning(
+                "KV is staged in %d MiB: there is no more memory", self._made * SLOT_BYTES >> 20
+            )
+        return self._free.get()
 
     def release(self, slot: Slot) -> None:
         """Give a slot back."""
@@ -166,10 +193,11 @@ class StagingRing:
         if self._copies is None:
             device = _device_view(host)
         else:
-            device = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            device = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return Slot(host, device, self.stream, self._copies)
 
 
+@functools.cache
 def _one_memory(device: torch.device) -> bool:
     """Whether the GPU shares the CPU's memory and writes pinned memory as its own: tried out,
     because no such machine was at hand to develop this on."""

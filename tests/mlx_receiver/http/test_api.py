@@ -293,7 +293,7 @@ def test_a_client_that_goes_away_stops_the_decoding(base: str, receiver: Receive
         "POST", f"{base}/v1/completions", json={**body, "stream": True}, timeout=60
     ) as answer:
         next(answer.iter_lines())
-        assert receiver.engine.decoding == 1
+        assert eventually(lambda: receiver.engine.decoding == 1)
     assert eventually(lambda: not receiver.engine.decoding)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{base}/v1/completions", json=body, timeout=1)

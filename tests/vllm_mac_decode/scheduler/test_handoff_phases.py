@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from mlx_receiver.wire import messages as m
-from tests.vllm_mac_decode.engine import BYTES, Engine
+from tests.vllm_mac_decode.engine import BYTES, Engine, Link
 from tests.vllm_mac_decode.plain import Output, Params, Request
 from vllm_mac_decode.scheduler.handoff import NEXT, Handoff, Phase
+from vllm_mac_decode.scheduler.remote import Remote
 
 Way = tuple[Phase, Phase]
 
@@ -30,12 +31,14 @@ def test_only_what_the_table_says_follows(before: Phase, after: Phase) -> None:
 
 
 class Drive:
-    """An engine, a receiver and clients that do what they may, in an order that nobody chose."""
+    """An engine, two receivers and clients that do what they may, in an order that nobody chose."""
 
     def __init__(self, seed: int) -> None:
         self.source = random.Random(seed)
         self.engine = Engine()
         self.relay = self.engine.relay
+        self.receivers = [self.engine.receiver, self.engine.join(Link())]
+        self.engine.connect(remote=self.receivers[1], name="s")
         self.numbers: dict[str, int] = {}
         self.stepped: set[str] = set()
         self.queued: set[str] = set()  # continuations that vLLM's scheduler has
@@ -55,12 +58,16 @@ class Drive:
                 case 4 | 5 if name in self.numbers and name not in self.stepped | self.gone:
                     self.step(name)
                 case 6 | 7 | 8 if any(self.numbers.values()):
-                    self.engine.say(self.message(self.source.choice(list(self.numbers.values()))))
+                    number = self.source.choice(list(self.numbers.values()))
+                    by = self.source.choice([self.opener(number), *self.receivers])
+                    self.engine.say(self.message(number), by=by)
                 case 9 | 10:
                     self.go_on(name)
                 case 11 if self.source.random() < 0.3:
-                    self.engine.lose()
-                    self.engine.connect()
+                    which = self.source.randrange(2)
+                    self.engine.lose(self.receivers[which])
+                    if self.source.random() < 0.7:
+                        self.engine.connect(remote=self.receivers[which], name="rs"[which])
                 case 12 if name and name not in self.gone:
                     self.leave(name)
                 case 13 if name in self.numbers:
@@ -92,15 +99,17 @@ class Drive:
     def go_on(self, name: str) -> None:
         """What is left to vLLM goes on: a continuation enters its scheduler, or something ends."""
         local = f"{name}-local"
+        if local in self.gone:
+            return
         if local in self.queued:
             finish = self.source.choice([None, "stop", "length"])
             if self.source.random() < 0.2:
-                self.relay.aborted(local)
+                self.end(local)
             else:
                 self.engine.put_out(Output(local, [9], finish))
         elif any(as_id == local for _, as_id, *_ in self.engine.port.resumed):
             if self.source.random() < 0.3:
-                self.relay.aborted(local)  # vLLM stops
+                self.end(local)  # vLLM stops
             else:
                 self.queued.add(local)
                 self.relay.on_new_request(Request(local, [1], Params(3)))  # type: ignore[arg-type]
@@ -110,7 +119,16 @@ class Drive:
     def leave(self, name: str) -> None:
         """Its client goes away."""
         for known in self.relay.abort([name]):
-            self.relay.aborted(known)
+            self.end(known)
+
+    def end(self, known: str) -> None:
+        """vLLM's scheduler ends a request without an output."""
+        self.gone.add(known)
+        self.relay.aborted(known)
+
+    def opener(self, number: int) -> Remote:
+        handoff = self.relay._sessions.get(number)
+        return (handoff and handoff.receiver) or self.receivers[0]
 
     def message(self, number: int) -> m.ReceiverMessage:
         handoff = self.relay._sessions.get(number)
@@ -134,12 +152,16 @@ def test_every_way_is_gone_and_nobody_is_left_behind(monkeypatch: pytest.MonkeyP
         ways.add((before, phase))
 
     monkeypatch.setattr(Handoff, "enter", noted)
-    monkeypatch.setattr("vllm_mac_decode.scheduler.availability.CircuitBreaker.is_open",
+    monkeypatch.setattr("vllm_mac_decode.scheduler.remote.CircuitBreaker.is_open",
                         lambda *_: False)  # fmt: skip
     for seed in range(600):
         drive = Drive(seed)
         drive.run(80)
-        drive.engine.lose()
+        for receiver in drive.receivers:
+            drive.engine.lose(receiver)
+        waiting = {s.request_id for s in drive.relay._sessions.values()}
+        for name in waiting:
+            assert drive.engine.schedule(name) == 0, "decided, not opened"
         assert not drive.relay._sessions, seed
         left = {handoff.phase for handoff in drive.relay._by_request.values()}
         assert left <= {Phase.LOCAL, Phase.CONTINUING, Phase.CONTINUED}, seed

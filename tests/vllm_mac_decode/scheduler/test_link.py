@@ -26,6 +26,7 @@ from vllm_mac_decode.scheduler import link as link_module
 from vllm_mac_decode.scheduler import paths
 from vllm_mac_decode.scheduler.candidates import Candidate
 from vllm_mac_decode.scheduler.control import ControlSocket
+from vllm_mac_decode.scheduler.fleet import Fleet
 from vllm_mac_decode.scheduler.link import Link
 from vllm_mac_decode.settings import Settings
 
@@ -37,15 +38,21 @@ WELCOME = m.Welcome("r", "m", "e", [m.Endpoint("tcp", "192.0.2.7", 9)], TICKET, 
 
 
 class Events:
-    """A ``LinkListener`` that remembers."""
+    """A ``fleet.Member`` that remembers."""
+
+    link: Link
 
     def __init__(self) -> None:
         self.seen: queue.Queue[object] = queue.Queue()
         self.ticks = 0
         self.fault = False
 
-    def connected(self, welcome: m.Welcome) -> None:
+    def taken(self, receiver: str) -> bool:
+        return False
+
+    def connected(self, welcome: m.Welcome) -> bool:
         self.seen.put("connected")
+        return True
 
     def disconnected(self, reason: str) -> None:
         self.seen.put(reason)
@@ -61,6 +68,8 @@ class Events:
 
     def tick(self, now: float) -> None:
         self.ticks += 1
+
+    def leave(self) -> None: ...
 
 
 class Peer:
@@ -107,23 +116,28 @@ def welcoming(message: m.ClientMessage) -> list[bytes]:
 def linked(
     address: str, token: str = "", stall_timeout: float = 1.0
 ) -> Iterator[tuple[Link, Events]]:
+    """The link of the one receiver that there may be."""
     events = Events()
     settings = Settings(receiver=address, token=token, stall_timeout=stall_timeout)
-    link = Link(settings, ME, events)
+    fleet = Fleet(settings, ME, lambda: events)
     try:
-        yield link, events
+        assert eventually(lambda: hasattr(events, "link"), 5)
+        yield events.link, events
     finally:
-        link.close()
-        assert not link._thread.is_alive()
+        fleet.close()
+        assert not events.link._thread.is_alive() and not fleet._thread.is_alive()
 
 
 class Network:
-    """Candidates that are the given ones."""
+    """Candidates that are the given ones, all of them ways to one receiver."""
 
     def __init__(self, *found: Candidate) -> None:
         self.found = list(found)
 
-    def now(self) -> list[Candidate]:
+    def receivers(self) -> list[str]:
+        return ["the receiver"]
+
+    def ways(self, receiver: str) -> list[Candidate]:
         return self.found
 
     def hosts(self, candidate: Candidate) -> list[str]:
@@ -140,12 +154,12 @@ def candidate(peer: Peer, host: str = "127.0.0.1") -> Candidate:
     return Candidate(peer.address, host, int(peer.address.rpartition(":")[2]), of_token(""))
 
 
-def test_when_a_receiver_is_lost_the_next_one_is_used(
+def test_when_one_way_is_lost_the_next_one_is_used(
     monkeypatch: pytest.MonkeyPatch, lines: Callable[[], list[str]]
 ) -> None:
     first, second = Peer(welcoming), Peer(welcoming)
     network = Network(candidate(first), candidate(second))
-    monkeypatch.setattr("vllm_mac_decode.scheduler.link.candidates", lambda _: network)
+    monkeypatch.setattr("vllm_mac_decode.scheduler.fleet.candidates", lambda _: network)
     with linked("") as (link, events):
         assert events.seen.get(timeout=20) == "connected"
         first.close()
@@ -175,7 +189,7 @@ def test_a_receiver_is_kept_company_while_its_addresses_are_measured(
     peer = Peer(counting)
     network = Network(candidate(peer))
     monkeypatch.setattr(network, "hosts", lambda _: ["10.255.0.1"])
-    monkeypatch.setattr("vllm_mac_decode.scheduler.link.candidates", lambda _: network)
+    monkeypatch.setattr("vllm_mac_decode.scheduler.fleet.candidates", lambda _: network)
     monkeypatch.setattr(paths, "is_this_machine", lambda _: False)
     monkeypatch.setattr(paths, "measure", slow)
     with linked("") as (link, events):
@@ -197,7 +211,7 @@ def test_a_receiver_that_refuses_is_asked_at_one_of_its_addresses(
 
     peer = Peer(refusing)
     network = Network(candidate(peer), candidate(peer, "localhost"))
-    monkeypatch.setattr("vllm_mac_decode.scheduler.link.candidates", lambda _: network)
+    monkeypatch.setattr("vllm_mac_decode.scheduler.fleet.candidates", lambda _: network)
     with linked(""):
         assert eventually(lambda: any("another model" in line for line in lines()), 5)
     assert len(heard) == 1

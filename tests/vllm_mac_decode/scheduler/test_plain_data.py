@@ -17,7 +17,7 @@ def plain(host: str, ours: bool, theirs: bool) -> bool:
     offered = m.Endpoint("tcp", "192.0.2.7", 9, plain=theirs)
     welcome = m.Welcome("r", "m", "e", [offered], new_ticket(), 99, ["raw"])
     link = object.__new__(Link)  # without its thread
-    link._settings = Settings(receiver="192.0.2.1", plain_data=ours)
+    link._settings, link.number = Settings(receiver="192.0.2.1", plain_data=ours), 0
     return link._target_of(host, welcome).endpoint.plain
 
 

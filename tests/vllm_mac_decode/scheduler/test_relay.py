@@ -47,12 +47,15 @@ def test_lost_between_deciding_and_opening(engine: Engine, told: bool) -> None:
     assert request.max_tokens == 1
     engine.link.up = False
     if told:
-        engine.relay.disconnected("it is gone")
+        engine.receiver.disconnected("it is gone")
     assert engine.schedule() == 0
     assert request.max_tokens == 8, "it goes on as if nothing had been"
     assert engine.step(finished=False).outputs[0].new_token_ids == [7]
     engine.lose()
-    assert engine.counts().fallbacks == {"lost": 1}
+    counts = engine.counts()
+    assert (counts.local, counts.fallbacks) == (
+        ({"no_receiver": 1}, {}) if told else ({}, {"lost": 1})
+    )
     assert not engine.relay._sessions and not engine.port.resumed
 
 
@@ -73,7 +76,7 @@ def test_lost_just_before_start_is_said(engine: Engine, told: bool) -> None:
     engine.link.up = False
     engine.step()
     if told:
-        engine.relay.disconnected("it is gone")
+        engine.receiver.disconnected("it is gone")
     assert engine.port.resumed == [("a", "a-local", [7], 8)]
     assert engine.tokens() == [7]
     assert engine.counts().fallbacks == {"lost": 1}

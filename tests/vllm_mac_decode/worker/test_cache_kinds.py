@@ -47,7 +47,7 @@ def test_parts_of_different_widths() -> None:
     try:
         session = store.open(Open(3, "r", [1] * TOKENS, Sampling(max_tokens=2)), store, layout)
         ids = [8, 2, 3, 5, 1]
-        exporter.begin_step([ExportSpan(3, "r", 0, TOKENS, ids)], [], store.target)
+        exporter.begin_step([ExportSpan(3, "r", 0, TOKENS, ids)], [], {3: store.target})
         for name in layers:
             exporter.layer_written(name)
         exporter.end_step()

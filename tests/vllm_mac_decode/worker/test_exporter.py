@@ -172,7 +172,7 @@ def test_a_session_that_ends_unaccepted_releases_its_blocks(store: Store, worker
     given_up, other = Request(40, [9, 3, 4]), Request(16, [5])
     worker.step([(given_up, 0, 40)], store.target)
     assert worker.ledger.finished({given_up.id}) == set()
-    worker.exporter.begin_step([], [given_up.session], None)
+    worker.exporter.begin_step([], [given_up.session], {})
     assert eventually(lambda: worker.ledger.finished(set()) == {given_up.id}, 10)
     hand_over(store, [worker], [[(other, 0, 16)]])
 
@@ -232,7 +232,7 @@ def test_a_data_port_that_does_not_answer_holds_nobody_up(store: Store, worker: 
         time.sleep(1.2)
         waiting = Request(16, [10])
         worker.step([(waiting, 0, 16)], target)
-        worker.exporter.begin_step([], [waiting.session], None)
+        worker.exporter.begin_step([], [waiting.session], {})
         worker.wait_finished(waiting, seconds=1)
     hand_over(store, [worker], [[(Request(40, [9, 3, 4]), 0, 40)]])
 
@@ -240,10 +240,10 @@ def test_a_data_port_that_does_not_answer_holds_nobody_up(store: Store, worker: 
 def test_a_dead_session_stays_dead(store: Store, worker: Worker) -> None:
     dead, other = Request(40, [9, 3, 4]), Request(16, [5])
     session = store.add(dead)
-    worker.exporter.begin_step([], [dead.session], None)
+    worker.exporter.begin_step([], [dead.session], {})
     for number in range(9):
         worker.exporter.begin_step(
-            [], list(range(10**6 + 1000 * number, 10**6 + 999 + 1000 * number)), None
+            [], list(range(10**6 + 1000 * number, 10**6 + 999 + 1000 * number)), {}
         )
     hand_over(store, [worker], [[(other, 0, 16)]])  # the gathering thread has swept
     worker.step([(dead, 0, 40)], store.target)
@@ -380,7 +380,7 @@ def test_after_a_fault_of_ours_all_blocks_are_free_and_nothing_more_is_sent() ->
         assert eventually(lambda: all(session.kv_bytes for session in sessions), 10)
         store.reading.clear()
         worker.step([(good, 16, tokens)], store.target)
-        worker.exporter.begin_step([bad.span(16, 32)], [], store.target)
+        worker.exporter.begin_step([bad.span(16, 32)], [], {bad.session: store.target})
         worker.exporter.end_step()
         wanted = {good.id, bad.id}
         found = worker.ledger.finished(set(wanted))

@@ -114,8 +114,8 @@ def _link(options: Options, vllm: Server) -> dict[str, Any]:
         }
         for figures in timed
     ]
-    # vLLM takes the first of the name's addresses that works.
-    return {"gb_per_s": ways[0]["gb_per_s"], "addresses": ways}
+    # vLLM measures them, too, and takes the fastest.
+    return {"gb_per_s": max(way["gb_per_s"] for way in ways), "addresses": ways}
 
 
 def _settings(options: Options) -> Settings:

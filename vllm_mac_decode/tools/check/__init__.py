@@ -63,13 +63,12 @@ def _findings(
             usable = check_model(model, known)
             yield usable
             known = known if usable.state == "fine" else None
-    receiver = ReceiverChecks(settings, known)
-    yield from receiver.findings()
+    yield from ReceiverChecks(settings, known).findings()
     utilization = None
     if vllm.state != "wrong":
         found, utilization = engine.judge(start_engine(model if known else ""), model)
         yield from found
-    report.command = serve_command(settings, model, receiver.best, utilization)
+    report.command = serve_command(settings, model, settings.receiver, utilization)
 
 
 def serve_command(settings: Settings, model: str, receiver: str, utilization: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -88,40 +89,82 @@ def check_model(name: str, model: Introduction) -> Finding:
     )
 
 
+@dataclass
+class _Place:
+    """One receiver: its addresses, and the keys that it may want, the likeliest first."""
+
+    name: str
+    addresses: list[Address]
+    keys: list[ClientKeys]
+
+
 class ReceiverChecks:
-    """One receiver. ``findings`` first; then ``best`` is the address to give to vLLM."""
+    """The receivers that vLLM would use. ``findings`` says everything about them."""
 
     def __init__(self, settings: Settings, model: Introduction | None) -> None:
         self._settings = settings
         self._model = model
-        self.host, self.port = settings.address() or ("", DEFAULT_PORT)
-        #: ``host`` or ``host:port``, as --mac-decode-receiver takes it; "" where it is not needed.
-        self.best = self._spelled(self.host) if self.host else ""
-        self._keys: list[ClientKeys] = []
+        self._keys: list[ClientKeys] = []  # of the one that is being looked at
 
     def findings(self) -> Iterator[Finding]:
-        """Everything that can be said, address by address."""
+        """Everything that can be said, receiver by receiver and address by address."""
+        places: list[_Place] = []
         try:
-            yield from self._locate()
+            typed = bool(self._settings.receiver)
+            yield from self._typed(places) if typed else self._discovered(places)
         except PairingError as error:
             yield wrong("pairing", str(error), "Then try again")
             return
-        try:
-            found = resolve(self.host, self.port)
-        except OSError as error:
-            yield wrong(
-                "name",
-                f"The receiver's host {self.host} has no address ({error.strerror or error})",
-                "Check the name in --receiver or MAC_DECODE_RECEIVER, or give the address in "
-                "numbers: containers do not know .local names",
-            )
-            return
-        if not self._keys:
-            unpaired = candidates.Typed(self._settings).none()
-            yield wrong("pairing", f"{unpaired[:1].upper()}{unpaired[1:]}", "Then check again")
-            return
+        for place in places:
+            yield from self._look_at(place)
+
+    def _typed(self, places: list[_Place]) -> Iterator[Finding]:
+        """Those whose addresses are given. Raises PairingError."""
+        network = candidates.Typed(self._settings)
+        for name, (host, port) in self._settings.addresses().items():
+            try:
+                addresses = resolve(host, port)
+            except OSError as error:
+                yield wrong(
+                    "name",
+                    f"The receiver's host {host} has no address ({error.strerror or error})",
+                    "Check the name in --receiver or MAC_DECODE_RECEIVER, or give the address in "
+                    "numbers: containers do not know .local names",
+                )
+                continue
+            try:
+                keys = [way.keys for way in network.ways(name)]
+            except PairingError as error:
+                yield wrong("pairing", str(error), "Then check again")
+                continue
+            places.append(_Place(spelled(host, port), addresses, keys))
+
+    def _discovered(self, places: list[_Place]) -> Iterator[Finding]:
+        """Those that announce themselves, else one on this machine. Raises PairingError."""
+        with contextlib.closing(candidates.Discovered(self._settings)) as network:
+            network.wait(_LOOK_SECONDS)
+            for receiver in network.receivers():
+                ways = network.ways(receiver)
+                announced = receiver != candidates.LOCAL
+                if places and not announced:
+                    break  # where multicast works, it would announce itself
+                if announced:
+                    yield fine("discovery", f"{ways[0].name} announces itself")
+                else:
+                    yield warning(
+                        "discovery",
+                        f"{network.none()}. Looking on this machine",
+                        "Name the receiver's address with --receiver if it is another machine",
+                    )
+                hosts = dict.fromkeys((way.host, way.port) for way in ways)
+                addresses = [address for host in hosts for address in resolve(*host)]
+                keys = list(dict.fromkeys(way.keys for way in ways))
+                places.append(_Place(ways[0].name, addresses, keys))
+
+    def _look_at(self, place: _Place) -> Iterator[Finding]:
+        self._keys = place.keys
         working = []
-        for address in found:
+        for address in place.addresses:
             finding = self._reach(address)
             yield finding
             if finding.state == "fine":
@@ -129,7 +172,7 @@ class ReceiverChecks:
         if not working:
             yield wrong(
                 "reachable",
-                f"No receiver at {spelled(self.host, self.port)}",
+                f"No receiver at {place.name}",
                 f"{START}; then check --port and the Mac's firewall (System Settings, Network)",
             )
             return
@@ -142,29 +185,8 @@ class ReceiverChecks:
                     good = good and finding.state != "wrong"
             if not good:
                 return
-        if transfers:
-            yield from self._judge(found[0], transfers)
-
-    def _locate(self) -> Iterator[Finding]:
-        """Find out where the receiver is and which keys it may want. Raises PairingError."""
-        if self.host:
-            self._keys = [c.keys for c in candidates.Typed(self._settings).now()]
-            return
-        with contextlib.closing(candidates.Discovered(self._settings)) as network:
-            network.wait(_LOOK_SECONDS)
-            found = network.now()
-            first = found[0]
-            self.host, self.port = first.host, first.port
-            self._keys = [c.keys for c in found if (c.host, c.port) == (first.host, first.port)]
-            announced = network.paired
-            if announced:
-                yield fine("discovery", f"{first.name} announces itself")
-            else:
-                yield warning(
-                    "discovery",
-                    f"{network.none()}. Looking on this machine",
-                    "Name the receiver's address with --receiver if it is another machine",
-                )
+        if len(transfers) > 1:
+            yield _route(transfers)
 
     def _talk(self, address: Address) -> Conversation:
         """A conversation with the keys that the receiver takes, else with the first."""
@@ -303,14 +325,15 @@ class ReceiverChecks:
         interface = interface_to(address)
         through = f" through {interface.text}" if interface.name else ""
         seen = (
-            f"{done.rate / 1e9:.2f} GB/s over {address.text}{through}: {done.nbytes >> 20} MiB of "
-            "KV until they were in the receiver's memory"
+            f"{done.text} over {address.text}{through}: {done.nbytes >> 20} MiB of KV until they "
+            "were in the receiver's memory"
         )
         figures: dict[str, str | float] = {
             "address": address.text,
             "interface": interface.text,
             "bytes": done.nbytes,
             "seconds": round(done.seconds, 4),
+            "mtu": done.mtu,
         }
         if done.rate >= SLOW:
             return fine("data path", seen, **figures)
@@ -324,21 +347,16 @@ class ReceiverChecks:
             **figures,
         )
 
-    def _judge(self, first: Address, transfers: dict[Address, Transfer]) -> Iterator[Finding]:
-        """Which address vLLM should get: it takes the name's first that works."""
-        best = max(transfers, key=lambda address: transfers[address].rate)
-        usual = first if first in transfers else next(iter(transfers))
-        if transfers[best].rate > 1.2 * transfers[usual].rate:
-            self.best = self._spelled(best.host)
-            yield warning(
-                "route",
-                f"{self.host} leads to {usual.text} first, which is slower than {best.text} "
-                f"({transfers[usual].rate / 1e9:.2f} and {transfers[best].rate / 1e9:.2f} GB/s)",
-                f"Give vLLM the fast one: --mac-decode-receiver {self.best}",
-            )
 
-    def _spelled(self, host: str) -> str:
-        return spelled(host, self.port)
+def _route(transfers: dict[Address, Transfer]) -> Finding:
+    """Which address vLLM will take for the KV: it measures them, too."""
+    best = max(transfers, key=lambda address: transfers[address].rate)
+    others = ", ".join(address.text for address in transfers if address != best)
+    return fine(
+        "route",
+        f"KV will go to {best.text} ({transfers[best].text}), not to {others}",
+        address=best.text,
+    )
 
 
 _REMEDIES: Final = {

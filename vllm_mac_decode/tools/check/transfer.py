@@ -37,15 +37,21 @@ class TransferError(Exception):
 @dataclass(frozen=True)
 class Transfer:
     """Bytes of K and V that were sent, and the seconds until all of them were in the receiver's
-    cache."""
+    cache; the largest packet on the way, 0 where that is not known."""
 
     nbytes: int
     seconds: float
+    mtu: int = 0
 
     @property
     def rate(self) -> float:
         """Bytes a second."""
         return self.nbytes / self.seconds
+
+    @property
+    def text(self) -> str:
+        """The rate and the MTU."""
+        return f"{self.rate / 1e9:.2f} GB/s" + (f", MTU {self.mtu}" if self.mtu else "")
 
 
 def time_transfer(
@@ -67,12 +73,12 @@ def time_transfer(
     sender = transport(name).connect(endpoint, welcome.ticket, _CONNECT_SECONDS)
     most = TRANSFER_BYTES // layout.bytes_per_token
     tokens = max(1, min(most, welcome.max_tokens - 2))
-    done = Transfer(0, 0.0)
+    done = Transfer(0, 0.0, getattr(sender, "mtu", 0))
     try:
         # A small model's context holds only a part of the bytes.
         for _ in range(max(1, most // tokens)):
             more = _fill(talk, sender, tokens, layout)
-            done = Transfer(done.nbytes + more.nbytes, done.seconds + more.seconds)
+            done = Transfer(done.nbytes + more.nbytes, done.seconds + more.seconds, done.mtu)
             if done.seconds > TRANSFER_SECONDS / 2:
                 break
     finally:

@@ -1,0 +1,341 @@
+"""What one receiver gets: a thread that gathers blocks into staging buffers, others that send them.
+
+Each receiver has threads, connections and staging of its own, so that one that is slow or stuck
+holds up nothing of another's.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+from vllm.logger import init_logger
+
+from mlx_receiver.transports.transport import TransportError
+from mlx_receiver.wire.frames import DataReply, Header, Kind
+from mlx_receiver.wire.layout import ITEMSIZE
+from mlx_receiver.wire.messages import WireError
+from vllm_mac_decode.export import DataTarget, ExportSpan
+from vllm_mac_decode.settings import Settings
+from vllm_mac_decode.worker.ledger import BlockLedger
+from vllm_mac_decode.worker.paged_cache import ExportedLayer, PagedPart
+from vllm_mac_decode.worker.sender import DataChannel, Staged
+from vllm_mac_decode.worker.staging import SLOT_BYTES, DeviceClock, NoStaging, StagingRing
+
+logger = init_logger("vllm.mac_decode.exporter")
+
+_POLL_SECONDS = 0.0005
+_IDLE_SECONDS = 0.2
+
+#: Dead sessions whose numbers are kept: far more than there can be jobs of under way.
+_REMEMBERED = 16384
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer of one span. ``written`` is a torch.cuda.Event, or None on the CPU."""
+
+    layer: ExportedLayer
+    span: ExportSpan
+    written: Any
+    computed_ns: int
+
+
+@dataclass
+class _Session:
+    generation: int = 0  # of the connections on which the receiver was asked; 0: not yet
+    accepted: bool = False
+    backlog: deque[Job] = field(default_factory=deque)
+
+
+class Destination:
+    """Streams spans of the paged cache to one receiver, in the background."""
+
+    def __init__(
+        self,
+        ring: StagingRing,
+        split: int,
+        settings: Settings,
+        ledger: BlockLedger,
+        clock: DeviceClock | None,
+        fault: Callable[[], None],
+    ) -> None:
+        """``split`` is how many blocks of the tensors are one of the scheduler's; ``fault`` is
+        called when a thread ends by one."""
+        self._ring = ring
+        self._split = split
+        self._ledger = ledger
+        self._channel = DataChannel(settings, ring, clock, self._is_dead, self._fail)
+
+        self._lock = threading.Lock()
+        #: Sessions that no longer matter, in the order in which they died. An old one may be
+        #: forgotten, a young one must not be taken for new.
+        self._dead: dict[int, None] = {}
+        self._unreachable: list[int] = []  # those of them that the scheduler half should hear of
+        self._target: DataTarget | None = None
+
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._sessions: dict[int, _Session] = {}  # gather thread only, like the next two
+        self._ids_of: tuple[int, int] | None = None
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self._closing = False
+        self._fault = fault
+        loops = {"gather": self._gather_loop} | {
+            f"send-{i}": partial(self._channel.run, i) for i in range(settings.most_streams)
+        }
+        self.threads = [
+            threading.Thread(target=self._run, args=(loop,), name=f"mac-decode-{name}", daemon=True)
+            for name, loop in loops.items()
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    # --- the engine's thread ----------------------------------------------------------------
+
+    def aim(self, target: DataTarget | None) -> None:
+        """Where the next jobs' blocks go; None: the receiver is not there any more."""
+        with self._lock:
+            self._target = target
+
+    def bury(self, sessions: list[int]) -> None:
+        """These sessions have ended."""
+        with self._lock:
+            self._bury(sessions)
+
+    def put(self, job: Job) -> None:
+        """Read and send it, after what was put before."""
+        self._jobs.put(job)
+
+    def take_unreachable(self) -> list[int]:
+        """Sessions given up since the last call because no connection could be made."""
+        with self._lock:
+            found, self._unreachable = self._unreachable, []
+        return found
+
+    def stop(self) -> None:
+        """From now on nothing is read or sent."""
+        self._closing = True
+
+    def end(self) -> None:
+        """End the threads, and wait for that a while; what has not been sent is lost."""
+        self._closing = True
+        self._jobs.put(None)
+        self._channel.close()
+        for thread in self.threads:
+            thread.join(timeout=2.0)
+
+    # --- the threads -----------------------------------------------------------------------
+
+    def _run(self, loop: Any) -> None:
+        try:
+            self._ring.enter()
+            loop()
+        except Exception:
+            if not self._closing:
+                logger.exception("a fault in the KV export")
+                self._fault()
+            self._channel.drop()  # the receiver gives up what it waits for
+
+    def _is_dead(self, session: int) -> bool:
+        # Once this is closing, vLLM may reuse blocks that a GPU has yet to gather: nothing is sent.
+        with self._lock:
+            return self._closing or session in self._dead
+
+    # --- gathering --------------------------------------------------------------------------
+
+    def _gather_loop(self) -> None:
+        while not self._closing:
+            pending = any(not s.accepted for s in self._sessions.values())
+            try:
+                job = self._jobs.get(timeout=_POLL_SECONDS if pending else _IDLE_SECONDS)
+            except queue.Empty:
+                job = None
+            if self._closing:
+                return
+            if job is not None:
+                self._dispatch(job)
+            self._take_replies()
+            self._sweep()
+
+    def _dispatch(self, job: Job) -> None:
+        span = job.span
+        if self._is_dead(span.session):
+            self._ledger.read(span.request_id)
+            return
+        session = self._sessions.get(span.session)
+        if session is None:
+            session = self._sessions[span.session] = _Session()
+            self._attach(span.session, session)
+        if session.accepted:
+            self._gather(job)
+        else:
+            session.backlog.append(job)
+
+    def _attach(self, session_id: int, session: _Session) -> None:
+        """Ask the receiver whether the session may receive blocks, once there are connections."""
+        with self._lock:
+            target = self._target
+        try:
+            session.generation = self._channel.attach(session_id, target)
+        except TransportError as error:
+            self._give_up(session_id, str(error))
+
+    def _give_up(self, session_id: int, reason: str) -> None:
+        """Its blocks cannot be sent; the scheduler half should hear of it."""
+        self._fail(session_id, reason)
+        with self._lock:
+            self._unreachable.append(session_id)
+
+    def _take_replies(self) -> None:
+        waiting = [(i, s) for i, s in self._sessions.items() if not s.accepted]
+        for session_id, session in waiting:
+            if not session.generation and not self._is_dead(session_id):
+                self._attach(session_id, session)
+        asked = {i: s.generation for i, s in self._sessions.items() if s.generation}
+        if not asked:
+            return
+        generation, problem = self._channel.generation, "the data connection is gone"
+        try:
+            for reply in self._channel.replies(wait=bool(waiting)):
+                self._take_reply(reply)
+        except (TransportError, WireError, msgspec.MsgspecError) as error:
+            self._channel.drop(generation)
+            generation, problem = 0, str(error)
+        # Part of a session's blocks may be lost with the connections on which it was asked.
+        for session_id, asked_on in asked.items():
+            if asked_on != generation:
+                self._fail(session_id, problem)
+
+    def _take_reply(self, reply: DataReply) -> None:
+        session = self._sessions.get(reply.session)
+        if session is None:
+            return
+        if not reply.accepted:
+            self._fail(reply.session, reply.reason)
+            return
+        session.accepted = True
+        while session.backlog:
+            job = session.backlog.popleft()
+            if self._is_dead(reply.session):
+                self._ledger.read(job.span.request_id)
+            else:
+                self._gather(job)
+
+    def _fail(self, session_id: int, reason: str) -> None:
+        """Give a session up. The receiver or the relay's clock tells vLLM's other half."""
+        logger.debug("session %d: export given up: %s", session_id, reason)
+        with self._lock:
+            self._bury([session_id])
+
+    def _bury(self, sessions: list[int]) -> None:
+        """With the lock."""
+        self._dead.update(dict.fromkeys(sessions))
+        while len(self._dead) > _REMEMBERED:
+            del self._dead[next(iter(self._dead))]
+
+    def _sweep(self) -> None:
+        """Forget dead sessions and the jobs that waited for them."""
+        for session_id in [s for s in self._sessions if self._is_dead(s)]:
+            for job in self._sessions.pop(session_id).backlog:
+                self._ledger.read(job.span.request_id)
+
+    def _gather(self, job: Job) -> None:
+        """Copy one layer of a span into staging, piece by piece, and queue it for sending."""
+        span, layer, layout = job.span, job.layer, job.layer.layout
+        size = layout.block_size
+        ids = self._tensor_blocks(span)
+        base = span.start - span.start % (size * self._split)  # first token of ids[0]
+        itemsize = layer.cache.element_size()
+        numbers = [part.heads * size * part.width for part in layout.parts]  # of one block
+        block = sum(numbers)
+        per_piece = max(1, SLOT_BYTES // (block * itemsize))
+        last = -(-(span.end - base) // size)
+        for at in range((span.start - base) // size, last, per_piece):
+            if self._is_dead(span.session) or self._closing:
+                self._ring.settle()
+                self._ledger.read(span.request_id)
+                return
+            piece = ids[at : min(at + per_piece, last)]
+            count = len(piece)
+            try:
+                slot = self._ring.acquire(count * block * itemsize)
+            except NoStaging as error:
+                self._give_up(span.session, str(error))
+                self._ledger.read(span.request_id)
+                return
+            slot.fill(
+                layer.cache.dtype,
+                (count * block,),
+                partial(layout.read, layer.cache, piece),
+                job.written,
+            )
+            first = base + at * size  # the token in the piece's first row
+            low, high = max(span.start, first), min(span.end, first + count * size)
+            frames = []
+            start = 0
+            for index, part in enumerate(layout.parts):
+                end = start + count * numbers[index] * itemsize
+                token = part.width * itemsize  # bytes of one, in one head's row
+                payload = _tokens(
+                    slot.memory[start:end],
+                    part.heads,
+                    (low - first) * token,
+                    (high - first) * token,
+                )
+                frames.append((_header(job, index, part, low, high), payload))
+                start = end
+            # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
+            queued = self._ring.stream is not None and at + count == last
+            self._channel.put(
+                Staged(
+                    slot, frames, partial(self._ledger.read, span.request_id) if queued else None
+                )
+            )
+        if self._ring.stream is None:
+            self._ledger.read(span.request_id)
+
+    def _tensor_blocks(self, span: ExportSpan) -> torch.Tensor:
+        """The tensor's block ids of a span, on its device; the same for every layer of a step."""
+        key = (span.session, span.start)
+        if self._ids_of != key:
+            ids = torch.tensor(span.block_ids, dtype=torch.int64)
+            if self._split > 1:
+                ids = (ids[:, None] * self._split + torch.arange(self._split)).flatten()
+            if self._ring.stream is not None:
+                # On the stream that will read them: the default one has compute queued on it.
+                with torch.cuda.stream(self._ring.stream):
+                    ids = ids.to(self._ring.device)
+            self._ids_of, self._ids = key, ids
+        return self._ids
+
+
+def _header(job: Job, index: int, part: PagedPart, low: int, high: int) -> Header:
+    return Header(
+        kind=Kind.BLOCK,
+        session=job.span.session,
+        payload_bytes=part.heads * (high - low) * part.width * ITEMSIZE[job.layer.dtype],
+        layer=job.layer.index,
+        part=index,
+        dtype=job.layer.dtype,
+        head_start=job.layer.head_start,
+        heads=part.heads,
+        width=part.width,
+        token_start=low,
+        tokens=high - low,
+        computed_ns=job.computed_ns,
+    )
+
+
+def _tokens(rows: memoryview, heads: int, low: int, high: int) -> list[memoryview]:
+    """Bytes low .. high of every head's row, in as few parts as possible."""
+    row = rows.nbytes // heads
+    if (low, high) == (0, row):
+        return [rows]
+    return [rows[at + low : at + high] for at in range(0, rows.nbytes, row)]
