@@ -27,8 +27,12 @@ class Events:
     def __init__(self) -> None:
         self.seen: queue.Queue[str] = queue.Queue()
 
-    def connected(self, welcome: m.Welcome) -> None:
+    def taken(self, receiver: str) -> bool:
+        return False
+
+    def connected(self, welcome: m.Welcome) -> bool:
         self.seen.put("connected")
+        return True
 
     def disconnected(self, reason: str) -> None:
         self.seen.put(reason)

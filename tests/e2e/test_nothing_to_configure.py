@@ -102,8 +102,10 @@ def test_two_commands_and_one_code(
         assert machines.run(eventually, lambda: handed_off(vllm), 40, 0.3), vllm.server.tail()
         assert machines.run(vllm.tokens, PROMPT, 12) == expected
         assert machines.run(vllm.metric, "vllm:mac_decode_tokens_total") > 0
-        # Over the faster cable.
-        assert f"KV goes to {machines.mac.address(1, 4)} (" in vllm.server.log.read_text()
+        # Over the faster cable, by one of its two addresses.
+        fast = {machines.mac.address(1, 4), machines.mac.address(1, 6)}
+        chosen = re.findall(r"KV goes to ([^ %]+)", vllm.server.log.read_text())
+        assert chosen and set(chosen) <= fast
         # A pairing that is taken back ends it at once; nothing is lost.
         gone = machines.command("mac", "mlx-receiver", "unpair", "*")
         assert gone.returncode == 0 and "Forgot" in gone.stdout
