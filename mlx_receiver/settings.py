@@ -90,6 +90,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             extra={"variable": "MAC_DECODE_TOKEN"},
         ),
     ] = ""
+    token_file: Annotated[
+        str,
+        Meta(
+            description="A file that holds the token: a command line can be read by others.",
+            extra={"variable": "MAC_DECODE_TOKEN_FILE"},
+        ),
+    ] = ""
     discovery: Annotated[
         bool,
         Meta(description="Announce this receiver on the network (multicast DNS)."),
@@ -140,6 +147,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         values["http_port"] = None if values["http_port"] < 0 else values["http_port"]
         memory = values["kv_memory"]
         values["kv_memory"] = None if memory == "auto" else parse_bytes(memory)
+        if values["token_file"] and not values["token"]:
+            from mlx_receiver.wire.keys import token_in
+
+            try:
+                values["token"] = token_in(values["token_file"])
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
         settings = cls(**values)
         settings.check()
         return settings

@@ -41,6 +41,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         ),
     ] = ""
     token: Annotated[str, Meta(description="The token the receiver was started with.")] = ""
+    token_file: Annotated[
+        str, Meta(description="A file that holds the token: vLLM logs its command line.")
+    ] = ""
     discovery: Annotated[
         bool, Meta(description="false: no receiver is looked for on the network (multicast DNS).")
     ] = True
@@ -99,6 +102,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def __post_init__(self) -> None:
         self.addresses()  # raises
+        if self.token_file and not self.token:
+            from mlx_receiver.wire.keys import token_in
+
+            msgspec.structs.force_setattr(self, "token", token_in(self.token_file))
         if self.stall_timeout <= 0:
             raise ValueError("stall_timeout must be above 0 seconds")
         if self.queue_timeout < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -77,10 +78,16 @@ def test_every_setting_says_what_it_means(settings: type[msgspec.Struct], prefix
     assert found["token"].variable == "MAC_DECODE_TOKEN"
 
 
-def test_what_is_typed_becomes_what_is_meant() -> None:
+def test_what_is_typed_becomes_what_is_meant(tmp_path: Path) -> None:
     defaults = {option.name: option.default for option in options(Settings, ENV_PREFIX)}
     given = defaults | {"model": "m", "http_port": -1, "kv_memory": "2GB"}
     assert Settings.typed(given) == Settings(model="m", http_port=None, kv_memory=2 << 30)
     assert Settings.typed(defaults | {"model": "m"}) == Settings(model="m")
+    secret = tmp_path / "token"
+    secret.write_text("secret\n")
+    typed = Settings.typed(defaults | {"token_file": str(secret)})
+    assert (typed.token, typed.pairs) == ("secret", False)
+    with pytest.raises(SettingsError, match=r"token file .* cannot be read: No such file"):
+        Settings.typed(defaults | {"token_file": str(tmp_path / "none")})
     with pytest.raises(SettingsError, match="--dtype"):
         Settings.typed(given | {"dtype": "int3"})

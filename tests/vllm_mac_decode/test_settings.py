@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from vllm_mac_decode.settings import Settings, SettingsError, load
+
+
+def test_a_token_may_lie_in_a_file(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("  secret\n")
+    assert load({"token_file": str(secret)}, {}).token == "secret"
+    assert load({"token_file": str(secret), "token": "t"}, {}).token == "t"
+    assert load({}, {"MAC_DECODE_TOKEN_FILE": str(secret)}).token == "secret"
+    for content, said in ((b" \n", "is empty"), (b"\xff", "it is no text")):
+        secret.write_bytes(content)
+        with pytest.raises(SettingsError, match=said):
+            load({"token_file": str(secret)}, {})
+    with pytest.raises(SettingsError, match="none cannot be read: No such file"):
+        load({"token_file": str(tmp_path / "none")}, {})
 
 
 def test_the_defaults_need_nothing() -> None:
@@ -17,6 +33,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
     wanted = Settings(
         receiver="mac:1",
         token="t",
+        token_file="/run/token",
         transport="other",
         enabled=False,
         min_prompt_tokens=9,

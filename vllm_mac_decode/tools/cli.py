@@ -67,7 +67,9 @@ def demo(
 @app.command()
 @typed(Settings, ENV_PREFIX, "receiver")
 def pair(
-    code: Annotated[str, typer.Argument(help="The code that the receiver shows.")],
+    code: Annotated[
+        str, typer.Argument(help="The code that the receiver shows; asked for if it is left out.")
+    ] = "",
     http_port: Annotated[int, typer.Option(help="The receiver's --http-port.")] = DEFAULT_HTTP_PORT,
     *,
     receiver: str,
@@ -75,6 +77,7 @@ def pair(
     """Pair this machine with a receiver, once: from then on vLLM finds it and may use it."""
     from vllm_mac_decode.tools.pair import pair_with
 
+    code = code or typer.prompt("The code that the receiver shows")
     with_keystore("vllm", _give_up, lambda keystore: pair_with(keystore, receiver, http_port, code))
 
 
