@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import msgspec
@@ -44,6 +45,19 @@ def options(settings: type[msgspec.Struct], prefix: str) -> Iterator[Option]:
             meta.description,
             extra.get("variable", prefix + field.name.upper()),
         )
+
+
+def token_in(file: str) -> str:
+    """The token that a file holds, without the space around it. Raises ValueError naming what is
+    wrong with the file."""
+    try:
+        token = Path(file).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ValueError(f"the token file {file} cannot be read: {reason}") from None
+    if not token:
+        raise ValueError(f"the token file {file} is empty")
+    return token
 
 
 def typed(

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
+from mlx_receiver.options import token_in
+
 _UNITS: Final = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _MAX_PORT: Final = 65_535
 
@@ -148,8 +150,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         memory = values["kv_memory"]
         values["kv_memory"] = None if memory == "auto" else parse_bytes(memory)
         if values["token_file"] and not values["token"]:
-            from mlx_receiver.wire.keys import token_in
-
             try:
                 values["token"] = token_in(values["token_file"])
             except ValueError as error:

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from mlx_receiver.options import token_in
+
 ENV_PREFIX = "MAC_DECODE_"
 
 #: Where ``mlx-receiver start`` listens unless it is told otherwise.
@@ -103,8 +105,6 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def __post_init__(self) -> None:
         self.addresses()  # raises
         if self.token_file and not self.token:
-            from mlx_receiver.wire.keys import token_in
-
             msgspec.structs.force_setattr(self, "token", token_in(self.token_file))
         if self.stall_timeout <= 0:
             raise ValueError("stall_timeout must be above 0 seconds")

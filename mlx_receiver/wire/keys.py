@@ -23,7 +23,6 @@ import hmac
 import secrets
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Final
 
 import zmq
@@ -48,19 +47,6 @@ class Keys:
     receiver_secret: bytes
     client_public: bytes
     client_secret: bytes
-
-
-def token_in(file: str) -> str:
-    """The token that a file holds, without the space around it. Raises ValueError naming what is
-    wrong with the file."""
-    try:
-        token = Path(file).expanduser().read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ValueError(f"the token file {file} cannot be read: {reason}") from None
-    if not token:
-        raise ValueError(f"the token file {file} is empty")
-    return token
 
 
 @cache
