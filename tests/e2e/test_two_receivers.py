@@ -62,13 +62,14 @@ def test_both_are_used_and_each_may_be_lost(
         shares = [r.metric(_DECODED) - b for r, b in zip(receivers, before, strict=True)]
         assert all(share >= 2 * 23 for share in shares), shares
         # One is killed while both decode.
+        kept = receivers[1].metric(_DECODED)
         with ThreadPoolExecutor(1) as pool:
             answers = pool.submit(ask_all, vllm, 300)
             assert eventually(lambda: all(r.health()["decoding"] >= 2 for r in receivers), 30, 0.02)
-            kept = receivers[1].metric(_DECODED)
             receivers[0].server.process.kill()
             assert answers.result(120) == long
-        assert receivers[1].metric(_DECODED) - kept > 200, "the other's responses stayed there"
+        whole, rest = divmod(receivers[1].metric(_DECODED) - kept, 299)
+        assert whole >= 2 and not rest, "the other's responses stayed there to their ends"
         assert 0 < vllm.metric("vllm:mac_decode_fallbacks_total") < len(PROMPTS)
         # New ones go to the other alone.
         kept = receivers[1].metric(_DECODED)

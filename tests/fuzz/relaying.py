@@ -61,5 +61,7 @@ def orders(seed: int) -> int:
             assert (name in ended) != (name in resumed), name
             assert name in ended or engine.tokens(name) == resumed[name]
             assert len(engine.tokens(name)) <= 8
+    for name in [session.request_id for session in engine.relay._sessions.values()]:
+        assert engine.schedule(name) == 0, "decided, not opened: vLLM's own when its turn comes"
     assert not engine.relay._sessions
     return EVENTS
