@@ -212,7 +212,7 @@ def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
             padded = np.zeros((HEADS, blocks * BLOCK, HEAD_DIM), np.int16)
             padded[:, :tokens] = data
             raw[plane] = padded.reshape(HEADS, blocks, BLOCK, HEAD_DIM).swapaxes(0, 1)
-        layers[f"layers.{index}"] = ExportedLayer(index, cache, layout, 0, FULL)
+        layers[f"layers.{index}"] = ExportedLayer(index, cache, layout, 0, FULL, BLOCK)
 
     ids = torch.arange(blocks)
     out = torch.zeros((2, HEADS, blocks, BLOCK, HEAD_DIM), dtype=torch.bfloat16)
@@ -240,7 +240,7 @@ def spark(told_json: str, control: int, tokens: int) -> None:
     layers, gather_rate = paged_cache(tokens)
     ledger = BlockLedger()
     settings = Settings(transport=endpoint.transport, stall_timeout=30.0)
-    exporter = Exporter(layers, BLOCK, settings, ledger)
+    exporter = Exporter(layers, settings, ledger)
     lines = Lines(socket.create_connection((endpoint.host, control)))
     tell(gather_gb_per_s=gather_rate)
     for order in orders():
@@ -257,7 +257,7 @@ def spark(told_json: str, control: int, tokens: int) -> None:
         moment = began
         for start, end in steps:
             blocks = list(range(start // BLOCK, -(-end // BLOCK)))
-            span = ExportSpan(session, request, start, end, blocks)
+            span = ExportSpan(session, request, start, end, tokens, [blocks])
             exporter.begin_step([span], [], {session: target})
             seconds = pace * prefill_seconds(start, end)
             for index, name in enumerate(layers):

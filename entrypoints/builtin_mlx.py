@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def mac_decode_cache_adapters() -> list[CacheAdapter]:
-    """Plain keys and values of every token (``mlx_lm``'s ``KVCache``)."""
-    from mlx_receiver.caches.plain import PlainKV
+    """Those of ``mlx_receiver.caches``."""
+    from mlx_receiver.caches.model import builtin_adapters
 
-    return [PlainKV()]
+    return builtin_adapters()

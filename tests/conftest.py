@@ -16,6 +16,7 @@ import pytest
 from mlx_receiver.decode.blas import use_fast_blas
 from mlx_receiver.interfaces import interfaces
 from mlx_receiver.pairing.keystore import STATE_VARIABLE
+from tests import families
 from tests.models import GENERATOR_VERSION, tiny_llama, tiny_qwen3
 from vllm_mac_decode.tools.demo.model import fetch_smollm2
 
@@ -69,6 +70,12 @@ def cached_model(name: str, write: Callable[[Path], Path]) -> Path:
             with contextlib.suppress(OSError):
                 made.rename(folder)
     return folder
+
+
+def cached_family(family: str) -> Path:
+    """A model of `tests.families`."""
+    name = f"{family}-{families.GENERATOR_VERSION}"
+    return cached_model(name, lambda path: families.write(family, path))
 
 
 @pytest.fixture(scope="session")

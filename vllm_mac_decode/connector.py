@@ -27,7 +27,7 @@ from vllm.version import __version__ as vllm_version
 
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import merged
-from mlx_receiver.wire.signature import PLAIN_KV_ARCHITECTURES, signature_from_config
+from mlx_receiver.wire.signature import not_compared, signature_from_config
 from vllm_mac_decode import settings
 from vllm_mac_decode.engine import adapter
 from vllm_mac_decode.metadata import StepExports, WorkerNews, WorkerReport
@@ -92,7 +92,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             adapter.install()
             self.relay = Relay(self._settings)
-            self._plan = ExportPlan(_block_size(kv_cache_config))
+            self._plan = ExportPlan(_block_sizes(kv_cache_config))
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -130,9 +130,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             layers = exported_layers(self._vllm_config, self._kv_cache_config, kv_caches)
             if layers:
                 self._early = updates_before_hook(self._vllm_config, kv_caches)
-                self._exporter = Exporter(
-                    layers, _block_size(self._kv_cache_config), self._settings, self._ledger
-                )
+                self._exporter = Exporter(layers, self._settings, self._ledger)
             described = {layer.index: layer.described() for layer in layers.values()}
             self._report = WorkerReport(dtype, layers=described)
         except (LayoutError, ValueError) as error:
@@ -235,13 +233,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         assert self.relay is not None
         config = self._vllm_config.model_config.hf_text_config.to_dict()
         signature = signature_from_config(config)
-        if signature.model_type not in PLAIN_KV_ARCHITECTURES:
-            known = ", ".join(sorted(PLAIN_KV_ARCHITECTURES))
-            raise ValueError(
-                f"models of type {signature.model_type!r} are not supported (supported: {known})"
-            )
-        if signature.sliding_window is not None:
-            raise ValueError("models with sliding-window attention are not supported yet")
+        if why := not_compared(signature):
+            raise ValueError(why)
         reports: list[WorkerReport] = getattr(self, "_worker_reports", [])
         problems = sorted({report.problem for report in reports if report.problem})
         if problems:
@@ -327,8 +320,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The same for models with several KV cache groups. Those are not exported yet, but
-        vLLM would switch its hybrid cache manager off for a connector without this method."""
+        """The same for models with several KV cache groups."""
         return self.request_finished(request, [])
 
     # --- reporting --------------------------------------------------------------------------
@@ -358,5 +350,5 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             self._exporter = None
 
 
-def _block_size(config: KVCacheConfig) -> int:
-    return int(config.kv_cache_groups[0].kv_cache_spec.block_size) if config.kv_cache_groups else 1
+def _block_sizes(config: KVCacheConfig) -> list[int]:
+    return [int(group.kv_cache_spec.block_size) for group in config.kv_cache_groups]

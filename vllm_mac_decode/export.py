@@ -9,17 +9,20 @@ from mlx_receiver.wire.messages import DataTicket, Endpoint
 
 @dataclass(frozen=True)
 class ExportSpan:
-    """Tokens ``start`` to ``end`` of one request, to be exported in every layer of this step.
+    """Tokens ``start`` to ``end`` of one request's ``prompt_tokens``, to be exported in every layer
+    of this step.
 
-    ``block_ids`` are the scheduler's blocks that hold them: the first one holds token
-    ``start - start % block_size``.
+    ``block_ids`` are the scheduler's blocks that hold them, of each KV cache group: the first one
+    holds token ``start - start % block_size``. Of a layer with a window some may be void, those of
+    tokens that nobody needs any more.
     """
 
     session: int
     request_id: str
     start: int
     end: int
-    block_ids: list[int]
+    prompt_tokens: int
+    block_ids: list[list[int]]
 
 
 @dataclass(frozen=True)

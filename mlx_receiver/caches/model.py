@@ -116,11 +116,15 @@ class ModelCache:
 def adapters() -> list[CacheAdapter]:
     """Every installed cache adapter."""
     found = [item for group in plugins.manager().hook.mac_decode_cache_adapters() for item in group]
-    if not found:
-        from mlx_receiver.caches.plain import PlainKV
+    return found or builtin_adapters()
 
-        found = [PlainKV()]
-    return found
+
+def builtin_adapters() -> list[CacheAdapter]:
+    """Those that come with this package."""
+    from mlx_receiver.caches.plain import PlainKV
+    from mlx_receiver.caches.window import WindowKV
+
+    return [PlainKV(), WindowKV()]
 
 
 def _layer(index: int, cache: Any) -> LayerLayout:

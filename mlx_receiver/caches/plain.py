@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import mlx.core as mx
@@ -28,13 +29,7 @@ class PlainKV:
 
     def layout(self, cache: Any) -> LayerLayout | None:
         """See ``CacheAdapter.layout``."""
-        if type(cache) not in (KVCache, JoinableKVCache):
-            return None
-        parts = []
-        for name, array in ((KEYS, cache.keys), (VALUES, cache.values)):
-            _, heads, _, width = array.shape
-            parts.append(Part(name, heads, width, wire_dtype(array)))  # type: ignore[arg-type]
-        return LayerLayout(FULL, parts)
+        return keys_and_values(cache) if type(cache) in (KVCache, JoinableKVCache) else None
 
     def nbytes(self, layer: LayerLayout, tokens: int, headroom: int, itemsize: int) -> int:
         """See ``CacheAdapter.nbytes``."""
@@ -42,11 +37,26 @@ class PlainKV:
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> PlainKVBuffers:
         """See ``CacheAdapter.allocate``."""
-        return PlainKVBuffers(layer, tokens, capacity(tokens, headroom), staging())
+        return PlainKVBuffers(
+            layer,
+            capacity(tokens, headroom),
+            staging(),
+            lambda keys, values: JoinableKVCache.holding(keys, values, tokens),
+        )
 
     def empty(self, layer: LayerLayout) -> Any:
         """See ``CacheAdapter.empty``."""
         return JoinableKVCache()
+
+
+def keys_and_values(cache: Any) -> LayerLayout:
+    """What a cache with ``keys`` and ``values`` ``[1, heads, tokens, width]`` holds, if it holds
+    them of every token."""
+    parts = []
+    for name, array in ((KEYS, cache.keys), (VALUES, cache.values)):
+        _, heads, _, width = array.shape
+        parts.append(Part(name, heads, width, wire_dtype(array)))  # type: ignore[arg-type]
+    return LayerLayout(FULL, parts)
 
 
 def capacity(tokens: int, headroom: int) -> int:
@@ -58,9 +68,14 @@ class PlainKVBuffers:
     """K and V of one layer, ``[1, heads, capacity, head_dim]`` each."""
 
     def __init__(
-        self, layer: LayerLayout, tokens: int, capacity: int, staging: Staging | None
+        self,
+        layer: LayerLayout,
+        capacity: int,
+        staging: Staging | None,
+        hold: Callable[[mx.array, mx.array], Any],
     ) -> None:
-        self._tokens = tokens
+        """``hold`` makes the cache of finished keys and values."""
+        self._hold = hold
         self._dtypes = [mlx_dtype(part.dtype) for part in layer.parts]
         self._staging = staging
         self._arrays = [
@@ -86,7 +101,7 @@ class PlainKVBuffers:
             return Rows([slot.buffer], slot.written, slot.dropped)
         return Rows([row.data.cast("B") for row in place])
 
-    def build(self, dtype: mx.Dtype) -> tuple[JoinableKVCache, list[mx.array]]:
+    def build(self, dtype: mx.Dtype) -> tuple[Any, list[mx.array]]:
         """See ``LayerBuffers.build``."""
         if self._staging is not None:
             self._staging.finish()
@@ -98,4 +113,4 @@ class PlainKVBuffers:
             # At once: there need not be room for a converted cache beside the whole one.
             keys, values = keys.astype(dtype), values.astype(dtype)
             mx.eval(keys, values)
-        return JoinableKVCache.holding(keys, values, self._tokens), [keys, values]
+        return self._hold(keys, values), [keys, values]

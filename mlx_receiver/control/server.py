@@ -306,7 +306,9 @@ class ControlServer:
         logger.info(
             "client %s (%s) connected, KV in %s", peer.client, peer.engine, peer.layout.kv_dtype
         )
-        client.post(msgspec.structs.replace(self._welcome, ticket=ticket))
+        limit = self._layout.limit(peer.layout) or self._welcome.max_tokens
+        most = min(limit, self._welcome.max_tokens)
+        client.post(msgspec.structs.replace(self._welcome, ticket=ticket, max_tokens=most))
 
     def _check_model(self, asked: str) -> None:
         """Raise WireError for a client that serves another model than the one that was loaded for

@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mlx_receiver.decode import hub, weights
 from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, CacheLayout, layout_from_config
-from mlx_receiver.wire.signature import (
-    PLAIN_KV_ARCHITECTURES,
-    ModelSignature,
-    signature_from_config,
-)
+from mlx_receiver.wire.signature import ModelSignature, not_compared, signature_from_config
 
 if TYPE_CHECKING:
     from mlx_receiver.caches.model import ModelCache
@@ -94,7 +90,7 @@ def find_model(name: str) -> ModelSource:
         layout = layout_from_config(config, DTYPES[0])
     except ValueError as error:
         raise ModelError(str(error)) from None
-    why = _refusal(config, signature)
+    why = not_compared(signature)
     if why:
         raise ModelError(f"{name} cannot be served: {why}")
     return ModelSource(name, path, config, signature, layout, _max_tokens(config), of_hub)
@@ -145,17 +141,6 @@ def load_model(
         raise ModelError(f"{source.name} cannot be served: {error}") from None
     nbytes = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
     return LoadedModel(model, cache, nbytes)
-
-
-def _refusal(config: dict[str, Any], signature: ModelSignature) -> str:
-    """Why hand-offs of that model cannot be right; "" if they can."""
-    if signature.model_type not in PLAIN_KV_ARCHITECTURES:
-        known = ", ".join(sorted(PLAIN_KV_ARCHITECTURES))
-        return f"model type {signature.model_type!r} is not supported (supported: {known})"
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds or signature.sliding_window is not None:
-        return "models with sliding-window layers are not supported"
-    return ""
 
 
 def _check_memory(source: ModelSource, dtype: str) -> None:

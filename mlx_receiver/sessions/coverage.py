@@ -50,7 +50,16 @@ class Coverage:
 
     def at(self, header: Header) -> NDArray[np.uint8]:
         """The block's marks, ``[heads, tokens]``."""
-        return self._parts[header.layer][header.part][extent(header)]
+        return self._parts[header.layer][header.part][self.extent(header)]
+
+    def extent(self, header: Header) -> tuple[slice, slice]:
+        """A block's heads and rows in its part; it must be one that is not ``wrong``."""
+        first = self._layout.layers[header.layer].parts[header.part].first(self._tokens)
+        start = header.token_start - first
+        return (
+            slice(header.head_start, header.head_start + header.heads),
+            slice(start, start + header.tokens),
+        )
 
     def arrived(self, marks: NDArray[np.uint8]) -> int:
         """Note that a block is there; how many of its rows are new."""
@@ -78,9 +87,11 @@ class Coverage:
                 head, token = map(int, np.unravel_index(holes.argmax(), holes.shape))
                 row = holes[head, token:]
                 last = token + (len(row) if row.all() else int(row.argmin())) - 1
-                name = self._layout.layers[layer].parts[index].name
+                part = self._layout.layers[layer].parts[index]
+                first = part.first(self._tokens)
                 return (
-                    f"layer {layer}, {name}, head {head}, tokens {token}..{last} "
+                    f"layer {layer}, {part.name}, head {head}, "
+                    f"tokens {first + token}..{first + last} "
                     f"({self.absent} of {self._total} cells are missing)"
                 )
         return ""
@@ -99,15 +110,9 @@ class Coverage:
             return f"dtype is {header.dtype}, agreed was {part.dtype}"
         if header.head_start + header.heads > part.heads:
             return f"the model has {part.heads} KV heads"
-        tokens = part.tokens(self._tokens)
-        if header.token_start + header.tokens > tokens:
-            return f"the prompt has {tokens} tokens" if part.by_token else "it has no tokens"
+        first = part.first(self._tokens)
+        if header.token_start + header.tokens > first + part.tokens(self._tokens):
+            return f"the prompt has {self._tokens} tokens" if part.by_token else "it has no tokens"
+        if header.token_start < first:
+            return f"the layer's window begins at token {first}"
         return ""
-
-
-def extent(header: Header) -> tuple[slice, slice]:
-    """A block's heads and tokens in its part."""
-    return (
-        slice(header.head_start, header.head_start + header.heads),
-        slice(header.token_start, header.token_start + header.tokens),
-    )

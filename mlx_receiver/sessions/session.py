@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mlx_receiver.caches.adapter import Rows
 from mlx_receiver.caches.memory import Reservation
 from mlx_receiver.caches.model import CacheBuffers
-from mlx_receiver.sessions.coverage import ABSENT, ARRIVING, RESIDENT, Coverage, extent
+from mlx_receiver.sessions.coverage import ABSENT, ARRIVING, RESIDENT, Coverage
 from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire.frames import Header
 from mlx_receiver.wire.handoffs import BlockTimes
@@ -251,7 +251,7 @@ class Session:
                     lambda: self._commit_duplicate(header, marks, scratch, arrived),
                     lambda: self.reservation.give_back(scratch.nbytes),
                 )
-            rows = buffers.rows(header.layer, header.part, *extent(header))
+            rows = buffers.rows(header.layer, header.part, *self._coverage.extent(header))
             marks[...] = ARRIVING
         return Landing(
             rows.buffers,
@@ -270,7 +270,7 @@ class Session:
 
     def _place(self, header: Header) -> NDArray[Any]:
         """The block's piece of the cache."""
-        return self._live().part(header.layer, header.part)[extent(header)]
+        return self._live().part(header.layer, header.part)[self._coverage.extent(header)]
 
     def _live(self) -> CacheBuffers:
         if self._buffers is None:

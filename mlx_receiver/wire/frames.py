@@ -213,10 +213,11 @@ def blocks(
     for layer, of_layer in enumerate(layout.layers):
         for index, part in enumerate(of_layer.parts):
             row = part.row * ITEMSIZE[part.dtype]
-            rows = part.tokens(tokens)
+            first = part.first(tokens)
+            end = first + part.tokens(tokens)
             step = max(1, frame_bytes // row)
-            for start in range(0, rows, step):
-                count = min(step, rows - start)
+            for start in range(first, end, step):
+                count = min(step, end - start)
                 yield Header(
                     kind=Kind.BLOCK,
                     session=session,

@@ -17,8 +17,9 @@ from msgspec import Meta
 DTYPES: Final = ("bfloat16", "float16", "float32")
 ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-#: The kind whose layers hold K and V of every token.
+#: The kind whose layers hold K and V of every token, and the one of the last tokens only.
 FULL: Final = "full"
+WINDOW: Final = "window"
 KEYS: Final = "keys"
 VALUES: Final = "values"
 
@@ -33,7 +34,8 @@ class Part(msgspec.Struct, frozen=True):
     """One array of a layer's cache: ``[heads, tokens, width]``, or ``[heads, 1, width]`` where
     ``by_token`` is false and it describes the whole text (the state of a recurrent layer).
 
-    ``dtype`` is that of the numbers that travel.
+    ``dtype`` is that of the numbers that travel. Of a part with a ``window`` only the last so many
+    tokens of a prompt are kept, and travel.
     """
 
     name: _Name
@@ -41,6 +43,7 @@ class Part(msgspec.Struct, frozen=True):
     width: _Count
     dtype: Literal["bfloat16", "float16", "float32"]
     by_token: bool = True
+    window: _Count | None = None
 
     @property
     def row(self) -> int:
@@ -49,7 +52,13 @@ class Part(msgspec.Struct, frozen=True):
 
     def tokens(self, prompt_tokens: int) -> int:
         """Rows of each head that a prompt has."""
-        return prompt_tokens if self.by_token else 1
+        if not self.by_token:
+            return 1
+        return min(prompt_tokens, self.window or prompt_tokens)
+
+    def first(self, prompt_tokens: int) -> int:
+        """The token of the first of those rows."""
+        return prompt_tokens - self.tokens(prompt_tokens) if self.by_token else 0
 
 
 class LayerLayout(msgspec.Struct, frozen=True):
@@ -93,10 +102,23 @@ class CacheLayout(msgspec.Struct, frozen=True):
             part.heads * part.tokens(prompt_tokens) for layer in self.layers for part in layer.parts
         )
 
+    def limit(self, other: CacheLayout) -> int | None:
+        """The longest text of which both caches hold the same, None if there is no end to that:
+        where the other side's attention has a window and this side's has none."""
+        windows = [
+            part.window
+            for mine, theirs in zip(self.layers, other.layers, strict=False)
+            if (mine.kind, theirs.kind) == (FULL, WINDOW)
+            for part in theirs.parts
+            if part.window is not None
+        ]
+        return min(windows, default=None)
+
     def differences(self, other: CacheLayout) -> list[str]:
         """What differs, one "layers, part: field: mine here, theirs there" line for each.
 
-        A part's dtype is not compared: the receiver converts what arrives.
+        A part's dtype is not compared: the receiver converts what arrives. Nor is a window that
+        this side does not know: see ``limit``.
         """
         lines = []
         if len(self.layers) != len(other.layers):
@@ -121,20 +143,34 @@ def full_attention(layers: int, heads: int, width: int, dtype: str) -> CacheLayo
         raise ValueError(f"no cache has that shape: {error}") from None
 
 
+def windowed(layer: LayerLayout, window: int) -> LayerLayout:
+    """A layer of plain K and V that keeps the last ``window`` tokens only."""
+    parts = [msgspec.structs.replace(part, window=window) for part in layer.parts]
+    return LayerLayout(WINDOW, parts)
+
+
 def layout_from_config(config: Mapping[str, Any], dtype: str) -> CacheLayout:
-    """The layout that a model of plain K and V will have, by its ``config.json``: for estimates
+    """The layout that a model of K and V will have, by its ``config.json``: for estimates
     and checks where no engine has allocated anything yet.
 
     Raises ValueError naming the key when the configuration lacks one that is needed.
     """
     c = text_config(config)
     heads = need(c, "num_attention_heads")
-    return full_attention(
+    whole = full_attention(
         need(c, "num_hidden_layers"),
         c.get("num_key_value_heads") or heads,
         c.get("head_dim") or need(c, "hidden_size") // heads,
         dtype,
     )
+    kinds, window = c.get("layer_types"), c.get("sliding_window")
+    if not isinstance(kinds, Sequence) or not isinstance(window, int) or window < 1:
+        return whole
+    layers = list(whole.layers)
+    for index, (kind, layer) in enumerate(zip(kinds, whole.layers, strict=False)):
+        if kind == "sliding_attention":
+            layers[index] = windowed(layer, window)
+    return CacheLayout(layers)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -152,7 +188,10 @@ def need(config: Mapping[str, Any], key: str) -> int:
 
 
 def _layer_differences(mine: LayerLayout, theirs: LayerLayout) -> list[str]:
-    if mine.kind != theirs.kind:
+    fields = ["heads", "width", "by_token", "window"]
+    if (mine.kind, theirs.kind) == (FULL, WINDOW):
+        fields.remove("window")
+    elif mine.kind != theirs.kind:
         return [f"kind: {mine.kind} here, {theirs.kind} there"]
     names = [[part.name for part in layer.parts] for layer in (mine, theirs)]
     if names[0] != names[1]:
@@ -160,7 +199,7 @@ def _layer_differences(mine: LayerLayout, theirs: LayerLayout) -> list[str]:
     return [
         f"{a.name}: {field}: {getattr(a, field)} here, {getattr(b, field)} there"
         for a, b in zip(mine.parts, theirs.parts, strict=True)
-        for field in ("heads", "width", "by_token")
+        for field in fields
         if getattr(a, field) != getattr(b, field)
     ]
 

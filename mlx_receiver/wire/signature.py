@@ -8,16 +8,22 @@ transformers, which moves and renames keys), so the builder normalises spellings
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
 from mlx_receiver.wire.layout import need, text_config
 
-#: Architectures whose layers all keep plain K and V of every token, K after RoPE.
-PLAIN_KV_ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
-
+#: Types of models whose caches were compared on both engines, token by token
+#: (``tests/e2e/test_families.py``): equal layouts alone do not prove equal numbers.
+COMPARED_MODEL_TYPES: Final = frozenset(
+    {
+        "ernie4_5", "exaone4", "gemma3_text", "glm4", "granite", "llama",
+        "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss",
+        "smollm3",
+    }
+)  # fmt: skip
 
 _Text = Annotated[str, Meta(max_length=1024)]
 _Size = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -26,23 +32,33 @@ _Size = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 class ModelSignature(msgspec.Struct, frozen=True):
     """What gives the numbers of a cache their meaning, quantisation of weights aside.
 
-    ``rope`` holds the rotary parameters as sorted ``(name, value)`` pairs in text form.
+    ``rope`` holds the rotary parameters as sorted ``(name, value)`` pairs in text form; none where
+    layers differ in them, which configurations spell in too many ways to be compared.
     """
 
     model_type: _Text
     hidden_size: _Size
     vocab_size: _Size
     rope: Annotated[list[tuple[_Text, _Text]], Meta(max_length=64)]
-    sliding_window: _Size | None = None
 
     def differences(self, other: ModelSignature) -> list[str]:
         """One "field: mine here, theirs there" line for each field that differs."""
         lines = []
         for field in self.__struct_fields__:
             mine, theirs = getattr(self, field), getattr(other, field)
+            if field == "rope" and not (mine and theirs):
+                continue
             if mine != theirs:
                 lines.append(f"{field}: {_show(mine)} here, {_show(theirs)} there")
         return lines
+
+
+def not_compared(signature: ModelSignature) -> str:
+    """Why a model is not handed off although the layouts may be equal; "" if it is."""
+    if signature.model_type in COMPARED_MODEL_TYPES:
+        return ""
+    known = ", ".join(sorted(COMPARED_MODEL_TYPES))
+    return f"models of type {signature.model_type!r} are not supported (supported: {known})"
 
 
 def signature_from_config(config: Mapping[str, Any]) -> ModelSignature:
@@ -51,21 +67,19 @@ def signature_from_config(config: Mapping[str, Any]) -> ModelSignature:
     Raises ValueError naming the key when the configuration lacks one that is needed.
     """
     c = text_config(config)
-    window = c.get("sliding_window")
-    if c.get("use_sliding_window") is False or not window:
-        window = None
     return ModelSignature(
         model_type=str(c.get("model_type", "")),
         hidden_size=need(c, "hidden_size"),
         vocab_size=need(c, "vocab_size"),
         rope=_rope(c),
-        sliding_window=window,
     )
 
 
 def _rope(c: Mapping[str, Any]) -> list[tuple[str, str]]:
     """``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``."""
     raw = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    if "rope_local_base_freq" in c or any(isinstance(value, Mapping) for value in raw.values()):
+        return []
     kind = raw.pop("rope_type", None) or raw.pop("type", None) or "default"
     raw.pop("type", None)
     theta = raw.pop("rope_theta", None) or c.get("rope_theta") or 10000.0

@@ -94,12 +94,7 @@ def test_a_port_in_use_is_named(tiny_llama_path: Path, option: str) -> None:
         (
             '{"model_type": "mamba", "num_attention_heads": 4, "num_hidden_layers": 2,'
             ' "hidden_size": 64, "vocab_size": 99}',
-            "model type 'mamba' is not supported (supported: llama, qwen2, qwen3)",
-        ),
-        (
-            '{"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2,'
-            ' "hidden_size": 64, "vocab_size": 99, "sliding_window": 512}',
-            "sliding-window layers are not supported",
+            "models of type 'mamba' are not supported (supported: ",
         ),
         (
             '{"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2,'

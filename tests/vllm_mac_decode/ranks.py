@@ -97,7 +97,7 @@ class Request:
 
     def span(self, start: int, end: int, block_size: int = BLOCK) -> ExportSpan:
         blocks = self.blocks[start // block_size : -(-end // block_size)]
-        return ExportSpan(self.session, self.id, start, end, blocks)
+        return ExportSpan(self.session, self.id, start, end, self.tokens, [blocks])
 
     def check(self, session: Session) -> None:
         """Every byte of it is in the session's memory."""
@@ -136,11 +136,11 @@ class Worker:
         )
         self.caches = {layer: torch.full(shape, torch.nan) for layer in layers}
         exported = {
-            f"layers.{layer}": ExportedLayer(layer, cache, layout, heads.start, FULL)
+            f"layers.{layer}": ExportedLayer(layer, cache, layout, heads.start, FULL, block_size)
             for layer, cache in self.caches.items()
         }
         self.ledger = BlockLedger()
-        self.exporter = Exporter(exported, block_size, Settings(**settings), self.ledger)
+        self.exporter = Exporter(exported, Settings(**settings), self.ledger)
 
     def write(self, layer: int, request: Request, start: int, end: int) -> None:
         """What the backend's cache update does."""

@@ -49,10 +49,12 @@ class Answers(Handoffs):
             self._receivers.remove(remote)
 
     def close(self) -> None:
-        """There are no receivers any more."""
+        """There are no receivers any more, and will be none: what was decided is taken back."""
         with self._lock:
             for remote in self._receivers:
                 self.disconnected(remote)
+            for session in list(self._sessions.values()):
+                self._fall_back(session, "lost", breaker=False)
 
     def taken(self, receiver: str, remote: Remote) -> bool:
         """Whether another link is connected to that receiver."""

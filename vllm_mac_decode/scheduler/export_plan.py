@@ -6,7 +6,7 @@ plan keeps the whole block list of each exported request and turns every step in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 class _Exported:
     session: int
     prompt_tokens: int
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)  # of each KV cache group
     upto: int = 0
 
 
 class ExportPlan:
     """Spans per step, for requests that have a session. Used by the engine's thread alone."""
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self, block_sizes: Sequence[int]) -> None:
+        """``block_sizes``: tokens in a block of each KV cache group."""
+        self._block_sizes = block_sizes
         self._requests: dict[str, _Exported] = {}
         self._announced: set[str] = set()
         self._kept: set[str] = set()  # finished requests that vLLM keeps until workers report them
@@ -79,7 +80,7 @@ class ExportPlan:
         for new in output.scheduled_new_reqs:
             if new.req_id in self._requests and alive(new.req_id):
                 exported = self._requests[new.req_id]
-                exported.blocks = list(new.block_ids[0])
+                exported.blocks = [list(group) for group in new.block_ids]
                 spans += self._span(new.req_id, exported, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
         for request_id, blocks, computed in zip(
@@ -87,8 +88,8 @@ class ExportPlan:
         ):
             if request_id in self._requests and alive(request_id):
                 exported = self._requests[request_id]
-                if blocks is not None:
-                    exported.blocks += blocks[0]
+                for held, more in zip(exported.blocks, blocks or (), strict=False):
+                    held += more
                 spans += self._span(request_id, exported, computed, output)
         return spans
 
@@ -100,6 +101,10 @@ class ExportPlan:
         if end <= start:
             return []
         self._announced.add(request_id)
-        size = self._block_size
-        blocks = exported.blocks[start // size : -(-end // size)]
-        return [ExportSpan(exported.session, request_id, start, end, blocks)]
+        blocks = [
+            held[start // size : -(-end // size)]
+            for held, size in zip(exported.blocks, self._block_sizes, strict=True)
+        ]
+        return [
+            ExportSpan(exported.session, request_id, start, end, exported.prompt_tokens, blocks)
+        ]

@@ -61,16 +61,13 @@ class Destination:
     def __init__(
         self,
         ring: StagingRing,
-        split: int,
         settings: Settings,
         ledger: BlockLedger,
         clock: DeviceClock | None,
         fault: Callable[[], None],
     ) -> None:
-        """``split`` is how many blocks of the tensors are one of the scheduler's; ``fault`` is
-        called when a thread ends by one."""
+        """``fault`` is called when a thread ends by one."""
         self._ring = ring
-        self._split = split
         self._ledger = ledger
         self._channel = DataChannel(settings, ring, clock, self._is_dead, self._fail)
 
@@ -83,8 +80,9 @@ class Destination:
 
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._sessions: dict[int, _Session] = {}  # gather thread only, like the next two
-        self._ids_of: tuple[int, int] | None = None
-        self._ids = torch.empty(0, dtype=torch.int64)
+        #: The tensors' block ids of the latest span, by group and split.
+        self._ids_of: ExportSpan | None = None
+        self._ids: dict[tuple[int, int], torch.Tensor] = {}
         self._closing = False
         self._fault = fault
         loops = {"gather": self._gather_loop} | {
@@ -250,14 +248,20 @@ class Destination:
         """Copy one layer of a span into staging, piece by piece, and queue it for sending."""
         span, layer, layout = job.span, job.layer, job.layer.layout
         size = layout.block_size
-        ids = self._tensor_blocks(span)
-        base = span.start - span.start % (size * self._split)  # first token of ids[0]
+        start = span.start
+        if layer.window is not None:
+            start = max(start, span.prompt_tokens - layer.window)
+        if start >= span.end:
+            self._ledger.read(span.request_id)
+            return
+        ids = self._tensor_blocks(span, layer)
+        base = span.start - span.start % layer.block_size  # first token of ids[0]
         itemsize = layer.cache.element_size()
         numbers = [part.heads * size * part.width for part in layout.parts]  # of one block
         block = sum(numbers)
         per_piece = max(1, SLOT_BYTES // (block * itemsize))
         last = -(-(span.end - base) // size)
-        for at in range((span.start - base) // size, last, per_piece):
+        for at in range((start - base) // size, last, per_piece):
             if self._is_dead(span.session) or self._closing:
                 self._ring.settle()
                 self._ledger.read(span.request_id)
@@ -277,20 +281,20 @@ class Destination:
                 job.written,
             )
             first = base + at * size  # the token in the piece's first row
-            low, high = max(span.start, first), min(span.end, first + count * size)
+            low, high = max(start, first), min(span.end, first + count * size)
             frames = []
-            start = 0
+            begin = 0
             for index, part in enumerate(layout.parts):
-                end = start + count * numbers[index] * itemsize
+                end = begin + count * numbers[index] * itemsize
                 token = part.width * itemsize  # bytes of one, in one head's row
                 payload = _tokens(
-                    slot.memory[start:end],
+                    slot.memory[begin:end],
                     part.heads,
                     (low - first) * token,
                     (high - first) * token,
                 )
                 frames.append((_header(job, index, part, low, high), payload))
-                start = end
+                begin = end
             # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
             queued = self._ring.stream is not None and at + count == last
             self._channel.put(
@@ -301,19 +305,21 @@ class Destination:
         if self._ring.stream is None:
             self._ledger.read(span.request_id)
 
-    def _tensor_blocks(self, span: ExportSpan) -> torch.Tensor:
-        """The tensor's block ids of a span, on its device; the same for every layer of a step."""
-        key = (span.session, span.start)
-        if self._ids_of != key:
-            ids = torch.tensor(span.block_ids, dtype=torch.int64)
-            if self._split > 1:
-                ids = (ids[:, None] * self._split + torch.arange(self._split)).flatten()
+    def _tensor_blocks(self, span: ExportSpan, layer: ExportedLayer) -> torch.Tensor:
+        """The tensor's block ids of a span, on its device; the same for every layer of a group."""
+        if self._ids_of is not span:
+            self._ids_of, self._ids = span, {}
+        key = (layer.group, layer.split)
+        if key not in self._ids:
+            ids = torch.tensor(span.block_ids[layer.group], dtype=torch.int64)
+            if layer.split > 1:
+                ids = (ids[:, None] * layer.split + torch.arange(layer.split)).flatten()
             if self._ring.stream is not None:
                 # On the stream that will read them: the default one has compute queued on it.
                 with torch.cuda.stream(self._ring.stream):
                     ids = ids.to(self._ring.device)
-            self._ids_of, self._ids = key, ids
-        return self._ids
+            self._ids[key] = ids
+        return self._ids[key]
 
 
 def _header(job: Job, index: int, part: PagedPart, low: int, high: int) -> Header:

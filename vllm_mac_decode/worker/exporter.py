@@ -44,17 +44,13 @@ class Exporter:
     def __init__(
         self,
         layers: dict[str, ExportedLayer],
-        block_size: int,
         settings: Settings,
         ledger: BlockLedger,
     ) -> None:
         self._layers = layers
         self._ledger = ledger
         self._settings = settings
-        first = next(iter(layers.values()))
-        self._device = first.cache.device
-        #: tensor blocks per scheduler block
-        self._split = block_size // first.layout.block_size
+        self._device = next(iter(layers.values())).cache.device
         self._clock = DeviceClock() if self._device.type == "cuda" else None
         self._spans: list[tuple[Destination, ExportSpan]] = []
         self._unwritten: set[str] = set()
@@ -147,6 +143,4 @@ class Exporter:
 
     def _destination(self, at_once: bool = False) -> Destination:
         ring = StagingRing(self._settings.staging_mib << 20, self._device, at_once)
-        return Destination(
-            ring, self._split, self._settings, self._ledger, self._clock, self._failed
-        )
+        return Destination(ring, self._settings, self._ledger, self._clock, self._failed)

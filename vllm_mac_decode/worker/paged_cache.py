@@ -40,7 +40,9 @@ class PagedCache(Protocol):
 class ExportedLayer:
     """One layer of this worker: its place in the model, its kind, its cache and how to read it.
 
-    ``head_start`` is the model's index of the worker's first head (tensor parallelism).
+    ``head_start`` is the model's index of the worker's first head (tensor parallelism), ``group``
+    the KV cache group whose blocks hold the layer's tokens, ``block_size`` of them each. With a
+    ``window`` only the last so many tokens of a prompt are exported.
     """
 
     index: int
@@ -48,16 +50,30 @@ class ExportedLayer:
     layout: PagedCache
     head_start: int
     kind: str
+    block_size: int
+    group: int = 0
+    window: int | None = None
 
     @property
     def dtype(self) -> str:
         """Of the numbers in the cache, as the wire calls it."""
         return str(self.cache.dtype).removeprefix("torch.")
 
+    @property
+    def split(self) -> int:
+        """Blocks of the tensor that are one of the scheduler's."""
+        return self.block_size // self.layout.block_size
+
     def described(self) -> LayerLayout:
         """For ``wire.layout.merged``: parts with as many heads as end with this worker's."""
         parts = [
-            Part(part.name, self.head_start + part.heads, part.width, self.dtype)  # type: ignore[arg-type]
+            Part(
+                part.name,
+                self.head_start + part.heads,
+                part.width,
+                self.dtype,  # type: ignore[arg-type]
+                window=self.window,
+            )
             for part in self.layout.parts
         ]
         return LayerLayout(self.kind, parts)

@@ -12,6 +12,9 @@ from vllm_mac_decode.scheduler.export_plan import ExportPlan
 
 BLOCK = 16
 
+#: Tokens of each request's prompt.
+PROMPTS: dict[str, int] = {}
+
 
 @dataclass
 class Step:
@@ -50,13 +53,14 @@ class Step:
 
 
 def span(req_id: str, start: int, end: int, blocks: list[int], session: int = 7) -> ExportSpan:
-    return ExportSpan(session, req_id, start, end, blocks)
+    return ExportSpan(session, req_id, start, end, PROMPTS[req_id], [blocks])
 
 
 def plan_for(*requests: tuple[str, int, int]) -> ExportPlan:
-    plan = ExportPlan(BLOCK)
+    plan = ExportPlan([BLOCK])
     for request_id, session, prompt_tokens in requests:
         plan.add(request_id, session, prompt_tokens)
+        PROMPTS[request_id] = prompt_tokens
     return plan
 
 
@@ -186,3 +190,19 @@ def test_only_what_vllm_keeps_is_released() -> None:
     assert plan.forget("a") and not plan.forget("b")
     assert plan.released({"a", "b", "c"}) == {"a"}
     assert plan.released({"a"}) == set()
+
+
+def test_each_group_has_blocks_of_its_own() -> None:
+    """Layers with a window: blocks that have left it are void, and the count goes on."""
+    plan = ExportPlan([4, 8])
+    plan.add("a", 7, 20)
+    step = Step().new("a", [0], 0, 10)
+    step.output.scheduled_new_reqs[0].block_ids = ([1, 2, 3], [4, 5])
+    assert plan.step(step.output) == [
+        ExportSpan(7, "a", 0, 10, 20, [[1, 2, 3], [4, 5]]),
+    ]
+    step = Step().cached("a", None, 10, 10)
+    step.output.scheduled_cached_reqs.new_block_ids[0] = ([6, 7], [8])
+    assert plan.step(step.output) == [
+        ExportSpan(7, "a", 10, 20, 20, [[3, 6, 7], [5, 8]]),
+    ]

@@ -140,7 +140,9 @@ def test_one_that_is_gone_for_good_is_forgotten(two: Two) -> None:
     two.relay.leave(two.receiver)
     assert two.port.resumed == [("a", "a-local", [7, 10], 8)]
     assert two.opened("b") == "other"
+    waiting = two.add("w")
     two.relay.close()
+    assert waiting.max_tokens == 8, "nobody will ask again before it is prefilled"
     assert two.opened("c") == ""
     assert two.counts().local == {"no_receiver": 1}
 

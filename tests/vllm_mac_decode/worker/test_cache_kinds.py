@@ -35,7 +35,8 @@ class Paged:
 def test_parts_of_different_widths() -> None:
     caches = [torch.randn((BLOCKS, BLOCK, sum(WIDTHS))) for _ in range(2)]
     layers = {
-        f"layers.{i}": ExportedLayer(i, cache, Paged(), 0, "odd") for i, cache in enumerate(caches)
+        f"layers.{i}": ExportedLayer(i, cache, Paged(), 0, "odd", BLOCK)
+        for i, cache in enumerate(caches)
     }
     layout = merged([{layer.index: layer.described() for layer in layers.values()}])
     assert layout.layers[0] == LayerLayout(
@@ -43,11 +44,11 @@ def test_parts_of_different_widths() -> None:
     )
     store = Store()
     store.configure(ModelCache(layout, [Odd()]), 1 << 24)
-    exporter = Exporter(layers, BLOCK, Settings(), BlockLedger())
+    exporter = Exporter(layers, Settings(), BlockLedger())
     try:
         session = store.open(Open(3, "r", [1] * TOKENS, Sampling(max_tokens=2)), store, layout)
         ids = [8, 2, 3, 5, 1]
-        exporter.begin_step([ExportSpan(3, "r", 0, TOKENS, ids)], [], {3: store.target})
+        exporter.begin_step([ExportSpan(3, "r", 0, TOKENS, TOKENS, [ids])], [], {3: store.target})
         for name in layers:
             exporter.layer_written(name)
         exporter.end_step()

@@ -67,6 +67,8 @@ class Runtime:
 def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     """A GPU with its own memory, or, as parameter True, with the CPU's."""
     made = Runtime(getattr(request, "param", False))
+    staging._one_memory.cache_clear()
+    request.addfinalizer(staging._one_memory.cache_clear)
     for name in ("Stream", "Event", "stream", "get_device_properties", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, getattr(made, name))
     real = torch.empty, torch.zeros

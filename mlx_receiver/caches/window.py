@@ -1,0 +1,55 @@
+"""K and V of the last tokens: mlx-lm's ``RotatingKVCache``, of layers whose attention has a
+window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import RotatingKVCache
+
+from mlx_receiver.caches.cuda_staging import staging
+from mlx_receiver.caches.plain import PlainKVBuffers, capacity, keys_and_values
+from mlx_receiver.wire.layout import WINDOW, LayerLayout, windowed
+
+
+class WindowKV:
+    """See ``CacheAdapter``."""
+
+    kind = WINDOW
+
+    def layout(self, cache: Any) -> LayerLayout | None:
+        """See ``CacheAdapter.layout``. One that keeps the first tokens for ever is of another
+        kind."""
+        if type(cache) is not RotatingKVCache or cache.keep:
+            return None
+        return windowed(keys_and_values(cache), cache.max_size)
+
+    def nbytes(self, layer: LayerLayout, tokens: int, headroom: int, itemsize: int) -> int:
+        """See ``CacheAdapter.nbytes``."""
+        return _rows(layer, tokens, headroom) * sum(part.row for part in layer.parts) * itemsize
+
+    def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> PlainKVBuffers:
+        """See ``CacheAdapter.allocate``."""
+        window, held = _window(layer), layer.parts[0].tokens(tokens)
+
+        def hold(keys: mx.array, values: mx.array) -> RotatingKVCache:
+            # In temporal order, and the next token's place after the last one's.
+            return RotatingKVCache.from_state((keys, values, tokens, 0, window, held))
+
+        return PlainKVBuffers(layer, _rows(layer, tokens, headroom), staging(), hold)
+
+    def empty(self, layer: LayerLayout) -> Any:
+        """See ``CacheAdapter.empty``."""
+        return RotatingKVCache(_window(layer))
+
+
+def _window(layer: LayerLayout) -> int:
+    window = layer.parts[0].window
+    assert window is not None
+    return window
+
+
+def _rows(layer: LayerLayout, tokens: int, headroom: int) -> int:
+    """Tokens that there is room for: mlx-lm's cache grows in steps up to its window."""
+    return min(capacity(tokens, headroom), _window(layer))

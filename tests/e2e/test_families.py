@@ -1,0 +1,112 @@
+"""Families of models: what is handed off is decoded as MLX alone decodes it, token by token."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from mlx_receiver.wire.signature import COMPARED_MODEL_TYPES
+from tests.conftest import cached_family
+from tests.families import FAMILIES, WINDOW
+from tests.servers import Receiver, start_receiver
+
+pytestmark = pytest.mark.server
+
+OUTPUT = 24
+#: Shorter than a window, at its edges, longer; one that vLLM prefills in chunks.
+LENGTHS = (30, WINDOW - 1, WINDOW, WINDOW + 1, 100, 200)
+PROMPTS = [[1 + (7 * i + 3 * n) % 500 for i in range(length)] for n, length in enumerate(LENGTHS)]
+
+
+class Offline:
+    """vLLM in a process of its own, with one model after the other."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.offline"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        )  # fmt: skip
+        self.log = log
+
+    def run(self, **order: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        assert "error" not in answer, (answer, self.log.read_text()[-3000:])
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
+    made = Offline(tmp_path_factory.mktemp("offline") / "vllm.log")
+    yield made
+    made.close()
+
+
+def by_mlx_alone(receiver: Receiver, prompt: list[int]) -> list[int]:
+    body = {"prompt": prompt, "max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True,
+            "return_token_ids": True}  # fmt: skip
+    answer = httpx.post(f"{receiver.url}/v1/completions", json=body)
+    tokens: list[int] = answer.json()["choices"][0]["token_ids"]
+    return tokens
+
+
+#: One of each kind; the others on request, since each takes half a minute.
+USUAL = {"olmo3", "gemma3", "qwen3_moe"}
+ALL = bool(os.environ.get("MAC_DECODE_ALL_FAMILIES"))
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name != "mistral-window" and (ALL or name in USUAL)]
+)
+def test_tokens_are_those_of_mlx_alone(family: str, offline: Offline, tmp_path: Path) -> None:
+    model = cached_family(family)
+    receiver = start_receiver(model, tmp_path / "receiver.log")
+    try:
+        expected = [by_mlx_alone(receiver, prompt) for prompt in PROMPTS]
+        answer = offline.run(
+            model=str(model), receiver=receiver.address, prompts=PROMPTS, tokens=OUTPUT
+        )
+        receiver.assert_idle()
+    finally:
+        receiver.server.stop()
+    assert answer["tokens"] == expected
+    assert answer["handed_off"] == len(PROMPTS) * (OUTPUT - 1)
+
+
+def test_a_window_that_mlx_does_not_know(offline: Offline, tmp_path: Path) -> None:
+    """MLX's Mistral attends to everything: what is longer than the window is vLLM's."""
+    model = cached_family("mistral-window")
+    order = {"model": str(model), "prompts": PROMPTS, "tokens": OUTPUT}
+    expected = offline.run(receiver="", **order)["tokens"]
+    receiver = start_receiver(model, tmp_path / "receiver.log")
+    try:
+        answer = offline.run(receiver=receiver.address, **order)
+    finally:
+        receiver.server.stop()
+    assert answer["tokens"] == expected
+    # Of the shortest one alone, up to the end of the window.
+    assert answer["handed_off"] == WINDOW - len(PROMPTS[0]) - 1
+
+
+def test_each_type_that_is_handed_off_is_among_them() -> None:
+    types = {json.loads((cached_family(f) / "config.json").read_text())["model_type"]
+             for f in FAMILIES}  # fmt: skip
+    # These have whole test suites of their own.
+    assert types | {"llama", "qwen2", "qwen3"} >= COMPARED_MODEL_TYPES

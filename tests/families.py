@@ -1,0 +1,136 @@
+"""Small random models of many families that vLLM and mlx-lm both run, in Hugging Face format.
+
+Each has what is particular to its family's cache: windows, norms, biases, partial or interleaved
+rotation, experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+from tests.models import TOKENIZER_FILES
+from vllm_mac_decode.tools.demo.model import fetch_smollm2
+
+#: Raise it with every change of what is written: caches are keyed by it.
+GENERATOR_VERSION: Final = 1
+
+VOCABULARY: Final = 512
+WINDOW: Final = 48
+
+_SHARED: Final[dict[str, Any]] = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "max_position_embeddings": 1024,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": False,
+    "vocab_size": VOCABULARY,
+}
+_ROPE: Final = {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}}
+#: A pattern that is not the same from the front and from the back.
+_MIXED: Final = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+#: transformers' class, and what its configuration has beside the shared.
+FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "mistral": ("Mistral", _ROPE | {"sliding_window": None}),
+    "mistral-window": ("Mistral", _ROPE | {"sliding_window": WINDOW}),
+    "mixtral": ("Mixtral", _ROPE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", _ROPE | _EXPERTS | {"norm_topk_prob": True}),
+    "phi3": ("Phi3", _ROPE | {"sliding_window": None}),
+    "glm4": ("Glm4", _ROPE | {"partial_rotary_factor": 0.5}),
+    "granite": (
+        "Granite",
+        _ROPE | {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 1.0,
+                 "attention_multiplier": 0.2},
+    ),
+    "olmo2": ("Olmo2", _ROPE),
+    "seed_oss": ("SeedOss", _ROPE),
+    "ernie4_5": ("Ernie4_5", _ROPE),
+    "smollm3": ("SmolLM3", _ROPE | {"no_rope_layer_interval": 2, "use_sliding_window": False}),
+    "olmo3": ("Olmo3", _ROPE | {"sliding_window": WINDOW, "layer_types": _MIXED}),
+    "exaone4": (
+        "Exaone4",
+        _ROPE | {"sliding_window": WINDOW, "sliding_window_pattern": "LLGL", "layer_types": _MIXED},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"sliding_window": WINDOW, "sliding_window_pattern": 4, "query_pre_attn_scalar": 32,
+         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+         "tie_word_embeddings": True, "num_hidden_layers": 8},
+    ),
+}  # fmt: skip
+
+
+def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **others: Any) -> Path:
+    """Write the family's model; ``others`` go to its configuration."""
+    import torch
+    import transformers
+
+    name, own = FAMILIES[family]
+    config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(
+        transformers, f"{name}Config"
+    )
+    # transformers writes into what it is given.
+    settings = copy.deepcopy({**_SHARED, **own, **others})
+    if family == "gemma3" and "layer_types" not in others:
+        settings["layer_types"] = own["layer_types"] * 2
+    config = config_class(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    _randomise(model, torch.Generator().manual_seed(seed))
+    model.config.architectures = [type(model).__name__]
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    _spell_for_mlx(path)
+    tokenizer = fetch_smollm2()
+    for file in TOKENIZER_FILES:
+        shutil.copyfile(tokenizer / file, path / file)
+    return path
+
+
+def _randomise(model: Any, generator: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 or "norm" in name:
+                weight.uniform_(0.7, 1.3, generator=generator)
+                if "bias" in name or "sinks" in name:
+                    weight.sub_(1.0)
+            elif "embed_tokens" in name:
+                weight.normal_(0.0, 1.0, generator=generator)
+            else:
+                gain = 3.0 if "lm_head" in name else 1.4
+                weight.normal_(0.0, gain / math.sqrt(weight.shape[-1]), generator=generator)
+
+
+def _spell_for_mlx(path: Path) -> None:
+    """mlx-lm reads the older spelling of rotary parameters, which the hub's files have."""
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    rope = config.get("rope_parameters") or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        full, local = rope.get("full_attention"), rope.get("sliding_attention")
+        if full:
+            config.setdefault("rope_theta", full["rope_theta"])
+        if local:
+            config.setdefault("rope_local_base_freq", local["rope_theta"])
+    elif rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if "partial_rotary_factor" in rope:
+            config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", rope)
+    config.setdefault("rope_scaling", None)
+    if "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])
+    file.write_text(json.dumps(config, indent=2) + "\n")
