@@ -49,7 +49,7 @@ def announcement(receiver: Receiver) -> list[str]:
     lines = [
         f"Serving {source.name}: {source.signature.model_type}, {loaded.dtype}, "
         f"{loaded.nbytes / 2**30:.2f} GiB of weights",
-        f"KV memory {budget / 2**30:.2f} GiB, {budget // per_token:,} tokens, up to "
+        f"KV memory {budget / 2**30:.2f} GiB, {budget // max(1, per_token):,} tokens, up to "
         f"{settings.max_sessions} sessions, {settings.max_batch} of them decoding",
     ]
     lines += listening_on(places, receiver.port)
@@ -65,6 +65,8 @@ def announcement(receiver: Receiver) -> list[str]:
                 f"Prompts of {settings.prefill_min_tokens} tokens and more are prefilled by "
                 f"{settings.prefill}"
             )
+    if loaded.local:
+        return [*lines, f"vLLM hands nothing off to this receiver: {loaded.local}"]
     if interface is not None and interface.kind == "wifi":
         lines.append(wifi_warning(interface, per_token))
     lines += [

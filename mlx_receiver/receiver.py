@@ -159,6 +159,7 @@ class Receiver:
             self.data_endpoints,
             self.source.max_tokens,
             loaded.cache.layout,
+            loaded.local,
         )
         return True
 

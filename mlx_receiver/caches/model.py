@@ -127,9 +127,17 @@ def builtin_adapters() -> list[CacheAdapter]:
     return [PlainKV(), WindowKV()]
 
 
-def _layer(index: int, cache: Any) -> LayerLayout:
+def known_layout(cache: Any) -> LayerLayout | None:
+    """The layout of a cache that holds a token, if an adapter knows its kind."""
     for adapter in adapters():
         layout = adapter.layout(cache)
         if layout is not None:
             return layout
-    raise UnknownCache(f"layer {index} has a {type(cache).__name__}")
+    return None
+
+
+def _layer(index: int, cache: Any) -> LayerLayout:
+    layout = known_layout(cache)
+    if layout is None:
+        raise UnknownCache(f"layer {index} has a {type(cache).__name__}, which no adapter knows")
+    return layout

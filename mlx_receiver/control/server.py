@@ -87,6 +87,7 @@ class ControlServer:
         self._sessions = sessions
         self._signature = signature
         self._layout: CacheLayout | None = None
+        self._refusal = ""
         max_tokens = sessions.source.max_tokens
         self._decoder = client_decoder(max_tokens, signature.vocab_size)
         self._context = zmq.Context()
@@ -127,10 +128,12 @@ class ControlServer:
         endpoints: list[Endpoint],
         max_tokens: int,
         layout: CacheLayout,
+        refusal: str = "",
     ) -> None:
         """Answer clients from now on; what they sent before has been kept. ``layout`` is what the
-        model's cache consists of."""
+        model's cache consists of; ``refusal`` why nothing can be handed off."""
         self._layout = layout
+        self._refusal = refusal
         self._welcome = Welcome(
             receiver=uuid.uuid4().hex,
             model=model,
@@ -279,6 +282,12 @@ class ControlServer:
         peer = introduction(hello)
         self._check_model(peer.model)
         assert self._layout is not None
+        if self._refusal:
+            raise WireError(
+                E_MODEL,
+                f"{self._welcome.model} is served by the receiver's own API, but not handed off: "
+                f"{self._refusal}",
+            )
         differences = self._signature.differences(peer.signature)
         differences += self._layout.differences(peer.layout)
         if differences:

@@ -60,11 +60,15 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """The weights in MLX, ``nbytes`` of them, and how the model keeps its cache."""
+    """The weights in MLX, ``nbytes`` of them, and how the model keeps its cache.
+
+    ``local`` says why nothing is handed off to it; "" if something is.
+    """
 
     model: Any
     cache: ModelCache
     nbytes: int
+    local: str = ""
 
     @property
     def dtype(self) -> str:
@@ -90,9 +94,6 @@ def find_model(name: str) -> ModelSource:
         layout = layout_from_config(config, DTYPES[0])
     except ValueError as error:
         raise ModelError(str(error)) from None
-    why = not_compared(signature)
-    if why:
-        raise ModelError(f"{name} cannot be served: {why}")
     return ModelSource(name, path, config, signature, layout, _max_tokens(config), of_hub)
 
 
@@ -110,6 +111,7 @@ def load_model(
     from mlx_lm.utils import load_model as mlx_load
 
     from mlx_receiver.caches.adapter import mlx_dtype
+    from mlx_receiver.caches.local import LocalCache
     from mlx_receiver.caches.model import ModelCache, UnknownCache
 
     _check_memory(source, dtype)
@@ -135,12 +137,14 @@ def load_model(
     # What the model computes, not what it stores: quantised and mixed weights do not tell.
     probe = make_prompt_cache(model)
     mx.eval(model(mx.array([[0]]), cache=probe))
+    local = not_compared(source.signature)
     try:
         cache = ModelCache.of(probe)
     except UnknownCache as error:
-        raise ModelError(f"{source.name} cannot be served: {error}") from None
+        local = local or str(error)
+        cache = LocalCache(probe, lambda: make_prompt_cache(model))
     nbytes = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
-    return LoadedModel(model, cache, nbytes)
+    return LoadedModel(model, cache, nbytes, local)
 
 
 def _check_memory(source: ModelSource, dtype: str) -> None:

@@ -43,6 +43,8 @@ def warm_up_jobs(
 
     Raises what allocating their memory raises.
     """
+    if loaded.local:
+        return []
     total = sum(sampling.max_tokens - 1 for _, sampling in WARM_UP_JOBS)
     sink = _Discard(total, progress, failed)
     jobs = []

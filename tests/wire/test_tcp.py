@@ -96,10 +96,13 @@ def test_replies_that_never_end_hold_nobody_up() -> None:
     with peers.receiver(TICKET, flood) as endpoint:
         sender = TCP.connect(endpoint, TICKET, 5.0)
         time.sleep(0.3)
+        found = 0
         for _ in range(20):
             began = time.monotonic()
-            assert 0 < len(sender.replies()) < 200
-            assert time.monotonic() - began < 1
+            count = len(sender.replies())
+            assert count < 200 and time.monotonic() - began < 1
+            found += count
+        assert found
         sender.close()
 
 
