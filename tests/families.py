@@ -37,6 +37,11 @@ _SHARED: Final[dict[str, Any]] = {
     "vocab_size": VOCABULARY,
 }
 _ROPE: Final = {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}}
+#: As gpt-oss has it: the ramp begins and ends between two rotations.
+_YARN: Final = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 128, "truncate": False,
+}  # fmt: skip
 #: A pattern that is not the same from the front and from the back.
 _MIXED: Final = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -62,6 +67,11 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "exaone4": (
         "Exaone4",
         _ROPE | {"sliding_window": WINDOW, "sliding_window_pattern": "LLGL", "layer_types": _MIXED},
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2,
+         "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
     ),
     "gemma3": (
         "Gemma3",
@@ -94,6 +104,8 @@ def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **othe
     tokenizer = fetch_smollm2()
     for file in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / file, path / file)
+    if family == "gpt_oss":
+        _write_experts_for_mlx(path)
     return path
 
 
@@ -134,3 +146,33 @@ def _spell_for_mlx(path: Path) -> None:
     if "num_local_experts" in config:
         config.setdefault("num_experts", config["num_local_experts"])
     file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def for_mlx(family: str, path: Path) -> Path:
+    """The folder that mlx-lm loads, of the one that was written."""
+    return path / "mlx" if family == "gpt_oss" else path
+
+
+def _write_experts_for_mlx(path: Path) -> None:
+    """mlx-lm reads gpt-oss's experts in MXFP4, or as it writes them itself."""
+    from safetensors.torch import load_file, save_file
+
+    weights = {}
+    for name, value in load_file(path / "model.safetensors").items():
+        if ".experts." not in name:
+            weights[name] = value
+            continue
+        # ``[experts, in, out]`` and ``[experts, out]``; gate and up alternate.
+        bias = name.endswith("_bias")
+        value = value if bias else value.transpose(1, 2)
+        stem, kind = name.removesuffix("_bias"), "bias" if bias else "weight"
+        if "gate_up_proj" in stem:
+            for start, part in enumerate(("gate_proj", "up_proj")):
+                own = value[:, start::2].contiguous()
+                weights[f"{stem.replace('gate_up_proj', part)}.{kind}"] = own
+        else:
+            weights[f"{stem}.{kind}"] = value.contiguous()
+    (path / "mlx").mkdir()
+    save_file(weights, path / "mlx" / "model.safetensors", metadata={"format": "pt"})
+    for file in ("config.json", *TOKENIZER_FILES):
+        shutil.copyfile(path / file, path / "mlx" / file)

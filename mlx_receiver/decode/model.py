@@ -113,6 +113,7 @@ def load_model(
     from mlx_receiver.caches.adapter import mlx_dtype
     from mlx_receiver.caches.local import LocalCache
     from mlx_receiver.caches.model import ModelCache, UnknownCache
+    from mlx_receiver.decode.rope import unround_yarn
 
     _check_memory(source, dtype)
     if source.of_hub:
@@ -123,6 +124,7 @@ def load_model(
         _check_memory(source, dtype)
     try:
         model, _ = mlx_load(source.path, lazy=True)
+        unround_yarn(model, source.config)
         if dtype != "auto":
             model.set_dtype(mlx_dtype(dtype))
         total = len(model.layers)

@@ -19,7 +19,7 @@ from mlx_receiver.wire.layout import need, text_config
 #: (``tests/e2e/test_families.py``): equal layouts alone do not prove equal numbers.
 COMPARED_MODEL_TYPES: Final = frozenset(
     {
-        "ernie4_5", "exaone4", "gemma3_text", "glm4", "granite", "llama",
+        "ernie4_5", "exaone4", "gemma3_text", "glm4", "gpt_oss", "granite", "llama",
         "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss",
         "smollm3",
     }

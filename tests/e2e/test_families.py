@@ -15,7 +15,7 @@ import pytest
 
 from mlx_receiver.wire.signature import COMPARED_MODEL_TYPES
 from tests.conftest import cached_family
-from tests.families import FAMILIES, WINDOW
+from tests.families import FAMILIES, WINDOW, for_mlx
 from tests.servers import Receiver, start_receiver
 
 pytestmark = pytest.mark.server
@@ -68,7 +68,7 @@ def by_mlx_alone(receiver: Receiver, prompt: list[int]) -> list[int]:
 
 
 #: One of each kind; the others on request, since each takes half a minute.
-USUAL = {"olmo3", "gemma3", "qwen3_moe"}
+USUAL = {"gpt_oss", "gemma3", "qwen3_moe"}
 ALL = bool(os.environ.get("MAC_DECODE_ALL_FAMILIES"))
 
 
@@ -77,7 +77,7 @@ ALL = bool(os.environ.get("MAC_DECODE_ALL_FAMILIES"))
 )
 def test_tokens_are_those_of_mlx_alone(family: str, offline: Offline, tmp_path: Path) -> None:
     model = cached_family(family)
-    receiver = start_receiver(model, tmp_path / "receiver.log")
+    receiver = start_receiver(for_mlx(family, model), tmp_path / "receiver.log")
     try:
         expected = [by_mlx_alone(receiver, prompt) for prompt in PROMPTS]
         answer = offline.run(
