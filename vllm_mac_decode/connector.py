@@ -115,10 +115,10 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         fleet, self._fleet = self._fleet, None
         if relay is not None and fleet is not None:
             try:
-                fleet.close()
                 relay.close()
             except Exception:  # the relay may be what is broken
                 logger.exception("responses that a receiver was decoding are lost")
+            fleet.close(wait=False)  # vLLM is in the middle of a step
 
     # --- worker half ------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         """vLLM accepted a request."""
         if not self._attached:  # no busy loop runs this engine: say once that nothing can be done
             self.attach_engine(None)
-        if self.relay is not None:
+        if self.relay is not None and not self._fault:
             self.relay.on_new_request(request)
 
     def get_num_new_matched_tokens(

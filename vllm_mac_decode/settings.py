@@ -81,8 +81,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     staging_mib: Annotated[
         int,
         Meta(
-            description="Staging memory of each vLLM worker, in MiB, taken when it starts; beside "
-            "a discrete GPU as much again on the GPU."
+            description="Staging memory of each vLLM worker for each receiver, in MiB; the "
+            "first one's is taken when vLLM starts, others' when they are used. Beside a discrete "
+            "GPU as much again on the GPU."
         ),
     ] = 128
     checksum: Annotated[

@@ -102,7 +102,8 @@ class ModelCache:
         )
 
     def allocate(self, layout: CacheLayout, tokens: int, headroom: int) -> CacheBuffers:
-        """Memory for a client's ``layout``, which differs from this model's in dtypes at most."""
+        """Memory for a client's ``layout``, which differs from this model's in dtypes, and in
+        windows that are longer than the text (``CacheLayout.limit``)."""
         return CacheBuffers(layout, self._adapters, tokens, headroom)
 
     def empty(self) -> list[Any]:

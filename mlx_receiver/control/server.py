@@ -305,6 +305,10 @@ class ControlServer:
             peer.layout,
             lambda message: self._post(identity, message),
             self._sessions,
+            min(
+                self._layout.limit(peer.layout) or self._welcome.max_tokens,
+                self._welcome.max_tokens,
+            ),
         )
         self._guard.watch(self._gone)
         self._guard.welcome(descriptor)
@@ -315,9 +319,8 @@ class ControlServer:
         logger.info(
             "client %s (%s) connected, KV in %s", peer.client, peer.engine, peer.layout.kv_dtype
         )
-        limit = self._layout.limit(peer.layout) or self._welcome.max_tokens
-        most = min(limit, self._welcome.max_tokens)
-        client.post(msgspec.structs.replace(self._welcome, ticket=ticket, max_tokens=most))
+        welcome = msgspec.structs.replace(self._welcome, ticket=ticket, max_tokens=client.context)
+        client.post(welcome)
 
     def _check_model(self, asked: str) -> None:
         """Raise WireError for a client that serves another model than the one that was loaded for

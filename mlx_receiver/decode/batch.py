@@ -92,7 +92,7 @@ class Batch:
         if not self._active or nbytes is None:
             return True
         longest = max(len(other.prompt_token_ids) + other.outputs for other in [*self.jobs, job])
-        return (len(self) + 1) * longest * self.bytes_per_token <= nbytes
+        return (len(self) + 1) * self._loaded.cache.layout.nbytes(longest) <= nbytes
 
     def prepare(self, job: Job) -> Row:
         """What the job brings along. Raises what building its cache raises."""

@@ -344,7 +344,7 @@ class DecodeEngine:
                 token,
                 job.outputs,
                 len(job.prompt_token_ids) + job.outputs,
-                self.source.max_tokens,
+                job.context or self.source.max_tokens,
             )
             output.finish, output.stop_reason = finish.reason, finish.stop_reason
             if (logprobs := job.sampler.pop_logprobs()) is not None:

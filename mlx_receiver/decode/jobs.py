@@ -60,6 +60,8 @@ class Job:
     first_token: int | None = None
     build_cache: BuildCache | None = None
     reservation: Reservation | None = None
+    #: Tokens that its text may have; 0: the model's.
+    context: int = 0
     #: Whether MLX has a prompt to prefill for it.
     prefills: bool = field(default=False, init=False)
     #: Whether it is in the batch, or was.

@@ -46,13 +46,21 @@ class Client:
     """A welcomed vLLM, and the engine's sink for its jobs: one Step message a decode step."""
 
     def __init__(
-        self, id: str, name: str, layout: CacheLayout, post: Post, sessions: SessionService
+        self,
+        id: str,
+        name: str,
+        layout: CacheLayout,
+        post: Post,
+        sessions: SessionService,
+        context: int,
     ) -> None:
+        """``context``: tokens that a text of its may have."""
         #: Its ticket's; "" for one that has no data channel.
         self.id = id
         self.name = name
         #: Of the caches that it sends.
         self.layout = layout
+        self.context = context
         self.post = post
         self.last_heard = time.monotonic()
         #: What its last Ping said of the way its blocks take.
@@ -111,10 +119,15 @@ class SessionService:
             tokens = len(message.prompt_token_ids)
             if message.codec != "raw":
                 raise WireError(E_UNSUPPORTED, f"codec {message.codec!r} (known: raw)")
-            if tokens >= source.max_tokens:
+            if tokens >= client.context:
                 raise WireError(
-                    E_CAPACITY,
-                    f"a prompt of {tokens} tokens fills the model's {source.max_tokens}",
+                    E_CAPACITY, f"a prompt of {tokens} tokens fills the model's {client.context}"
+                )
+            if message.unclaimed and client.context < source.max_tokens:
+                # Whoever claims it would decode on, where the two engines' caches differ.
+                raise WireError(
+                    E_UNSUPPORTED,
+                    f"the engines keep the same cache for {client.context} tokens only",
                 )
             if self._engine.fault:
                 raise WireError(E_INTERNAL, f"this receiver cannot decode: {self._engine.fault}")
@@ -150,7 +163,8 @@ class SessionService:
         """
         session = self.store.get(session_id)
         if session is not None and session.prompt_token_ids == prompt_token_ids:
-            client = Client("", "http", session.layout, post, self)
+            context = self._engine.source.max_tokens
+            client = Client("", "http", session.layout, post, self, context)
             if self.store.adopt(session, client, sampling):
                 return client
         raise WireError(E_SESSION, "no such session waits here: it is unknown or has expired")
@@ -217,9 +231,7 @@ class SessionService:
         client = _client(session)
         first = session.first_token
         assert first is not None
-        finish = check_stop(
-            session.sampling, first, 1, session.tokens + 1, self._engine.source.max_tokens
-        )
+        finish = check_stop(session.sampling, first, 1, session.tokens + 1, client.context)
         if finish.reason:
             client.post(Step([Decoded(session.id, 1, [], finish.reason, finish.stop_reason)]))
             self.store.end(session, "finished")
@@ -231,6 +243,7 @@ class SessionService:
             first,
             lambda dtype: session.take_memory().build(dtype),
             session.reservation,
+            client.context,
         )
         if not session.reservation.hold():
             return  # it was cancelled meanwhile

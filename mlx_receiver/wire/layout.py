@@ -85,7 +85,7 @@ class CacheLayout(msgspec.Struct, frozen=True):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that each token of a prompt adds."""
+        """Bytes that each token of a prompt adds, while no window is full."""
         return self.nbytes(2) - self.nbytes(1)
 
     def nbytes(self, prompt_tokens: int, itemsize: int | None = None) -> int:

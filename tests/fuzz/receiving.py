@@ -86,9 +86,8 @@ class _Machine:
         ticket = keys.new_ticket()
         self.store.admit(ticket)
         layout = layout_from_config(self.receiver.source.config, "float32")
-        return Client(
-            ticket.client, f"fuzz {index}", layout, self.heard[index].append, self.sessions
-        )
+        post, context = self.heard[index].append, self.receiver.source.max_tokens
+        return Client(ticket.client, f"fuzz {index}", layout, post, self.sessions, context)
 
     def run(self, drawn: list[tuple[Any, ...]]) -> None:
         for name, *arguments in drawn:

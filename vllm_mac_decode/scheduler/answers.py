@@ -51,6 +51,7 @@ class Answers(Handoffs):
     def close(self) -> None:
         """There are no receivers any more, and will be none: what was decided is taken back."""
         with self._lock:
+            self._closed = True
             for remote in self._receivers:
                 self.disconnected(remote)
             for session in list(self._sessions.values()):
@@ -68,7 +69,7 @@ class Answers(Handoffs):
     def connected(self, remote: Remote, welcome: m.Welcome) -> bool:
         """Sessions open as requests come, unless another link is connected to it."""
         with self._lock:
-            if self.taken(welcome.receiver, remote):
+            if self._closed or self.taken(welcome.receiver, remote):
                 return False
             remote.enter(welcome)
             return True

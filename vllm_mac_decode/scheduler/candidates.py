@@ -132,11 +132,6 @@ class Discovered:
                 return hosts
         return []
 
-    @property
-    def paired(self) -> bool:
-        """Whether one that is found would be tried."""
-        return bool(self._announced())
-
     def wait(self, seconds: float) -> None:
         """Until some receiver is found, or that long."""
         if self._browser is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -39,16 +40,17 @@ class Fleet:
         self._me = me
         self._join = join
         self._members: dict[str, tuple[Link, Member]] = {}
+        self._ended: dict[str, float] = {}  # when the links ended that there were before
         self._complaint = ""
         self._unused: dict[str, str] = {}  # what was said of those that are not connected
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mac-decode-fleet", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Close every link, and wait for that a while."""
+    def close(self, wait: bool = True) -> None:
+        """Close every link, and (``wait``) wait for that a while."""
         self._closing.set()
-        if threading.current_thread() is not self._thread:
+        if wait and threading.current_thread() is not self._thread:
             self._thread.join(timeout=_JOIN_SECONDS)
 
     # --- the thread -------------------------------------------------------------------------
@@ -78,21 +80,39 @@ class Fleet:
         for name, (link, _) in list(self._members.items()):
             if name not in there and link.target is None:
                 self._end(name)
-        for name in there:
-            if name not in self._members and len(self._members) < MOST_RECEIVERS:
-                self._begin(found, name)
+        waiting = [name for name in there if name not in self._members]
+        # Those that were never tried come first, then whoever has waited longest.
+        waiting.sort(key=lambda name: self._ended.get(name, 0.0))
+        for name in waiting:
+            if len(self._members) >= MOST_RECEIVERS and not self._make_room():
+                break
+            self._begin(found, name)
+        self._ended = {name: at for name, at in self._ended.items() if name in there}
         self._complain(problem, found)
 
     def _begin(self, found: Candidates, name: str) -> None:
         taken = {link.number for link, _ in self._members.values()}
         number = next(n for n in range(MOST_RECEIVERS) if n not in taken)
         member = self._join()
-        link = Link(self._settings, self._me, member, found, name, number)
-        member.link = link
+        try:
+            link = Link(self._settings, self._me, member, found, name, number)
+            member.link = link
+            link.start()
+        except Exception:  # no more descriptors or threads, say
+            member.leave()
+            raise
         self._members[name] = link, member
-        link.start()
+
+    def _make_room(self) -> bool:
+        """End the link that has failed for longest: another name may lead to somebody."""
+        for name, (link, _) in self._members.items():
+            if link.target is None and link.problem is not None:
+                self._end(name)
+                return True
+        return False
 
     def _end(self, name: str) -> None:
+        self._ended[name] = time.monotonic()
         link, member = self._members.pop(name)
         self._unused.pop(name, None)
         link.close()

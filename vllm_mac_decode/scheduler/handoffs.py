@@ -39,6 +39,7 @@ class Handoffs:
         self._ended: list[int] = []
         self._counts = Counts()
         self._receivers: list[Remote] = []
+        self._closed = False  # no receiver is taken any more
         self.engine: EnginePort | None = None
         #: Of the model's cache; known when the engine is attached.
         self.layout: CacheLayout | None = None

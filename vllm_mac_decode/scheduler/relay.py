@@ -7,7 +7,7 @@ same response goes on locally: before the first token by giving the request its 
 after it by a continuation request, whose prompt is everything produced so far (so that vLLM's
 prefix cache answers for most of it) and whose outputs carry the first request's id.
 
-This module is what vLLM's engine asks, ``answers`` what the receiver says, ``sessions`` what both
+This module is what vLLM's engine asks, ``answers`` what the receiver says, ``handoffs`` what both
 work on, ``promise`` what is expected of the receiver. One lock guards the sessions.
 """
 

@@ -97,8 +97,8 @@ class Destination:
 
     # --- the engine's thread ----------------------------------------------------------------
 
-    def aim(self, target: DataTarget | None) -> None:
-        """Where the next jobs' blocks go; None: the receiver is not there any more."""
+    def aim(self, target: DataTarget) -> None:
+        """Where the next jobs' blocks go."""
         with self._lock:
             self._target = target
 
@@ -272,6 +272,7 @@ class Destination:
                 slot = self._ring.acquire(count * block * itemsize)
             except NoStaging as error:
                 self._give_up(span.session, str(error))
+                self._ring.settle()
                 self._ledger.read(span.request_id)
                 return
             slot.fill(

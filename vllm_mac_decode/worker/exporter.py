@@ -69,19 +69,23 @@ class Exporter:
     ) -> None:
         """What this step will write, and where each session's blocks go. Also called for steps that
         write nothing."""
-        for destination in self._destinations.values():
-            destination.bury(ended)
         self._spans = []
         for span in spans:
-            self._ledger.announce(span.request_id, len(self._layers))
             target = targets.get(span.session)
-            number = target.number if target is not None else 0
-            if number not in self._destinations:
-                self._destinations[number] = self._destination()
-            self._destinations[number].aim(target)
-            self._spans.append((self._destinations[number], span))
+            if target is None or self._closing:
+                # Its receiver was lost a moment ago, as the scheduler half hears by itself.
+                self._ledger.announce(span.request_id, 0)
+                continue
+            self._ledger.announce(span.request_id, len(self._layers))
+            if target.number not in self._destinations:
+                self._destinations[target.number] = self._destination()
+            destination = self._destinations[target.number]
+            destination.aim(target)
+            self._spans.append((destination, span))
+        for destination in self._destinations.values():
+            destination.bury(ended)
         self._gate.begin()
-        self._unwritten = set(self._layers) if spans else set()
+        self._unwritten = set(self._layers) if self._spans else set()
 
     def layer_written(self, name: str) -> None:
         """The layer's K and V of this step are in the paged cache (in stream order)."""
@@ -138,7 +142,7 @@ class Exporter:
         self._stop()
 
     def _put(self, written: _Layer) -> None:
-        for destination, span in written.spans:
+        for destination, span in written.spans if not self._closing else ():
             destination.put(Job(written.layer, span, written.written, written.computed_ns))
 
     def _destination(self, at_once: bool = False) -> Destination:

@@ -10,7 +10,7 @@ class BlockLedger:
     """Counts, for each request with blocks to be read, the layers that are still to be read.
 
     vLLM keeps a finished request's blocks until ``finished`` names it. Thread-safe: vLLM's thread
-    announces and asks, the gathering thread reads.
+    announces and asks, the gathering threads read.
     """
 
     def __init__(self) -> None:

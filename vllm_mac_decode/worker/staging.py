@@ -29,6 +29,9 @@ SLOT_BYTES: Final = 8 << 20
 #: How long one event serves as the zero of a device's clock, in nanoseconds.
 _ZERO_NS: Final = 60 * 10**9
 
+#: Free memory of a discrete GPU of which staging takes nothing: vLLM's next step may need it.
+_SPARE_BYTES: Final = 1 << 30
+
 #: Of a CUDA stream; compute runs at 0. Else a gather waits behind a kernel that has begun to start.
 _HIGH_PRIORITY: Final = -5
 
@@ -164,6 +167,8 @@ class StagingRing:
             if nbytes > SLOT_BYTES:
                 return self._make(nbytes)
             if self._free.empty() and self._made < self._most:
+                if self._made and not self._room():
+                    raise MemoryError("the GPU's is needed for computing")
                 slot = self._make(SLOT_BYTES)
                 self._made += 1
                 return slot
@@ -175,6 +180,13 @@ class StagingRing:
                 "KV is staged in %d MiB: there is no more memory", self._made * SLOT_BYTES >> 20
             )
         return self._free.get()
+
+    def _room(self) -> bool:
+        """Whether a GPU of its own memory can spare some: vLLM has divided it up already."""
+        if self._copies is None:
+            return True
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free > _SPARE_BYTES
 
     def release(self, slot: Slot) -> None:
         """Give a slot back."""

@@ -11,7 +11,8 @@ import pytest
 
 from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.receiver import Receiver
-from mlx_receiver.wire.messages import Opened, Sampling
+from mlx_receiver.wire.layout import CacheLayout, layout_from_config, windowed
+from mlx_receiver.wire.messages import Opened, Sampling, Welcome
 from tests.mlx_receiver.client import FakeVllm, block, blocks, connected
 from tests.mlx_receiver.conftest import Prefill
 from tests.waiting import eventually
@@ -230,3 +231,27 @@ def test_a_cancelled_local_job_leaves_the_batch(receiver: Receiver, prefill: Pre
     assert job.next(10).position == 0
     job.cancel()
     assert eventually(lambda: receiver.engine.decoding == 0)
+
+
+def test_a_window_that_this_model_does_not_know_bounds_the_text(
+    receiver: Receiver, prefill: Prefill
+) -> None:
+    """vLLM's attention has one: what both engines compute is equal until it is full."""
+    window = 40
+    whole = layout_from_config(receiver.source.config, "float32")
+    layout = CacheLayout([windowed(layer, window) for layer in whole.layers])
+    client = FakeVllm(receiver)
+    try:
+        welcome = client.hello(layout=layout)
+        assert isinstance(welcome, Welcome) and welcome.max_tokens == window
+        kv = prefill(30, decode=12)
+        session = client.request(kv, Sampling(max_tokens=24, temperature=0.0))
+        steps = list(client.steps(session))
+        assert steps[-1].finish == "length", "where the promise says that it ends"
+        assert [t for step in steps for t in step.token_ids] == kv.tokens[1 : window - 30]
+        session = client.open([5] * window, Sampling(max_tokens=4))
+        assert "fills the model's 40" in client.opened(session).reason
+        session = client.open([5] * 20, Sampling(max_tokens=4), {"unclaimed": True})
+        assert "the same cache for 40 tokens only" in client.opened(session).reason
+    finally:
+        client.close()

@@ -200,6 +200,46 @@ def test_there_is_an_end_to_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
         mac.close()
 
 
+def test_those_that_lead_nowhere_do_not_keep_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announcements that anybody may have made."""
+    real = Mac("real")
+    network = Network()
+    nobody = {f"n{i}": free_port() for i in range(MOST_RECEIVERS + 3)}
+    discovered(monkeypatch, network)
+
+    def ways(receiver: str) -> list[Candidate]:
+        port = real.port if receiver == "real" else nobody[receiver]
+        return [Candidate(receiver, "127.0.0.1", port, of_token(""))]
+
+    monkeypatch.setattr(network, "receivers", lambda: [*nobody, "real"])
+    monkeypatch.setattr(network, "ways", ways)
+    with fleet() as relay:
+        assert eventually(lambda: connected(relay) == {"real"}, 30)
+        time.sleep(1)
+        assert connected(relay) == {"real"} and real.hellos == 1
+        assert len(relay._receivers) <= MOST_RECEIVERS
+    real.close()
+
+
+def test_a_link_that_cannot_begin_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = Mac("a")
+    discovered(monkeypatch, Network(mini=a))
+    monkeypatch.setattr("vllm_mac_decode.scheduler.fleet._LOOK_SECONDS", 0.02)
+    faults = [OSError("too many open files")] * 3
+    made = link_module.Link
+
+    def link(*arguments: object) -> object:
+        if faults:
+            raise faults.pop()
+        return made(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("vllm_mac_decode.scheduler.fleet.Link", link)
+    with fleet() as relay:
+        assert eventually(lambda: connected(relay) == {"a"}, 10)
+        assert len(relay._receivers) == 1
+    a.close()
+
+
 def test_a_folder_of_keys_that_cannot_be_read_is_named(
     monkeypatch: pytest.MonkeyPatch, lines: Callable[[], list[str]]
 ) -> None:

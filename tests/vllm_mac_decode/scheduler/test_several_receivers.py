@@ -144,6 +144,10 @@ def test_one_that_is_gone_for_good_is_forgotten(two: Two) -> None:
     two.relay.close()
     assert waiting.max_tokens == 8, "nobody will ask again before it is prefilled"
     assert two.opened("c") == ""
+    assert not two.connect(), "one that was still connecting comes too late"
+    assert two.opened("d") == ""
+    two.counts()
+    assert two.opened("e") == ""
     assert two.counts().local == {"no_receiver": 1}
 
 

@@ -94,13 +94,32 @@ def test_one_that_is_gone_costs_its_own_sessions_only(pair: tuple[Store, Store])
         assert not worker.exporter.stopped
 
 
-def test_a_session_without_a_receiver_is_given_up(pair: tuple[Store, Store]) -> None:
-    """It was lost between the scheduler's step and the worker's."""
-    lost = Request(16, [1])
+def test_a_session_without_a_receiver_disturbs_nobody(pair: tuple[Store, Store]) -> None:
+    """Its own was lost between the scheduler's step and the worker's."""
+    first, _ = pair
+    good, lost = Request(16, [2]), Request(16, [1])
     with workers({}) as (worker,):
-        worker.step([(lost, 0, 16)])
-        worker.wait_finished(lost)
-        assert eventually(lambda: worker.exporter.take_unreachable() == [lost.session], 10)
+        session = first.add(good)
+        spans = [good.span(0, 16), lost.span(0, 16)]
+        worker.exporter.begin_step(spans, [], {good.session: first.target})
+        for layer in worker.caches:
+            worker.write(layer, good, 0, 16)
+        worker.exporter.end_step()
+        worker.wait_finished(good, lost)
+        assert eventually(lambda: good.session in first.completed, 10)
+        good.check(session)
+        assert worker.exporter.take_unreachable() == []
+
+
+def test_a_session_that_ends_in_its_first_step_frees_its_blocks(pair: tuple[Store, Store]) -> None:
+    """At a receiver that nothing was sent to yet, and that does not answer."""
+    _, silent = pair
+    ended = Request(16, [1])
+    with workers({}) as (worker,):
+        span = ended.span(0, 16)
+        worker.exporter.begin_step([span], [ended.session], {ended.session: silent.target})
+        worker.exporter.end_step()
+        worker.wait_finished(ended)
 
 
 def test_a_fault_at_one_stops_all_before_vllm_reuses_a_block(pair: tuple[Store, Store]) -> None:

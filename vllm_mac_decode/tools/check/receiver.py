@@ -136,8 +136,8 @@ class ReceiverChecks:
             for receiver in network.receivers():
                 ways = network.ways(receiver)
                 announced = receiver != candidates.LOCAL
-                if places and not announced:
-                    break  # where multicast works, it would announce itself
+                if not ways or (places and not announced):
+                    continue  # gone; or, where multicast works, it would announce itself
                 if announced:
                     yield fine("discovery", f"{ways[0].name} announces itself")
                 else:
@@ -147,7 +147,10 @@ class ReceiverChecks:
                         "Name the receiver's address with --receiver if it is another machine",
                     )
                 hosts = dict.fromkeys((way.host, way.port) for way in ways)
-                addresses = [address for host in hosts for address in resolve(*host)]
+                addresses = []
+                for host in hosts:
+                    with contextlib.suppress(OSError):  # an interface that has gone
+                        addresses += resolve(*host)
                 keys = list(dict.fromkeys(way.keys for way in ways))
                 places.append(_Place(ways[0].name, addresses, keys))
 
@@ -179,7 +182,7 @@ class ReceiverChecks:
             yield _route(transfers)
 
     def _talk(self, address: Address) -> Conversation:
-        """A conversation with the keys that the receiver takes, else with the first."""
+        """A conversation with the keys that the receiver takes, else with the last."""
         for known in self._keys[1:]:
             with Conversation(address, self._keys[0]) as talk:
                 if talk.admitted():
