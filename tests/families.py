@@ -13,8 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
-from tests.models import TOKENIZER_FILES
-from vllm_mac_decode.tools.demo.model import fetch_smollm2
+from tests.models import TOKENIZER_FILES, save
 
 #: Raise it with every change of what is written: caches are keyed by it.
 GENERATOR_VERSION: Final = 1
@@ -98,12 +97,8 @@ def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **othe
     config = config_class(**settings)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     _randomise(model, torch.Generator().manual_seed(seed))
-    model.config.architectures = [type(model).__name__]
-    model.to(getattr(torch, dtype)).save_pretrained(path)
+    save(model, path, dtype)
     _spell_for_mlx(path)
-    tokenizer = fetch_smollm2()
-    for file in TOKENIZER_FILES:
-        shutil.copyfile(tokenizer / file, path / file)
     if family == "gpt_oss":
         _write_experts_for_mlx(path)
     return path

@@ -26,6 +26,7 @@ import zmq
 
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Landing
+from mlx_receiver.wire import codec
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.frames import DataReply, Header
 from mlx_receiver.wire.keys import control_keys, new_ticket
@@ -223,7 +224,7 @@ def context_is_full(s: Session) -> Iterator[Sent]:
 def floods(s: Session) -> Iterator[Sent]:
     """A thousand messages a turn that are none of the client's business, and nothing else."""
     yield from s.upto(2)
-    strange = m.encode(m.Step([m.Decoded(1, 1, [1])] * 100))
+    strange = codec.encode(m.Step([m.Decoded(1, 1, [1])] * 100))
     while True:
         for _ in range(1000):
             yield strange
@@ -326,14 +327,14 @@ def main() -> None:
         socket.poll(int(TURN * 1000))
         while socket.poll(0):
             peer, packed = socket.recv_multipart()
-            match m.decode_client(packed):
+            match codec.decode_client(packed):
                 case m.Hello():
                     welcome = m.Welcome("r", "liar", "none", [endpoint], ticket, CONTEXT, ["raw"])
-                    socket.send_multipart([peer, m.encode(welcome)])
+                    socket.send_multipart([peer, codec.encode(welcome)])
                 case m.Ping(pinged):
                     told = [s.progress() for s in list(sessions.values()) if s.progress]
                     status = m.Status(pinged, time.monotonic_ns(), True, 1 << 30, told)
-                    socket.send_multipart([peer, m.encode(status)])
+                    socket.send_multipart([peer, codec.encode(status)])
                 case m.Open() as opened:
                     prompt = opened.prompt_token_ids
                     lie, tokens = known.get(tuple(prompt), ("fails", [1] * 4))
@@ -356,7 +357,7 @@ def main() -> None:
                 if sent is None:
                     break
                 if not isinstance(sent, list):
-                    sent = [sent if isinstance(sent, bytes) else m.encode(sent)]
+                    sent = [sent if isinstance(sent, bytes) else codec.encode(sent)]
                 socket.send_multipart([peer, *sent])
                 if session.script.gi_code is not floods.__code__:
                     break

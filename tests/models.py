@@ -71,14 +71,21 @@ def _write(model: Any, path: Path, dtype: str, seed: int) -> Path:
     import torch
 
     _randomise(model, torch.Generator().manual_seed(seed))
+    save(model, path, dtype)
+    lift_rope_theta(path)
+    assert json.loads((path / "config.json").read_text())["dtype"] == dtype
+    return path
+
+
+def save(model: Any, path: Path, dtype: str) -> None:
+    """Write the model in that dtype, with a tokenizer."""
+    import torch
+
     model.config.architectures = [type(model).__name__]
     model.to(getattr(torch, dtype)).save_pretrained(path)
-    lift_rope_theta(path)
     tokenizer = fetch_smollm2()
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, path / name)
-    assert json.loads((path / "config.json").read_text())["dtype"] == dtype
-    return path
 
 
 def _randomise(model: Any, generator: Any) -> None:

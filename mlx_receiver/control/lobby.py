@@ -12,6 +12,7 @@ import zmq
 
 from mlx_receiver.control.credentials import Credentials
 from mlx_receiver.control.port import bind, open_port
+from mlx_receiver.wire.codec import client_decoder, decode_client, encode
 from mlx_receiver.wire.handshake import introduction
 from mlx_receiver.wire.messages import (
     E_MODEL,
@@ -19,10 +20,7 @@ from mlx_receiver.wire.messages import (
     Hello,
     Rejected,
     WireError,
-    client_decoder,
     clipped,
-    decode_client,
-    encode,
 )
 from mlx_receiver.wire.seldom import Seldom, printable
 

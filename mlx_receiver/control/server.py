@@ -20,6 +20,7 @@ from mlx_receiver.control.lobby import Choose
 from mlx_receiver.control.port import bind, open_port
 from mlx_receiver.sessions.service import Client, SessionService
 from mlx_receiver.wire import keys
+from mlx_receiver.wire.codec import client_decoder, decode_client, encode, opened_session
 from mlx_receiver.wire.handshake import introduction
 from mlx_receiver.wire.layout import CacheLayout
 from mlx_receiver.wire.messages import (
@@ -42,11 +43,7 @@ from mlx_receiver.wire.messages import (
     Start,
     Welcome,
     WireError,
-    client_decoder,
     clipped,
-    decode_client,
-    encode,
-    opened_session,
 )
 from mlx_receiver.wire.seldom import Seldom, printable
 from mlx_receiver.wire.signature import ModelSignature

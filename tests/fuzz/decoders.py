@@ -13,7 +13,7 @@ from typing import Any, get_args
 import msgspec
 from hypothesis import strategies as st
 
-from mlx_receiver.wire import frames, trust
+from mlx_receiver.wire import codec, frames, trust
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.handshake import introduction
 from tests.fuzz.structures import VOCABULARY, right, variants
@@ -52,12 +52,12 @@ def _decoded(drawn: tuple[Any, Any], decode: Callable[[bytes], Any], rely: Any) 
 
 def client_messages(drawn: tuple[Any, Any]) -> int:
     """What vLLM's side sends to the receiver."""
-    return _decoded(drawn, m.decode_client, _rely_on_client)
+    return _decoded(drawn, codec.decode_client, _rely_on_client)
 
 
 def receiver_messages(drawn: tuple[Any, Any]) -> int:
     """What the receiver sends to vLLM's side."""
-    return _decoded(drawn, m.decode_receiver, _rely_on_receiver)
+    return _decoded(drawn, codec.decode_receiver, _rely_on_receiver)
 
 
 def _token(value: Any) -> None:

@@ -22,6 +22,7 @@ from mlx_receiver.settings import Settings
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Sender
 from mlx_receiver.wire import keys
+from mlx_receiver.wire.codec import decode_receiver, encode
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import CacheLayout, layout_from_config
@@ -41,8 +42,6 @@ from mlx_receiver.wire.messages import (
     Status,
     Step,
     Welcome,
-    decode_receiver,
-    encode,
 )
 
 #: Options of a receiver for this machine alone.

@@ -9,7 +9,7 @@ from typing import Final, Literal
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from mlx_receiver.wire import addresses, keys, trust
+from mlx_receiver.wire import addresses, codec, keys, trust
 from mlx_receiver.wire import messages as m
 from vllm_mac_decode.scheduler.candidates import Candidate
 
@@ -82,7 +82,7 @@ class ControlSocket:
 
     def send(self, message: m.ClientMessage) -> None:
         """Raises zmq.Again when the receiver takes nothing any more."""
-        self._socket.send(m.encode(message), zmq.NOBLOCK)
+        self._socket.send(codec.encode(message), zmq.NOBLOCK)
 
     def read(self, vocab_size: int) -> m.ReceiverMessage | None:
         """The next message, checked; None while there is none. Raises WireError."""
@@ -91,7 +91,7 @@ class ControlSocket:
         packed = self._socket.recv(zmq.NOBLOCK)
         if self._socket.getsockopt(zmq.RCVMORE):
             raise m.WireError(m.E_PROTOCOL, "a message of several parts")
-        message = m.decode_receiver(packed)
+        message = codec.decode_receiver(packed)
         trust.check(message, vocab_size)
         return message
 

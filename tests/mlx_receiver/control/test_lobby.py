@@ -19,6 +19,7 @@ from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from mlx_receiver.waiting import WaitingReceiver
 from mlx_receiver.wire import keys
+from mlx_receiver.wire.codec import decode_receiver, encode
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import DTYPES, full_attention
 from mlx_receiver.wire.messages import (
@@ -29,8 +30,6 @@ from mlx_receiver.wire.messages import (
     Rejected,
     Welcome,
     WireError,
-    decode_receiver,
-    encode,
 )
 from mlx_receiver.wire.signature import ModelSignature
 from tests.conftest import own_address

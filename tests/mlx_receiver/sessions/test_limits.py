@@ -17,6 +17,7 @@ import zmq
 from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.wire import keys
+from mlx_receiver.wire.codec import client_decoder, decode_client, encode
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.messages import (
     Cancel,
@@ -29,9 +30,6 @@ from mlx_receiver.wire.messages import (
     Start,
     Status,
     WireError,
-    client_decoder,
-    decode_client,
-    encode,
 )
 from tests.mlx_receiver.client import FakeVllm, block, connected, started
 from tests.mlx_receiver.conftest import Prefill

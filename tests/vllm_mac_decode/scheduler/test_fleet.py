@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from mlx_receiver.pairing.keystore import PairingError
+from mlx_receiver.wire import codec
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.keys import new_ticket, of_token
 from tests.conftest import free_port
@@ -36,10 +37,10 @@ class Mac(Peer):
         if isinstance(message, m.Hello):
             self.hellos += 1
             if self.refuses:
-                return [m.encode(m.Rejected(m.E_MODEL, f"{self.name} serves another model"))]
+                return [codec.encode(m.Rejected(m.E_MODEL, f"{self.name} serves another model"))]
             ends = [m.Endpoint("tcp", "192.0.2.7", 9)]
-            return [m.encode(m.Welcome(self.name, "m", "e", ends, new_ticket(), 99, ["raw"]))]
-        return [m.encode(m.Status(0, 0, True, 0, []))] if isinstance(message, m.Ping) else []
+            return [codec.encode(m.Welcome(self.name, "m", "e", ends, new_ticket(), 99, ["raw"]))]
+        return [codec.encode(m.Status(0, 0, True, 0, []))] if isinstance(message, m.Ping) else []
 
     @property
     def port(self) -> int:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 import zmq
 
+from mlx_receiver.wire import codec
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.keys import control_keys, new_ticket, of_token
@@ -96,7 +97,7 @@ class Peer:
         while not self._closing:
             if self.socket.poll(20):
                 peer, packed = self.socket.recv_multipart()
-                for frame in self._answer(m.decode_client(packed)):
+                for frame in self._answer(codec.decode_client(packed)):
                     self.socket.send_multipart([peer, frame])
 
     def close(self) -> None:
@@ -108,8 +109,8 @@ class Peer:
 
 def welcoming(message: m.ClientMessage) -> list[bytes]:
     if isinstance(message, m.Hello):
-        return [m.encode(WELCOME)]
-    return [m.encode(m.Status(0, 0, True, 0, []))] if isinstance(message, m.Ping) else []
+        return [codec.encode(WELCOME)]
+    return [codec.encode(m.Status(0, 0, True, 0, []))] if isinstance(message, m.Ping) else []
 
 
 @contextmanager
@@ -207,7 +208,7 @@ def test_a_receiver_that_refuses_is_asked_at_one_of_its_addresses(
 
     def refusing(message: m.ClientMessage) -> list[bytes]:
         heard.append(message)
-        return [m.encode(m.Rejected(m.E_MODEL, "another model"))]
+        return [codec.encode(m.Rejected(m.E_MODEL, "another model"))]
 
     peer = Peer(refusing)
     network = Network(candidate(peer), candidate(peer, "localhost"))
@@ -297,8 +298,8 @@ def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
 BAD: dict[str, bytes] = {
     "not msgpack": b"\xc1",
     "another struct": b"\x81\xa4type\xa5hello",
-    "beyond the vocabulary": m.encode(m.Step([m.Decoded(1, 1, [100])])),
-    "a second Welcome": m.encode(WELCOME),
+    "beyond the vocabulary": codec.encode(m.Step([m.Decoded(1, 1, [100])])),
+    "a second Welcome": codec.encode(WELCOME),
 }
 
 
@@ -328,7 +329,7 @@ def test_a_fault_of_ours_ends_the_connection_and_not_the_thread(
     monkeypatch.setattr(link_module, "_RETRY_SECONDS", (0.1,))
 
     def answer(message: m.ClientMessage) -> list[bytes]:
-        return [m.encode(m.Opened(1))] if isinstance(message, m.Cancel) else welcoming(message)
+        return [codec.encode(m.Opened(1))] if isinstance(message, m.Cancel) else welcoming(message)
 
     peer = Peer(answer)
     with linked(peer.address) as (link, events):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mlx_receiver.wire import codec
 from mlx_receiver.wire import messages as m
 from tests.vllm_mac_decode.engine import BYTES, CONTEXT, PROMPT, Engine
 from tests.vllm_mac_decode.plain import Output, Outputs, Params, Request, Stats
@@ -256,7 +257,7 @@ def test_tokens_allowed_twice_are_said_once(engine: Engine) -> None:
 def test_a_clients_long_request_id_does_no_harm(engine: Engine) -> None:
     engine.add("x" * 5000)
     engine.schedule("x" * 5000)
-    m.decode_client(m.encode(engine.link.said[0]))
+    codec.decode_client(codec.encode(engine.link.said[0]))
 
 
 # --- a router's prefills ----------------------------------------------------------------------

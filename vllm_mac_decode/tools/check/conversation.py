@@ -10,6 +10,7 @@ from typing import Final
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from mlx_receiver.wire import codec
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address
 from mlx_receiver.wire.handshake import Introduction
@@ -75,13 +76,13 @@ class Conversation:
 
     def send(self, message: m.ClientMessage) -> None:
         """Queue a message."""
-        self._dealer.send(m.encode(message))
+        self._dealer.send(codec.encode(message))
 
     def receive(self, seconds: float) -> m.ReceiverMessage | None:
         """The next message, None when there is none in time. Raises WireError."""
         if not self._dealer.poll(int(seconds * 1000)):
             return None
-        return m.decode_receiver(self._dealer.recv())
+        return codec.decode_receiver(self._dealer.recv())
 
     def __enter__(self) -> Conversation:
         return self

@@ -14,7 +14,7 @@ import zmq
 
 from mlx_receiver.control.credentials import SharedToken
 from mlx_receiver.control.guard import Guard
-from mlx_receiver.wire import keys
+from mlx_receiver.wire import codec, keys
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address, resolve
 from tests.conftest import free_port
@@ -85,7 +85,7 @@ def welcome(tiny: Path, **changes: Any) -> bytes:
         "max_tokens": 8192,
         "codecs": ["raw"],
     }
-    return m.encode(m.Welcome(**values | changes))
+    return codec.encode(m.Welcome(**values | changes))
 
 
 def test_a_receiver_that_is_ready_is_timed_into_its_memory(
@@ -181,8 +181,8 @@ def test_a_receiver_that_still_loads(fake: FakeReceiver, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("answer", "seen"),
     [
-        (m.encode(m.Rejected(m.E_VERSION, "speak 3")), "refuses: speak 3"),
-        (m.encode(m.Complete(1, 1)), "answers a greeting with Complete"),
+        (codec.encode(m.Rejected(m.E_VERSION, "speak 3")), "refuses: speak 3"),
+        (codec.encode(m.Complete(1, 1)), "answers a greeting with Complete"),
         (b"HTTP/1.1", "not a message of protocol"),
     ],
 )
