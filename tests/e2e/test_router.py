@@ -201,7 +201,7 @@ def front_door(
 ) -> str:
     """The pair's receiver, started anew with vLLM behind its API."""
     receiver.server.stop()
-    args = ("--prefill", vllm.url, "--prefill-min-tokens", "64", "--prefill-timeout", "2")
+    args = ("--prefill", vllm.url, "--prefill-min-tokens", "64", "--prefill-timeout", "15")
     again = start_receiver(
         tiny_llama_path,
         tmp_path_factory.mktemp("front-door") / "receiver.log",

@@ -70,7 +70,7 @@ def address() -> tuple[str, int]:
 def door(tiny_llama_path: Path, address: tuple[str, int]) -> Iterator[Receiver]:
     settings = Settings(
         model=str(tiny_llama_path), **HERE, port=0, http_port=0, prefill=address[0],
-        prefill_min_tokens=30, prefill_timeout=1.5, prefill_api_key="spark's key",
+        prefill_min_tokens=30, prefill_timeout=5, prefill_api_key="spark's key",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, Receiver(settings) as started:
         patch.setattr(api_prefill, "_PAUSE_SECONDS", PAUSE)
@@ -131,7 +131,7 @@ def test_long_prompts_are_prefilled_by_vllm_and_short_ones_here(
 
 
 def _slow(_body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    time.sleep(3)
+    time.sleep(8)
     return 200, {}
 
 
@@ -173,7 +173,7 @@ def test_vllm_is_gone(door: Receiver, prefill: Prefill) -> None:
     began = time.monotonic()
     for _ in range(2):
         assert ask(door, kv.prompt)["choices"][0]["token_ids"] == kv.tokens
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert grown(door, before) == {"fallback": 2}
 
 
