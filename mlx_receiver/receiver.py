@@ -18,6 +18,7 @@ from mlx_receiver.decode.device import engine_name
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.model import LoadedModel, ModelSource, Progress, find_model
 from mlx_receiver.metrics import Metrics
+from mlx_receiver.sessions.proofs import Proofs
 from mlx_receiver.sessions.service import SessionService
 from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.settings import Settings, SettingsError
@@ -153,6 +154,9 @@ class Receiver:
         self.store.configure(loaded.cache, budget)
         self.engine.batch_bytes = budget
         _limit_mlx_cache(budget // 8)
+        self.sessions.proofs = Proofs(
+            self.source.path, loaded.dtype, self.desk.keystore.folder / "proofs.json"
+        )
         self.control.start(
             self.source.name,
             engine_name(),

@@ -27,9 +27,9 @@ from vllm.version import __version__ as vllm_version
 
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import merged
-from mlx_receiver.wire.signature import not_compared, signature_from_config
+from mlx_receiver.wire.signature import signature_from_config
 from vllm_mac_decode import settings
-from vllm_mac_decode.engine import adapter
+from vllm_mac_decode.engine import adapter, weights
 from vllm_mac_decode.metadata import StepExports, WorkerNews, WorkerReport
 from vllm_mac_decode.scheduler import eligibility
 from vllm_mac_decode.scheduler.export_plan import ExportPlan
@@ -233,8 +233,6 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         assert self.relay is not None
         config = self._vllm_config.model_config.hf_text_config.to_dict()
         signature = signature_from_config(config)
-        if why := not_compared(signature):
-            raise ValueError(why)
         reports: list[WorkerReport] = getattr(self, "_worker_reports", [])
         problems = sorted({report.problem for report in reports if report.problem})
         if problems:
@@ -248,7 +246,15 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self.relay.vocab_size = signature.vocab_size
         self.relay.layout = layout
         model = str(self._vllm_config.model_config.model)
-        me = Introduction(signature, layout, uuid.uuid4().hex, f"vllm {vllm_version}", model)
+        me = Introduction(
+            signature,
+            layout,
+            client=uuid.uuid4().hex,
+            engine=f"vllm {vllm_version}",
+            model=model,
+            weights=weights.precision(self._vllm_config),
+            fingerprint=weights.fingerprint(self._vllm_config),
+        )
         self._fleet = Fleet(self._settings, me, self.relay.join)
 
     @_guarded(lambda: None)

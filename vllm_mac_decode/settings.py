@@ -62,6 +62,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     enabled: Annotated[
         bool, Meta(description="false: everything decodes locally, as without the connector.")
     ] = True
+    proof: Annotated[
+        bool,
+        Meta(
+            description="false: hand off without having compared the two engines' caches of some "
+            "tokens first."
+        ),
+    ] = True
     min_prompt_tokens: Annotated[int, Meta(description="Shorter prompts decode locally.")] = 1
     #: At least 2: the first token is always vLLM's own.
     min_output_tokens: Annotated[

@@ -81,3 +81,7 @@ class CacheAdapter(Protocol):
 
     def empty(self, layer: LayerLayout) -> Any:
         """A cache without tokens, for a prompt that MLX prefills itself."""
+
+    def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
+        """What the cache holds of so many tokens, as it travels: ``[heads, rows, width]`` for each
+        part, in the layout's order."""

@@ -113,6 +113,10 @@ class ModelCache:
             for adapter, layer in zip(self._adapters, self.layout.layers, strict=True)
         ]
 
+    def parts(self, layer: int, cache: Any, tokens: int) -> list[mx.array]:
+        """See ``CacheAdapter.parts``."""
+        return self._adapters[layer].parts(self.layout.layers[layer], cache, tokens)
+
 
 def adapters() -> list[CacheAdapter]:
     """Every installed cache adapter."""

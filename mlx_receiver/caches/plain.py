@@ -48,6 +48,10 @@ class PlainKV:
         """See ``CacheAdapter.empty``."""
         return JoinableKVCache()
 
+    def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
+        """See ``CacheAdapter.parts``."""
+        return [array[0, :, :tokens] for array in (cache.keys, cache.values)]
+
 
 def keys_and_values(cache: Any) -> LayerLayout:
     """What a cache with ``keys`` and ``values`` ``[1, heads, tokens, width]`` holds, if it holds

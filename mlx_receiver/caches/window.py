@@ -43,6 +43,13 @@ class WindowKV:
         """See ``CacheAdapter.empty``."""
         return RotatingKVCache(_window(layer))
 
+    def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
+        """See ``CacheAdapter.parts``."""
+        rows = layer.parts[0].tokens(tokens)
+        # In temporal order; a prefill leaves more than the window in it.
+        ordered = (cache._temporal_order(array) for array in (cache.keys, cache.values))
+        return [array[0, :, :tokens][:, -rows:] for array in ordered]
+
 
 def _window(layer: LayerLayout) -> int:
     window = layer.parts[0].window

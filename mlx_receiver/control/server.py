@@ -18,6 +18,7 @@ import zmq
 from mlx_receiver.control.credentials import Credentials
 from mlx_receiver.control.lobby import Choose
 from mlx_receiver.control.port import bind, open_port
+from mlx_receiver.sessions.proofs import proof_prompt
 from mlx_receiver.sessions.service import Client, SessionService
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.codec import client_decoder, decode_client, encode, opened_session
@@ -165,6 +166,16 @@ class ControlServer:
             if client.path is not None
         }
 
+    @property
+    def proofs(self) -> dict[str, str]:
+        """Of clients whose cache was compared with this receiver's: what that gave, in words."""
+        return {
+            client.name: verdict.text
+            for client in list(self._clients.values())
+            if client.said is not None
+            and (verdict := self._sessions.proofs.verdict(client.said)) is not None
+        }
+
     def _post(self, identity: bytes, message: ReceiverMessage) -> None:
         """Send from any thread."""
         self._outbox.append((identity, message))
@@ -293,6 +304,9 @@ class ControlServer:
                 f"the receiver serves {self._welcome.model}, which is not the client's model: "
                 + "; ".join(differences),
             )
+        verdict = self._sessions.proofs.verdict(peer)
+        if verdict is not None and not verdict.same:
+            raise WireError(E_MODEL, verdict.text)
         if len(self._clients) >= _MAX_CLIENTS:
             raise WireError(E_UNSUPPORTED, f"{_MAX_CLIENTS} clients are connected already")
         ticket = keys.new_ticket()
@@ -306,6 +320,7 @@ class ControlServer:
                 self._layout.limit(peer.layout) or self._welcome.max_tokens,
                 self._welcome.max_tokens,
             ),
+            peer,
         )
         self._guard.watch(self._gone)
         self._guard.welcome(descriptor)
@@ -316,8 +331,14 @@ class ControlServer:
         logger.info(
             "client %s (%s) connected, KV in %s", peer.client, peer.engine, peer.layout.kv_dtype
         )
-        welcome = msgspec.structs.replace(self._welcome, ticket=ticket, max_tokens=client.context)
-        client.post(welcome)
+        prompt = []
+        if verdict is None:
+            prompt = proof_prompt(self._layout, self._signature.vocab_size, client.context)
+        client.post(
+            msgspec.structs.replace(
+                self._welcome, ticket=ticket, max_tokens=client.context, proof_token_ids=prompt
+            )
+        )
 
     def _check_model(self, asked: str) -> None:
         """Raise WireError for a client that serves another model than the one that was loaded for

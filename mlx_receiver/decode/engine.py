@@ -12,7 +12,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mlx_receiver.caches.memory import Budget
-from mlx_receiver.decode.jobs import Job, Output, Sink
+from mlx_receiver.decode.jobs import Job, Output, Proof, Sink, Verdict
 from mlx_receiver.decode.model import LoadedModel, ModelError, ModelSource, Progress, load_model
 from mlx_receiver.metrics import Metrics
 from mlx_receiver.wire.messages import (
@@ -28,7 +28,7 @@ from mlx_receiver.wire.messages import (
 if TYPE_CHECKING:
     from mlx_receiver.decode.batch import Batch
 
-__all__ = ["DecodeEngine", "Job", "Output", "Sink"]
+__all__ = ["DecodeEngine", "Job", "Output", "Proof", "Sink"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class DecodeEngine:
         self._condition = threading.Condition()
         self._submitted: deque[Job] = deque()
         self._cancelled: deque[Job] = deque()
+        self._proofs: deque[Proof] = deque()
         self._stopping = False
         self._loaded_or_failed = threading.Event()
         self._error: Exception | None = None
@@ -122,6 +123,12 @@ class DecodeEngine:
             self._cancelled.append(job)
             self._condition.notify()
 
+    def prove(self, proof: Proof) -> None:
+        """Compare caches as soon as nothing is decoded."""
+        with self._condition:
+            self._proofs.append(proof)
+            self._condition.notify()
+
     def stop(self, timeout: float = 2.0) -> None:
         """End the thread after the current step. Jobs that are left fail with ``shutdown``."""
         with self._condition:
@@ -168,6 +175,10 @@ class DecodeEngine:
             self._admit(batch)
             if len(batch):
                 self._step(batch)
+            elif self._proofs and not self._queue:
+                self._compare(self._proofs.popleft())
+        while self._proofs:
+            _conclude(self._proofs.popleft(), None)
         for job in [*batch.jobs, *self._queue, *self._submitted]:
             self._fail(job, E_SHUTDOWN, "the receiver is stopping")
         batch.close()
@@ -213,6 +224,7 @@ class DecodeEngine:
                 self._stopping
                 or self._submitted
                 or self._cancelled
+                or self._proofs
                 or self._queue
                 or len(batch)
                 or self.fault
@@ -225,7 +237,7 @@ class DecodeEngine:
             self._submitted.clear()
             cancelled = list(self._cancelled)
             self._cancelled.clear()
-        if not (self._queue or len(batch) or cancelled) and self._holds_memory:
+        if not (self._queue or len(batch) or cancelled or self._proofs) and self._holds_memory:
             _release_memory()
             self._holds_memory = False
         if cancelled:
@@ -281,6 +293,22 @@ class DecodeEngine:
         self._remove(batch, [*over, *full])
         for job in full:
             self._fail(job, E_CAPACITY, "the KV memory is full (--kv-memory)")
+
+    def _compare(self, proof: Proof) -> None:
+        from mlx_receiver.caches.adapter import mlx_dtype
+        from mlx_receiver.decode.proof import compare, own_weights
+
+        self._holds_memory = True
+        loaded, verdict = self._loaded, None
+        assert loaded is not None
+        try:
+            weights = [own_weights(self.source.config, loaded.dtype), proof.weights]
+            caches = proof.build_cache(mlx_dtype(loaded.dtype))
+            tokens = proof.prompt_token_ids
+            verdict = compare(loaded, tokens, caches, proof.following, weights)
+        except Exception:
+            logger.exception("the two engines' caches could not be compared")
+        _conclude(proof, verdict)
 
     def _remove(self, batch: Batch, jobs: list[Job]) -> None:
         """Take the jobs out of the batch, and free what they hold."""
@@ -386,6 +414,15 @@ class _Failure:
     def failed(self, _job: Job, _code: Code, reason: str) -> None:
         """See ``Sink.failed``."""
         self.reason = reason
+
+
+def _conclude(proof: Proof, verdict: Verdict | None) -> None:
+    """Nothing of the proof is held any more."""
+    proof.reservation.release()
+    try:
+        proof.done(verdict)
+    except Exception:
+        logger.exception("nobody could be told what comparing two caches gave")
 
 
 def _has_room(job: Job) -> bool:

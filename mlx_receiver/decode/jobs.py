@@ -75,3 +75,29 @@ class Job:
 
     def __post_init__(self) -> None:
         self.prefills = self.build_cache is None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What comparing two caches gave: whether they are the ``same``, and in words how far apart
+    they are."""
+
+    same: bool
+    text: str
+
+
+@dataclass(slots=True, eq=False)
+class Proof:
+    """A prompt's cache that is to be compared with the model's own.
+
+    ``following`` is the token that comes after the prompt, ``weights`` what vLLM's are kept in.
+    ``done`` gets the verdict on the decoding thread, None where comparing failed; ``reservation``
+    covers both caches, and the engine lets go of it.
+    """
+
+    prompt_token_ids: list[int]
+    build_cache: BuildCache
+    following: int
+    weights: str
+    reservation: Reservation
+    done: Callable[[Verdict | None], None]

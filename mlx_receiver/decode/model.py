@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mlx_receiver.decode import hub, weights
 from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, CacheLayout, layout_from_config
-from mlx_receiver.wire.signature import ModelSignature, not_compared, signature_from_config
+from mlx_receiver.wire.signature import ModelSignature, signature_from_config
 
 if TYPE_CHECKING:
     from mlx_receiver.caches.model import ModelCache
@@ -139,11 +139,11 @@ def load_model(
     # What the model computes, not what it stores: quantised and mixed weights do not tell.
     probe = make_prompt_cache(model)
     mx.eval(model(mx.array([[0]]), cache=probe))
-    local = not_compared(source.signature)
+    local = ""
     try:
         cache = ModelCache.of(probe)
     except UnknownCache as error:
-        local = local or str(error)
+        local = str(error)
         cache = LocalCache(probe, lambda: make_prompt_cache(model))
     nbytes = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
     return LoadedModel(model, cache, nbytes, local)

@@ -40,6 +40,8 @@ class Health(Status, frozen=True, kw_only=True):
     clients: list[str]
     #: By client: the address that its KV comes to, how fast, and the MTU.
     paths: dict[str, str]
+    #: By client: what comparing its cache with the receiver's own gave.
+    proofs: dict[str, str]
     kv_reserved_bytes: int
     kv_memory_bytes: int
     uptime_seconds: float
@@ -72,6 +74,7 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
             waiting=receiver.engine.waiting,
             clients=receiver.control.clients,
             paths=receiver.control.paths,
+            proofs=receiver.control.proofs,
             kv_reserved_bytes=store.reserved_bytes,
             kv_memory_bytes=store.budget_bytes,
             uptime_seconds=round(time.monotonic() - receiver.started, 3),

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Literal
 
 from mlx_receiver.decode.engine import DecodeEngine
-from mlx_receiver.decode.jobs import Job, Output
+from mlx_receiver.decode.jobs import Job, Output, Proof, Verdict
 from mlx_receiver.decode.model import ModelSource
 from mlx_receiver.decode.sampling import check_bad_words
 from mlx_receiver.metrics import Metrics
+from mlx_receiver.sessions.proofs import Proofs
 from mlx_receiver.sessions.session import Phase, Session
 from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.wire import trust
+from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import CacheLayout
 from mlx_receiver.wire.messages import (
     E_CAPACITY,
     E_INTERNAL,
     E_SESSION,
     E_UNSUPPORTED,
+    MAX_PROOF_TOKENS,
     Cancel,
     Code,
     Complete,
@@ -29,6 +33,7 @@ from mlx_receiver.wire.messages import (
     Open,
     Opened,
     Progress,
+    Proven,
     ReceiverMessage,
     Sampling,
     Start,
@@ -38,6 +43,8 @@ from mlx_receiver.wire.messages import (
     clipped,
 )
 from mlx_receiver.wire.stopping import check_stop
+
+logger = logging.getLogger(__name__)
 
 Post = Callable[[ReceiverMessage], None]
 
@@ -53,14 +60,16 @@ class Client:
         post: Post,
         sessions: SessionService,
         context: int,
+        said: Introduction | None = None,
     ) -> None:
-        """``context``: tokens that a text of its may have."""
+        """``context``: tokens that a text of its may have; ``said``: how it introduced itself."""
         #: Its ticket's; "" for one that has no data channel.
         self.id = id
         self.name = name
         #: Of the caches that it sends.
         self.layout = layout
         self.context = context
+        self.said = said
         self.post = post
         self.last_heard = time.monotonic()
         #: What its last Ping said of the way its blocks take.
@@ -100,6 +109,8 @@ class SessionService:
     """The receiver's answers to Open, Start and Cancel, and to what happens to a session."""
 
     store: SessionStore
+    #: What comparing clients' caches gave; known once the model is loaded.
+    proofs: Proofs
 
     def __init__(self, engine: DecodeEngine, metrics: Metrics) -> None:
         self._engine = engine
@@ -133,6 +144,10 @@ class SessionService:
                 raise WireError(E_INTERNAL, f"this receiver cannot decode: {self._engine.fault}")
             trust.check(message, source.signature.vocab_size, E_UNSUPPORTED)
             check_bad_words(message.sampling)
+            if message.proof and (message.unclaimed or tokens > MAX_PROOF_TOKENS):
+                raise WireError(
+                    E_UNSUPPORTED, f"a proof is claimed, and of {MAX_PROOF_TOKENS} tokens at most"
+                )
             self.store.open(message, client, client.layout)
         except WireError:
             self._metrics.sessions.labels("refused").inc()
@@ -231,6 +246,9 @@ class SessionService:
         client = _client(session)
         first = session.first_token
         assert first is not None
+        if session.proof:
+            self._prove(session, client, first)
+            return
         finish = check_stop(session.sampling, first, 1, session.tokens + 1, client.context)
         if finish.reason:
             client.post(Step([Decoded(session.id, 1, [], finish.reason, finish.stop_reason)]))
@@ -253,6 +271,41 @@ class SessionService:
         if session.phase is Phase.ENDED:
             # It was cancelled while the job was being made.
             self._cancel_job(client, session)
+
+    def _prove(self, session: Session, client: Client, first: int) -> None:
+        """Compare the session's cache with the model's own."""
+        said = client.said
+        assert said is not None  # only who introduced itself opens sessions
+        try:
+            own = self.store.budget.reserve(session.tokens, 1)
+        except WireError as error:
+            self.store.fail(session, error.code, error.reason)
+            return
+        if not session.reservation.hold():
+            own.release()
+            return  # it was cancelled meanwhile
+
+        def done(verdict: Verdict | None) -> None:
+            session.reservation.release()
+            if verdict is None:
+                self.store.fail(session, E_INTERNAL, "the caches could not be compared")
+                return
+            self.proofs.learn(said, verdict)
+            level = logging.INFO if verdict.same else logging.WARNING
+            logger.log(level, "client %s: %s", client.name, verdict.text)
+            if self.store.end(session, "proven" if verdict.same else "disproved"):
+                client.post(Proven(session.id, verdict.same, clipped(verdict.text)))
+
+        self._engine.prove(
+            Proof(
+                session.prompt_token_ids,
+                lambda dtype: session.take_memory().build(dtype),
+                first,
+                said.weights or said.layout.kv_dtype,
+                own,
+                done,
+            )
+        )
 
     def _own(self, client: Client, session_id: int) -> Session:
         session = self.store.get(session_id)

@@ -113,6 +113,7 @@ class Session:
         #: Whose blocks arrive; an unclaimed session that is claimed gets another ``client``.
         self.opener = client
         self.unclaimed = opened.unclaimed
+        self.proof = opened.proof
         self.layout = layout
         self.reservation = reservation
         self.phase = Phase.RECEIVING

@@ -65,6 +65,7 @@ def client_decoder(max_tokens: int, vocab_size: int) -> msgspec.msgpack.Decoder[
             ("sampling", sampling),
             ("codec", Name, "raw"),
             ("unclaimed", bool, False),
+            ("proof", bool, False),
         ],
         bases=(Open,),
         frozen=True,

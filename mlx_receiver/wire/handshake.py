@@ -25,6 +25,10 @@ class Introduction(msgspec.Struct, frozen=True):
     client: Name = ""  # for people
     engine: Name = ""  # for people, e.g. "vllm 0.32.0"
     model: Name = ""  # as vLLM was told: a Hugging Face id or a folder of its machine
+    #: What the weights are kept in: a dtype, or how they are quantised.
+    weights: Name = ""
+    #: Of the weights (``fingerprint.of_folder``); "" where that is not known.
+    fingerprint: Name = ""
 
     def hello(self) -> Hello:
         """In its envelope."""

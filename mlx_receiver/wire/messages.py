@@ -14,6 +14,8 @@ A conversation::
                                     <-       Step([Decoded(session, ...), ...]) once a decode step
     Cancel(session)                 ->
                                     <-       Failed(session, reason) when the receiver gives up
+    Open(session, proof) .. Start   ->
+                                    <-       Proven(session, same, text) instead of Step
     Ping                            ->
                                     <-       Status(capacity, progress)
 
@@ -37,7 +39,9 @@ from msgspec import Meta
 #: name a part of it; Hello is an envelope that every later version can read.
 #: 3: frames of ``tcp`` data connections are authenticated and encrypted; HELLO says at which level,
 #: and an Endpoint whether its receiver allows less.
-PROTOCOL_VERSION: Final = 3
+#: 4: equal layouts are not enough: Welcome names tokens whose cache is compared with the receiver's
+#: own before anything is handed off.
+PROTOCOL_VERSION: Final = 4
 
 #: Largest control message accepted, in bytes: a prompt of a million tokens fits.
 MAX_MESSAGE_BYTES: Final = 16 << 20
@@ -92,6 +96,8 @@ MAX_BAD_WORDS_TOKENS: Final = 1024
 MAX_STOP_TOKENS: Final = 1024
 #: Biased tokens: a dictionary takes longer to build than a list.
 MAX_LOGIT_BIAS: Final = 8192
+#: Tokens of a prompt whose cache is compared.
+MAX_PROOF_TOKENS: Final = 1024
 #: Longest text of a reason or name, in characters.
 MAX_TEXT: Final = 4096
 
@@ -182,7 +188,8 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
 
     ``prompt_token_ids`` are the tokens whose KV will arrive; the receiver never tokenises.
     An ``unclaimed`` session gets no Start: it waits for whoever shows its id over HTTP, with a
-    first token and sampling of their own, and expires if nobody does.
+    first token and sampling of their own, and expires if nobody does. Of a ``proof`` nothing is
+    decoded: ``Proven`` tells whether the receiver computes the same cache itself.
     """
 
     session: SessionId
@@ -191,6 +198,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     sampling: Sampling
     codec: Name = "raw"
     unclaimed: bool = False
+    proof: bool = False
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -244,7 +252,11 @@ class DataTicket(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The client may open sessions. ``receiver`` changes when the receiver restarts."""
+    """The client may open sessions. ``receiver`` changes when the receiver restarts.
+
+    ``proof_token_ids`` is the prompt of the proof that the two engines' caches are the same; empty
+    where that is known.
+    """
 
     receiver: Name
     model: Name
@@ -253,6 +265,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     ticket: DataTicket
     max_tokens: Positive  # longest prompt + output that one session may have
     codecs: Annotated[list[Name], Meta(max_length=64)]
+    proof_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_PROOF_TOKENS)] = []
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
@@ -320,6 +333,15 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     decoded: Annotated[list[Decoded], Meta(max_length=MAX_ROWS)]
 
 
+class Proven(msgspec.Struct, frozen=True, tag="proven"):
+    """What comparing a proof's cache gave: whether it is the ``same`` as the receiver's own, and in
+    words how far apart they are."""
+
+    session: SessionId
+    same: bool
+    text: Text
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The receiver gave the session up and has freed it."""
 
@@ -358,4 +380,6 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
 
 
 ClientMessage = Hello | Open | Start | Cancel | Ping
-ReceiverMessage = Welcome | Rejected | Opened | Refused | Complete | Step | Failed | Status
+ReceiverMessage = (
+    Welcome | Rejected | Opened | Refused | Complete | Step | Proven | Failed | Status
+)

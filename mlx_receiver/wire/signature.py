@@ -8,22 +8,12 @@ transformers, which moves and renames keys), so the builder normalises spellings
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from mlx_receiver.wire.layout import need, text_config
-
-#: Types of models whose caches were compared on both engines, token by token
-#: (``tests/e2e/test_families.py``): equal layouts alone do not prove equal numbers.
-COMPARED_MODEL_TYPES: Final = frozenset(
-    {
-        "ernie4_5", "exaone4", "gemma3_text", "glm4", "gpt_oss", "granite", "llama",
-        "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss",
-        "smollm3",
-    }
-)  # fmt: skip
 
 _Text = Annotated[str, Meta(max_length=1024)]
 _Size = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -51,14 +41,6 @@ class ModelSignature(msgspec.Struct, frozen=True):
             if mine != theirs:
                 lines.append(f"{field}: {_show(mine)} here, {_show(theirs)} there")
         return lines
-
-
-def not_compared(signature: ModelSignature) -> str:
-    """Why a model is not handed off although the layouts may be equal; "" if it is."""
-    if signature.model_type in COMPARED_MODEL_TYPES:
-        return ""
-    known = ", ".join(sorted(COMPARED_MODEL_TYPES))
-    return f"models of type {signature.model_type!r} are not supported (supported: {known})"
 
 
 def signature_from_config(config: Mapping[str, Any]) -> ModelSignature:

@@ -28,8 +28,10 @@ class Port:
     draining: bool = False
     weights_changed: bool = False
     broken: bool = False
+    idle: bool = False
     out: list[tuple[str, list[int], str]] = field(default_factory=list)
     resumed: list[tuple[str, str, list[int], int]] = field(default_factory=list)
+    prefilled: list[Request] = field(default_factory=list)
 
     def wake(self) -> None: ...
 
@@ -55,6 +57,10 @@ class Port:
             return False
         self.resumed.append((request.request_id, as_id, list(tokens), max_tokens))
         return True
+
+    def prefill(self, as_id: str, tokens: list[int]) -> Request:
+        self.prefilled.append(Request(as_id, tokens, Params(max_tokens=1)))
+        return self.prefilled[-1]
 
     def continue_output(self, output: Output, request_id: str) -> None:
         output.request_id = request_id
@@ -101,11 +107,15 @@ class Engine:
         return remote
 
     def connect(
-        self, max_tokens: int = CONTEXT, remote: Remote | None = None, name: str = "r"
+        self,
+        max_tokens: int = CONTEXT,
+        remote: Remote | None = None,
+        name: str = "r",
+        proof: list[int] | None = None,
     ) -> bool:
         remote = remote or self.receiver
         remote.link.up = True  # type: ignore[union-attr]
-        welcome = m.Welcome(name, "m", "e", [], new_ticket(), max_tokens, ["raw"])
+        welcome = m.Welcome(name, "m", "e", [], new_ticket(), max_tokens, ["raw"], proof or [])
         return remote.connected(welcome)
 
     def lose(self, remote: Remote | None = None) -> None:

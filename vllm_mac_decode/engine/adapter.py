@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import (
@@ -179,6 +180,15 @@ class EngineAdapter:
         """Whether the weights were replaced after the start (known from vLLM 0.27 on)."""
         return self._weight_version() != self._first_weights
 
+    @property
+    def idle(self) -> bool:
+        """Whether vLLM has nothing to do, and waits for requests."""
+        return (
+            not self.draining
+            and self._input.empty()
+            and not self._core.scheduler.has_unfinished_requests()
+        )
+
     def wake(self) -> None:
         """Make an idle engine look whether there is something to do."""
         self._input.put_nowait((EngineCoreRequestType.WAKEUP, None))
@@ -254,6 +264,18 @@ class EngineAdapter:
         )
         self._input.put_nowait((EngineCoreRequestType.ADD, (continuation, 0)))
         return True
+
+    def prefill(self, as_id: str, tokens: list[int]) -> Request:
+        """Queue a request of nobody's for one token behind these, which its output will bring."""
+        request = Request(
+            request_id=as_id,
+            prompt_token_ids=tokens,
+            sampling_params=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+            pooling_params=None,
+            block_hasher=self._core.request_block_hasher,
+        )
+        self._input.put_nowait((EngineCoreRequestType.ADD, (request, 0)))
+        return request
 
     def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:
         """Turn a continuation's output into one of the first request's."""

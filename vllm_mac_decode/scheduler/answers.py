@@ -5,6 +5,7 @@ hand-off. Everything passes the session's ``Promise`` first.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.seldom import Seldom, printable
 from vllm_mac_decode.scheduler.handoff import Handoff, Phase
 from vllm_mac_decode.scheduler.handoffs import Handoffs
+from vllm_mac_decode.scheduler.link import Unusable
 from vllm_mac_decode.scheduler.promise import BrokenPromise, Promise
 from vllm_mac_decode.scheduler.remote import Remote
 from vllm_mac_decode.settings import Settings
@@ -72,6 +74,7 @@ class Answers(Handoffs):
             if self._closed or self.taken(welcome.receiver, remote):
                 return False
             remote.enter(welcome)
+            remote.proven = remote.proven or not self._settings.proof
             return True
 
     def disconnected(self, remote: Remote) -> None:
@@ -96,7 +99,7 @@ class Answers(Handoffs):
                     remote.heard(message)
                     for progress in message.sessions:
                         self._told(remote, progress)
-                case m.Opened() | m.Refused() | m.Complete() | m.Failed():
+                case m.Opened() | m.Refused() | m.Complete() | m.Proven() | m.Failed():
                     self._told(remote, message)
                 case _:
                     pass
@@ -114,8 +117,10 @@ class Answers(Handoffs):
         return session, session.promise
 
     def tick(self, now: float) -> None:
-        """Give up sessions that have made no progress for too long."""
+        """Give up sessions that have made no progress for too long; compare caches while vLLM has
+        nothing else to do."""
         with self._lock:
+            self._prove(now)
             for session in list(self._sessions.values()):
                 promise = session.promise
                 if promise is None or session.phase not in (Phase.DECODING, Phase.PREFILLED):
@@ -129,7 +134,7 @@ class Answers(Handoffs):
     def _told(
         self,
         remote: Remote,
-        message: m.Opened | m.Refused | m.Complete | m.Failed | m.Progress,
+        message: m.Opened | m.Refused | m.Complete | m.Proven | m.Failed | m.Progress,
     ) -> None:
         """What the receiver says of one session."""
         found = self._of(remote, message.session)
@@ -146,8 +151,10 @@ class Answers(Handoffs):
                 case m.Complete():
                     promise.completed(message, now)
                     self._counts.events["kv_bytes"] += message.kv_bytes
-                    if session.phase is Phase.PREFILLED:
+                    if session.phase is Phase.PREFILLED and not session.proof:
                         self._finish_unclaimed(session)
+                case m.Proven():
+                    self._compared(remote, session, message)
                 case m.Refused():
                     promise.refused(message)
                     self._failed(session, f"refused_{message.code}", message.reason)
@@ -155,6 +162,39 @@ class Answers(Handoffs):
                     self._failed(session, f"failed_{message.code}", message.reason, breaker=True)
         except BrokenPromise as error:
             self._broken(session, error)
+
+    def _prove(self, now: float) -> None:
+        """Let receivers whose cache was not compared do that, of a prompt of nobody's."""
+        engine = self.engine
+        if engine is None or engine.rules.everything or not self._settings.enabled:
+            return
+        comparing = [s.receiver for s in self._by_request.values() if s.proof]
+        for remote in self._receivers:
+            if not remote.owes_proof(now) or remote in comparing or not engine.idle:
+                continue
+            assert remote.welcome is not None
+            remote.compares(now)
+            most = min(engine.max_model_len, remote.welcome.max_tokens) - 2
+            tokens = remote.welcome.proof_token_ids[:most]
+            request = engine.prefill(f"mac-decode-proof-{secrets.token_hex(8)}", tokens)
+            session = Handoff(secrets.randbits(62), request, 1, m.Sampling(max_tokens=1))
+            session.proof, session.receiver = True, remote
+            self._sessions[session.session] = session
+            self._by_request[session.request_id] = session
+            return  # the engine is not idle any more
+
+    def _compared(self, remote: Remote, session: Handoff, message: m.Proven) -> None:
+        """Raises BrokenPromise, and Unusable when the two engines' caches differ."""
+        if not session.proof or session.phase is not Phase.PREFILLED:
+            raise BrokenPromise("it compared a cache that nobody asked it to")
+        self._tell_workers(session)
+        self._forget(session)
+        text = printable(message.text)
+        if not message.same:
+            raise Unusable(text)
+        remote.proven = True
+        where = remote.link.where if remote.link is not None else ""
+        logger.info("the receiver at %s computes the same cache: %s", where, text)
 
     def _failed(self, session: Handoff, cause: str, reason: str, breaker: bool = False) -> None:
         logger.debug("session of %s: %s", session.request_id, printable(reason))

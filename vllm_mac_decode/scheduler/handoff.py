@@ -28,7 +28,7 @@ class Phase(enum.Enum):
     OPEN = enum.auto()
     #: The first token is out, vLLM's own request has ended, and the receiver owes the rest.
     DECODING = enum.auto()
-    #: A router asks the receiver for the rest; only KV is left to be sent.
+    #: A router asks the receiver for the rest, or nobody does; only KV is left to be sent.
     PREFILLED = enum.auto()
     #: The receiver has no part in it any more; vLLM's own request goes on.
     LOCAL = enum.auto()
@@ -65,6 +65,7 @@ class Handoff:
     max_tokens: int  # the client's
     sampling: Sampling  # as the receiver is told
     routed: bool = False  # a router's prefill: the receiver is asked for the rest over HTTP
+    proof: bool = False  # nobody's: the receiver compares its cache with its own
     phase: Phase = Phase.DECIDED
     receiver: Remote | None = None  # whom Open was sent to
     continued_as: str = ""  # the local continuation's request id

@@ -72,6 +72,9 @@ class Handoffs:
         """The receiver's part ends here; the response goes on locally."""
         if not session.pending:
             return
+        if session.proof:
+            self._not_compared(session, cause)
+            return
         self._counts.fallbacks[cause] += 1
         if cause in _NO_BLOCKS and session.receiver is not None:
             session.receiver.doubt()
@@ -85,6 +88,21 @@ class Handoffs:
                 session.enter(Phase.OVER)
             case _:
                 self._give_back(session)
+
+    def _not_compared(self, session: Handoff, cause: str) -> None:
+        """A proof came to nothing; it is tried again."""
+        where = session.receiver.link.where if session.receiver and session.receiver.link else ""
+        logger.warning(
+            "the cache could not be compared with that of the receiver at %s (%s); it will be "
+            "tried again, and until then responses are local",
+            where,
+            cause,
+        )
+        self._part(session, cause)
+        if session.phase is Phase.PREFILLED:
+            self._forget(session)
+        else:
+            session.enter(Phase.LOCAL)  # vLLM still has the request
 
     def _give_back(self, session: Handoff) -> None:
         """Nothing has come of it yet: vLLM goes on as without this connector."""
@@ -117,7 +135,7 @@ class Handoffs:
 
     def _abort(self, session: Handoff) -> None:
         if session.pending:
-            self._counts.events["aborted"] += 1
+            self._counts.events["aborted"] += not session.proof
             self._part(session, "the request was aborted")
         self._forget(session)
 

@@ -56,13 +56,18 @@ class LinkListener(Protocol):
         """Every session is lost."""
 
     def message(self, message: m.ReceiverMessage, arrived: float) -> None:
-        """Anything else that the receiver says, and when it came (``time.perf_counter()``)."""
+        """Anything else that the receiver says, and when it came (``time.perf_counter()``).
+        Raises Unusable."""
 
     def idle(self) -> bool:
         """Whether no hand-off is under way."""
 
     def tick(self, now: float) -> None:
         """A few times a second, connected or not; ``now`` is ``time.monotonic()``."""
+
+
+class Unusable(Exception):
+    """What the receiver has said rules it out; the text says why."""
 
 
 class _Lost(Exception):
@@ -365,7 +370,10 @@ class Link:
                 raise _Lost(printable(message.reason))
             if isinstance(message, m.Welcome):
                 raise m.WireError(m.E_PROTOCOL, "a second Welcome")
-            self._listener.message(message, time.perf_counter())
+            try:
+                self._listener.message(message, time.perf_counter())
+            except Unusable as error:
+                raise _Lost(str(error), _REJECTED_SECONDS) from None
         return _AT_ONCE
 
     def _target_of(self, host: str, welcome: m.Welcome) -> DataTarget:

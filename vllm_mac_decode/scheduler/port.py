@@ -41,6 +41,10 @@ class EnginePort(Protocol):
     def weights_changed(self) -> bool:
         """Whether the weights were replaced after the start."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do, and waits for requests."""
+
     def wake(self) -> None:
         """Make an idle engine look whether there is something to do."""
 
@@ -62,6 +66,9 @@ class EnginePort(Protocol):
         False when those have used up its limit or the context: its client is told that it has
         ended.
         """
+
+    def prefill(self, as_id: str, tokens: list[int]) -> Request:
+        """Queue a request of nobody's for one token behind these, which its output will bring."""
 
     def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:
         """Turn a continuation's output into one of the first request's."""

@@ -94,6 +94,8 @@ class Relay(Answers):
             assert request.prompt_token_ids is not None and layout is not None
             # Only now: it may have waited for long, and receivers come and go.
             chosen = self._chosen(request.num_prompt_tokens)
+            if session.proof and session.receiver is not None:
+                chosen = session.receiver
             if isinstance(chosen, str):
                 self._counts.local[chosen] += 1
                 self._part(session, chosen)
@@ -116,6 +118,7 @@ class Relay(Answers):
                     prompt_token_ids=request.prompt_token_ids,
                     sampling=session.sampling,
                     unclaimed=session.routed,
+                    proof=session.proof,
                 ),
             )
             return session if session.pending else None
@@ -188,7 +191,8 @@ class Relay(Answers):
         know about."""
         with self._lock:
             return any(
-                s.phase in (Phase.DECODING, Phase.PREFILLED) for s in self._sessions.values()
+                s.phase in (Phase.DECODING, Phase.PREFILLED) and not s.proof
+                for s in self._sessions.values()
             ) or any(s.phase is Phase.CONTINUING for s in self._by_request.values())
 
     def rewrite(self, outputs: dict[int, EngineCoreOutputs]) -> None:
@@ -281,6 +285,9 @@ class Relay(Answers):
     def _keep(self, client: int, session: Handoff, output: EngineCoreOutput) -> bool:
         """Whether the step's output goes out with the step. False: it was sent from here."""
         assert self.engine is not None
+        if session.proof:
+            self._keep_proof(session, output)
+            return False
         if session.routed:
             self._keep_prefilled(session, output)
             return True
@@ -330,6 +337,19 @@ class Relay(Answers):
                 "values": [max(float(value), _LOWEST_LOGPROB) for value in values[0]],
                 "rank": int(ranks[0]),
             }
+
+    def _keep_proof(self, session: Handoff, output: EngineCoreOutput) -> None:
+        """Nobody waits for the output; the receiver compares once it has all."""
+        if output.finish_reason is None:
+            return
+        if session.phase is Phase.OPEN and output.new_token_ids:
+            session.enter(Phase.PREFILLED)
+            assert session.promise is not None
+            session.promise.start(time.monotonic())
+            self._send(session, m.Start(session.session, output.new_token_ids[-1]))
+            return
+        self._fall_back(session, "vLLM did not compute it")
+        self._forget(session)
 
     def _hidden(self, request_id: str) -> bool:
         session = self._by_request.get(request_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from mlx_receiver.wire import messages as m
 from vllm_mac_decode.scheduler.breaker import CircuitBreaker
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from vllm_mac_decode.scheduler.link import Link
 
 logger = logging.getLogger("vllm.mac_decode.relay")
+
+#: Seconds between two attempts to compare its cache: the first ones, and the most.
+_PROOF_SECONDS: Final = (5.0, 60.0)
 
 
 class User(Protocol):
@@ -52,10 +55,24 @@ class Remote:
         #: What its last Status said; ``others``: sessions of other vLLMs there.
         self.accepting = True
         self.others = 0
+        #: Whether its model is known to compute the same cache.
+        self.proven = False
+        self._proof_pause, self._proof_due = _PROOF_SECONDS[0], 0.0
 
     def enter(self, welcome: m.Welcome | None) -> None:
         """Another conversation has begun, or (None) the last one has ended."""
         self.welcome, self.accepting, self.others = welcome, True, 0
+        self.proven = welcome is not None and not welcome.proof_token_ids
+        self._proof_pause, self._proof_due = _PROOF_SECONDS[0], 0.0
+
+    def owes_proof(self, now: float) -> bool:
+        """Whether its cache is to be compared now."""
+        return self.welcome is not None and not self.proven and now >= self._proof_due
+
+    def compares(self, now: float) -> None:
+        """An attempt begins; the next one, if it comes to nothing, not soon."""
+        self._proof_due = now + self._proof_pause
+        self._proof_pause = min(2 * self._proof_pause, _PROOF_SECONDS[1])
 
     def heard(self, status: m.Status) -> None:
         """What the receiver says of itself."""
@@ -67,6 +84,8 @@ class Remote:
         it can."""
         if self.welcome is None:
             return "no_receiver"
+        if not self.proven:
+            return "unproven"
         if self._breaker.is_open(time.monotonic()):
             return "circuit_open"
         if not self.accepting:

@@ -16,7 +16,7 @@ from mlx_receiver.wire.addresses import Address, resolve, spelled
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.keys import ClientKeys, of_token
 from mlx_receiver.wire.layout import DTYPES, full_attention, layout_from_config
-from mlx_receiver.wire.signature import ModelSignature, not_compared, signature_from_config
+from mlx_receiver.wire.signature import ModelSignature, signature_from_config
 from vllm_mac_decode.scheduler import candidates
 from vllm_mac_decode.settings import DEFAULT_PORT, Settings
 from vllm_mac_decode.tools.check.conversation import NAME, Conversation, speaks_zeromq
@@ -66,10 +66,8 @@ def read_model(name: str) -> Introduction:
 
 
 def check_model(name: str, model: Introduction) -> Finding:
-    """The model is of a kind that can be handed off."""
+    """What the model is, and what its KV takes."""
     signature, layout = model.signature, model.layout
-    if why := not_compared(signature):
-        return wrong("model", f"{name}: {why}", "vLLM would decode it all by itself")
     size = layout.bytes_per_token
     return fine(
         "model",

@@ -1,0 +1,153 @@
+"""Whether two engines compute the same cache: one prompt's, part by part, and the token after it.
+
+Equal layouts do not prove equal numbers: the two engines may rotate keys by other conventions,
+scale them differently, or have loaded another fine-tune. What is compared is what vLLM exported
+against what MLX's own prefill of the same tokens gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import mlx.core as mx
+
+from mlx_receiver.decode.jobs import Verdict
+from mlx_receiver.decode.model import LoadedModel
+
+#: How far apart a part may be, |theirs - own| / |own|, and the next token's distribution
+#: (Kullback-Leibler, in nats), by the fewest bits that a weight has on either side. Measured:
+#: ``bench/proof.py`` and its table in docs/models.md.
+LIMITS: Final = {32: (1e-3, 1e-4), 16: (0.15, 0.1), 8: (0.3, 0.3), 4: (0.7, 2.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """How far one part is from the receiver's own."""
+
+    layer: int
+    part: str
+    error: float
+    cosine: float
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"layer {self.layer}, {self.part}: {_percent(self.error)} apart"
+
+
+def bits(weights: str) -> int:
+    """The fewest bits that ``weights`` have, a dtype's name or a quantisation's: 32, 16, 8 or 4."""
+    name = weights.lower()
+    if name in ("float32", "fp32"):
+        return 32
+    if name in ("bfloat16", "float16", "half"):
+        return 16
+    if any(known in name for known in ("fp4", "int4", "w4", "4bit", "awq", "gptq")):
+        return 4
+    return 8 if "8" in name else 4
+
+
+def own_weights(config: dict[str, Any], dtype: str) -> str:
+    """What an MLX model's weights are kept in, by its configuration, or the dtype it computes in."""
+    quantization = config.get("quantization")
+    if isinstance(quantization, dict) and isinstance(quantization.get("bits"), int):
+        return f"{quantization['bits']}bit"
+    return str(config.get("torch_dtype") or config.get("dtype") or dtype)
+
+
+def compare(
+    loaded: LoadedModel, tokens: Sequence[int], caches: list[Any], following: int, weights: list[str]
+) -> Verdict:
+    """Compare the ``caches`` that were built for ``tokens`` with the model's own, and what both
+    say about the token that comes after ``following``. ``weights`` are both sides'."""
+    model = loaded.model
+    own = loaded.cache.empty()
+    model(mx.array([list(tokens)]), cache=own)  # its logits are never computed
+    mx.eval([cache.state for cache in own])
+    fewest = min(map(bits, weights))
+    most, most_nats = LIMITS[fewest]
+    apart = differences(loaded, len(tokens), caches, own)
+    said = " and ".join(dict.fromkeys(weights))
+    for found in apart:
+        if not found.error <= most:
+            return Verdict(
+                False,
+                f"{found.text} (cosine {found.cosine:.3f}; {_percent(most)} is allowed for "
+                f"{said} weights), the first of the {_count(apart, most)} that differ: the two "
+                "engines do not compute the same cache. Serve the same model and revision on both "
+                "machines",
+            )
+    nats = _divergence(model, following, caches, own)
+    worst = max(apart, key=lambda one: one.error)
+    text = (
+        f"{len(loaded.cache.layout.layers)} layers compared, at most {_percent(worst.error)} apart "
+        f"(layer {worst.layer}, {worst.part}; {_percent(most)} is allowed for {said} weights), "
+        f"the next token's probabilities {nats:.2g} nats"
+    )
+    if not nats <= most_nats:
+        return Verdict(False, f"{text}, of which {most_nats:g} are allowed")
+    return Verdict(True, text)
+
+
+def differences(
+    loaded: LoadedModel, tokens: int, caches: Sequence[Any], own: Sequence[Any]
+) -> list[Apart]:
+    """Every part of every layer, in order."""
+    cache = loaded.cache
+    pairs = [
+        (index, part.name, theirs.astype(mx.float32), mine.astype(mx.float32))
+        for index, layer in enumerate(cache.layout.layers)
+        for part, theirs, mine in zip(
+            layer.parts,
+            cache.parts(index, caches[index], tokens),
+            cache.parts(index, own[index], tokens),
+            strict=True,
+        )
+    ]
+    sums = mx.stack(
+        [
+            mx.stack([(a - b).square().sum(), a.square().sum(), b.square().sum(), (a * b).sum()])
+            for *_, a, b in pairs
+        ]
+    ).tolist()
+    return [
+        Apart(index, name, _ratio(squares, mine), _cosine(both, theirs, mine))
+        for (index, name, *_), (squares, theirs, mine, both) in zip(pairs, sums, strict=True)
+    ]
+
+
+def _divergence(model: Any, token: int, caches: list[Any], own: list[Any]) -> float:
+    """Nats from the own distribution after ``token`` to the one with the others' cache."""
+    logs = [
+        (logits - mx.logsumexp(logits))
+        for cache in (own, caches)
+        for logits in [model(mx.array([[token]]), cache=cache)[0, -1].astype(mx.float32)]
+    ]
+    mine, theirs = logs
+    likely = mine > -1e4  # a token that cannot come says nothing
+    found = mx.where(likely, mx.exp(mine) * (mine - theirs), 0.0).sum()
+    nats = float(found.item())
+    return 0.0 if nats < 0 else nats  # rounding; one that is no number stays none
+
+
+def _ratio(squares: float, own: float) -> float:
+    if own == 0:
+        return 0.0 if squares == 0 else math.inf
+    return math.sqrt(squares / own)
+
+
+def _cosine(both: float, theirs: float, own: float) -> float:
+    product = math.sqrt(theirs * own)
+    return both / product if product else float(theirs == own)
+
+
+def _count(apart: Sequence[Apart], most: float) -> str:
+    wrong = sum(not one.error <= most for one in apart)
+    return f"{wrong} of {len(apart)} parts"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.2g} %" if ratio < 0.1 else f"{100 * ratio:.0f} %"
