@@ -136,7 +136,7 @@ class Receiving:
         if not self._done.wait(120) or self._failure:
             raise RuntimeError(self._failure or self.session.missing())
         complete = time.monotonic()
-        return complete, self.session.take_memory().build(mx.bfloat16)
+        return complete, self.session.take_memory().build()
 
     def verify(self, caches: list[Any]) -> None:
         """Raise RuntimeError unless every byte is what ``plane_data`` says."""

@@ -78,6 +78,39 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
          "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
          "tie_word_embeddings": True, "num_hidden_layers": 8},
     ),
+    # Recurrent states beside K and V: Mamba 2, short convolutions, and both in each layer.
+    "nemotron_h": (
+        "NemotronH",
+        {"hybrid_override_pattern": "M-M*M-", "num_hidden_layers": 6, "mamba_num_heads": 8,
+         "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "conv_kernel": 4,
+         "layer_norm_epsilon": 1e-5, "use_conv_bias": True},
+    ),
+    "lfm2": (
+        "Lfm2",
+        _ROPE | {"layer_types": ["conv", "full_attention", "conv", "full_attention"],
+                 "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
+    ),
+    "falcon_h1": (
+        "FalconH1",
+        _ROPE | {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 2,
+                 "mamba_d_state": 16, "mamba_d_conv": 4},
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {"layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_n_heads": 8,
+         "mamba_d_head": 32, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_conv": 4,
+         "num_local_experts": 0, "shared_intermediate_size": 128, "num_experts_per_tok": 0,
+         "attention_multiplier": 0.2, "position_embedding_type": "rope"} | _ROPE,
+    ),
+    # A latent and a rotated key instead of K and V.
+    "deepseek_v3": (
+        "DeepseekV3",
+        _ROPE | {"kv_lora_rank": 512, "q_lora_rank": 64, "qk_rope_head_dim": 64,
+                 "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4,
+                 "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                 "moe_intermediate_size": 64, "first_k_dense_replace": 1, "head_dim": 64,
+                 "n_shared_experts": 1, "routed_scaling_factor": 1.0},
+    ),
 }  # fmt: skip
 
 
@@ -98,7 +131,7 @@ def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **othe
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     _randomise(model, torch.Generator().manual_seed(seed))
     save(model, path, dtype)
-    _spell_for_mlx(path)
+    spell_for_mlx(path)
     if family == "gpt_oss":
         _write_experts_for_mlx(path)
     return path
@@ -120,7 +153,7 @@ def _randomise(model: Any, generator: Any) -> None:
                 weight.normal_(0.0, gain / math.sqrt(weight.shape[-1]), generator=generator)
 
 
-def _spell_for_mlx(path: Path) -> None:
+def spell_for_mlx(path: Path) -> None:
     """mlx-lm reads the older spelling of rotary parameters, which the hub's files have."""
     file = path / "config.json"
     config = json.loads(file.read_text())

@@ -39,6 +39,7 @@ from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_fr
 from vllm_mac_decode.worker.exporter import Exporter
 from vllm_mac_decode.worker.layers import exported_layers, updates_before_hook
 from vllm_mac_decode.worker.ledger import BlockLedger
+from vllm_mac_decode.worker.paged_cache import described
 from vllm_mac_decode.worker.paged_layout import LayoutError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = settings.load(self._kv_transfer_config.kv_connector_extra_config)
         self._exporter: Exporter | None = None
-        self._report = WorkerReport("", "the KV caches were never registered")
+        self._report = WorkerReport("the KV caches were never registered")
         self._early = False
         self._attached = False
         self._ledger = BlockLedger()
@@ -124,20 +125,17 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Find out how to read the caches, and start the exporter. Never raises."""
-        dtypes = {str(cache.dtype).removeprefix("torch.") for cache in kv_caches.values()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else ""
         try:
             layers = exported_layers(self._vllm_config, self._kv_cache_config, kv_caches)
             if layers:
-                self._early = updates_before_hook(self._vllm_config, kv_caches)
+                self._early = updates_before_hook(self._vllm_config, layers)
                 self._exporter = Exporter(layers, self._settings, self._ledger)
-            described = {layer.index: layer.described() for layer in layers.values()}
-            self._report = WorkerReport(dtype, layers=described)
+            self._report = WorkerReport(layers=described(list(layers.values())))
         except (LayoutError, ValueError) as error:
-            self._report = WorkerReport(dtype, str(error))
+            self._report = WorkerReport(str(error))
         except Exception as error:
             logger.exception("the KV export cannot start")
-            self._report = WorkerReport(dtype, f"its export cannot start: {error}")
+            self._report = WorkerReport(f"its export cannot start: {error}")
 
     def get_handshake_metadata(self) -> WorkerReport:
         """What ``register_kv_caches`` found, for the scheduler half."""

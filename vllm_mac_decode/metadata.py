@@ -29,7 +29,6 @@ class WorkerReport(KVConnectorHandshakeMetadata):
     """What a worker found in its KV cache: its ``layers`` by their place in the model, for
     ``wire.layout.merged``. ``problem`` is empty when it can export them."""
 
-    kv_dtype: str
     problem: str = ""
     layers: dict[int, LayerLayout] = field(default_factory=dict)
 

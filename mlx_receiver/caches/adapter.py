@@ -7,7 +7,7 @@ finished cache over without copying it. Everything else knows a layer's parts by
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from mlx_receiver.wire.layout import LayerLayout
 
-__all__ = ["CacheAdapter", "LayerBuffers", "Rows", "mlx_dtype", "wire_dtype"]
+__all__ = ["CARRIERS", "CacheAdapter", "LayerBuffers", "Rows", "mlx_dtype", "wire_dtype"]
+
+#: NumPy has no bfloat16, so aliases carry plain integers of the same width.
+CARRIERS: Final = {2: mx.uint16, 4: mx.uint32}
 
 _DTYPES: Final = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -53,9 +56,10 @@ class LayerBuffers(Protocol):
     def rows(self, index: int, heads: slice, tokens: slice) -> Rows:
         """Memory for a block of that part, ``[heads, tokens, width]``."""
 
-    def build(self, dtype: mx.Dtype) -> tuple[Any, list[mx.array]]:
-        """The layer's cache in ``dtype``, offset at the last token received, and its arrays that
-        are still to be evaluated: of all layers together, since each time waits for the device.
+    def build(self, dtypes: Sequence[mx.Dtype]) -> tuple[Any, list[mx.array]]:
+        """The layer's cache, each part in its dtype, offset at the last token received, and its
+        arrays that are still to be evaluated: of all layers together, since each time waits for the
+        device.
 
         Call once, on the decoding thread, when nothing writes any more; the aliases are gone
         afterwards and the cache is the memory's only owner.

@@ -9,7 +9,7 @@ import mlx.core as mx
 from numpy.typing import NDArray
 
 from mlx_receiver import plugins
-from mlx_receiver.caches.adapter import CacheAdapter, LayerBuffers, Rows
+from mlx_receiver.caches.adapter import CacheAdapter, LayerBuffers, Rows, mlx_dtype
 from mlx_receiver.wire.layout import CacheLayout, LayerLayout
 
 
@@ -24,10 +24,17 @@ class CacheBuffers:
     """
 
     def __init__(
-        self, layout: CacheLayout, adapters: Sequence[CacheAdapter], tokens: int, headroom: int
+        self,
+        layout: CacheLayout,
+        own: CacheLayout,
+        adapters: Sequence[CacheAdapter],
+        tokens: int,
+        headroom: int,
     ) -> None:
-        """Its first layer is allocated, the others are not; ``adapters`` has one for each layer."""
+        """Its first layer is allocated, the others are not; ``own`` is the layout that it is
+        decoded in, and ``adapters`` has one for each layer."""
         self._layout = layout
+        self._own = own
         self._adapters = adapters
         self._tokens, self._headroom = tokens, headroom
         self._made: list[LayerBuffers] = []
@@ -55,13 +62,13 @@ class CacheBuffers:
         """See ``LayerBuffers.rows``."""
         return self._made[layer].rows(part, heads, tokens)
 
-    def build(self, dtype: mx.Dtype) -> list[Any]:
-        """Every layer's cache; see ``LayerBuffers.build``."""
+    def build(self) -> list[Any]:
+        """Every layer's cache, in the dtypes that it is decoded in; see ``LayerBuffers.build``."""
         made, self._made = self._made, []
         caches, arrays = [], []
-        while made:
+        for layer in self._own.layers:
             # Nothing but its cache may own a layer's memory.
-            cache, held = made.pop(0).build(dtype)
+            cache, held = made.pop(0).build([mlx_dtype(part.dtype) for part in layer.parts])
             caches.append(cache)
             arrays += held
         mx.eval(arrays)
@@ -104,7 +111,7 @@ class ModelCache:
     def allocate(self, layout: CacheLayout, tokens: int, headroom: int) -> CacheBuffers:
         """Memory for a client's ``layout``, which differs from this model's in dtypes, and in
         windows that are longer than the text (``CacheLayout.limit``)."""
-        return CacheBuffers(layout, self._adapters, tokens, headroom)
+        return CacheBuffers(layout, self.layout, self._adapters, tokens, headroom)
 
     def empty(self) -> list[Any]:
         """Caches without tokens, one a layer."""
@@ -127,9 +134,10 @@ def adapters() -> list[CacheAdapter]:
 def builtin_adapters() -> list[CacheAdapter]:
     """Those that come with this package."""
     from mlx_receiver.caches.plain import PlainKV
+    from mlx_receiver.caches.states import States
     from mlx_receiver.caches.window import WindowKV
 
-    return [PlainKV(), WindowKV()]
+    return [PlainKV(), WindowKV(), States()]
 
 
 def known_layout(cache: Any) -> LayerLayout | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import mlx.core as mx
@@ -10,16 +10,13 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
-from mlx_receiver.caches.adapter import Rows, mlx_dtype, wire_dtype
+from mlx_receiver.caches.adapter import CARRIERS, Rows, mlx_dtype, wire_dtype
 from mlx_receiver.caches.cuda_staging import Staging, staging
 from mlx_receiver.caches.joinable import JoinableKVCache
 from mlx_receiver.wire.layout import FULL, ITEMSIZE, KEYS, VALUES, LayerLayout, Part
 
 #: ``KVCache`` grows in steps of this many tokens, copying itself each time.
 STEP: Final = KVCache.step
-
-# NumPy has no bfloat16, so the aliases carry plain integers of the same width.
-_CARRIERS: Final = {2: mx.uint16, 4: mx.uint32}
 
 
 class PlainKV:
@@ -83,7 +80,7 @@ class PlainKVBuffers:
         self._dtypes = [mlx_dtype(part.dtype) for part in layer.parts]
         self._staging = staging
         self._arrays = [
-            mx.zeros((1, part.heads, capacity, part.width), _CARRIERS[ITEMSIZE[part.dtype]])
+            mx.zeros((1, part.heads, capacity, part.width), CARRIERS[ITEMSIZE[part.dtype]])
             for part in layer.parts
         ]
         mx.eval(self._arrays)
@@ -105,7 +102,7 @@ class PlainKVBuffers:
             return Rows([slot.buffer], slot.written, slot.dropped)
         return Rows([row.data.cast("B") for row in place])
 
-    def build(self, dtype: mx.Dtype) -> tuple[Any, list[mx.array]]:
+    def build(self, dtypes: Sequence[mx.Dtype]) -> tuple[Any, list[mx.array]]:
         """See ``LayerBuffers.build``."""
         if self._staging is not None:
             self._staging.finish()
@@ -113,8 +110,8 @@ class PlainKVBuffers:
         self._aliases = []
         keys, values = (array.view(d) for array, d in zip(self._arrays, self._dtypes, strict=True))
         self._arrays = []
-        if any(d != dtype for d in self._dtypes):
+        if self._dtypes != list(dtypes):
             # At once: there need not be room for a converted cache beside the whole one.
-            keys, values = keys.astype(dtype), values.astype(dtype)
+            keys, values = keys.astype(dtypes[0]), values.astype(dtypes[1])
             mx.eval(keys, values)
         return self._hold(keys, values), [keys, values]

@@ -97,7 +97,7 @@ def _decode_from(buffers: Any, expected: NDArray[np.uint16]) -> Finding:
     import mlx.core as mx
 
     places = [_address(buffers.part(layer, part)) for layer, part in np.ndindex(expected.shape[:2])]
-    caches = buffers.build(mx.bfloat16)
+    caches = buffers.build()
     token = mx.zeros((1, expected.shape[2], 1, expected.shape[4]), mx.bfloat16)
     for when in ("handed over", "decoded from"):
         arrays = [array for cache in caches for array in (cache.keys, cache.values)]
@@ -244,11 +244,11 @@ def provoke_error(engine: DecodeEngine) -> str:
     memory than its GPU can give; what was done, "" where it did not fail."""
     import mlx.core as mx
 
-    errors = {"a cache of another shape": lambda _dtype: _caches(engine, heads_too_many=1)}
+    errors = {"a cache of another shape": lambda: _caches(engine, heads_too_many=1)}
     if mx.metal.is_available():
         rows = 1 + int(mx.device_info()["max_buffer_length"]) // (1 << 30)
 
-        def too_large(_dtype: Any) -> list[Any]:
+        def too_large() -> list[Any]:
             mx.eval(mx.zeros((rows, 1 << 30), mx.uint8))
             return _caches(engine)
 
@@ -272,7 +272,7 @@ def _caches(engine: DecodeEngine, heads_too_many: int = 0) -> list[Any]:
     return made
 
 
-def _failing_job(engine: DecodeEngine, build_cache: Callable[[Any], list[Any]]) -> str:
+def _failing_job(engine: DecodeEngine, build_cache: Callable[[], list[Any]]) -> str:
     """Why a job over those caches fails; "" if it does not."""
     import queue
 

@@ -98,7 +98,7 @@ def check_loopback(transport: Any = None) -> Finding:
     finally:
         listener.close()
     size = sum(header.payload_bytes for header in headers)
-    caches = buffers.build(mx.bfloat16)
+    caches = buffers.build()
     repeated = np.concatenate([block] * (_TOKENS // _BLOCK_TOKENS), axis=1)
     for cache in caches:
         for array in (cache.keys, cache.values):

@@ -12,7 +12,6 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generation_stream
 
-from mlx_receiver.caches.adapter import mlx_dtype
 from mlx_receiver.decode.jobs import Job
 from mlx_receiver.decode.model import LoadedModel, ModelSource
 from mlx_receiver.decode.sampling import RequestSampler, greedy
@@ -105,7 +104,7 @@ class Batch:
             return Row(job, caches, [], [*job.prompt_token_ids, *sampled])
         assert sampled
         build, job.build_cache = job.build_cache, None
-        return Row(job, build(mlx_dtype(self._loaded.dtype)), [*job.prompt_token_ids], sampled)
+        return Row(job, build(), [*job.prompt_token_ids], sampled)
 
     def decode_alone(self, row: Row) -> int:
         """The row's next token, which becomes its new one, without the batch."""

@@ -295,7 +295,6 @@ class DecodeEngine:
             self._fail(job, E_CAPACITY, "the KV memory is full (--kv-memory)")
 
     def _compare(self, proof: Proof) -> None:
-        from mlx_receiver.caches.adapter import mlx_dtype
         from mlx_receiver.decode.proof import compare, own_weights
 
         self._holds_memory = True
@@ -303,7 +302,7 @@ class DecodeEngine:
         assert loaded is not None
         try:
             weights = [own_weights(self.source.config, loaded.dtype), proof.weights]
-            caches = proof.build_cache(mlx_dtype(loaded.dtype))
+            caches = proof.build_cache()
             tokens = proof.prompt_token_ids
             verdict = compare(loaded, tokens, caches, proof.following, weights)
         except Exception:

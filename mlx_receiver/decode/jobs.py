@@ -12,7 +12,7 @@ from mlx_receiver.wire.messages import Code, FinishReason, Logprobs, Sampling
 if TYPE_CHECKING:
     from mlx_receiver.decode.sampling import RequestSampler
 
-BuildCache = Callable[[Any], list[Any]]
+BuildCache = Callable[[], list[Any]]
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +46,7 @@ class Job:
     """A request to decode.
 
     With ``first_token`` and ``build_cache`` it continues a prompt whose cache exists: that is
-    called once, on the decoding thread, with the model's dtype, and returns one cache a layer.
+    called once, on the decoding thread, and returns one cache a layer.
     Without ``build_cache`` MLX prefills the prompt itself, and the first token behind it if that
     was sampled elsewhere.
 

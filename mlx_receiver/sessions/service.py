@@ -259,7 +259,7 @@ class SessionService:
             session.sampling,
             client,
             first,
-            lambda dtype: session.take_memory().build(dtype),
+            lambda: session.take_memory().build(),
             session.reservation,
             client.context,
         )
@@ -299,7 +299,7 @@ class SessionService:
         self._engine.prove(
             Proof(
                 session.prompt_token_ids,
-                lambda dtype: session.take_memory().build(dtype),
+                lambda: session.take_memory().build(),
                 first,
                 said.weights or said.layout.kv_dtype,
                 own,

@@ -17,9 +17,11 @@ from msgspec import Meta
 DTYPES: Final = ("bfloat16", "float16", "float32")
 ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-#: The kind whose layers hold K and V of every token, and the one of the last tokens only.
+#: The kind whose layers hold K and V of every token, the one of the last tokens only, and the one
+#: that holds states of the whole text.
 FULL: Final = "full"
 WINDOW: Final = "window"
+RECURRENT: Final = "recurrent"
 KEYS: Final = "keys"
 VALUES: Final = "values"
 
@@ -35,7 +37,8 @@ class Part(msgspec.Struct, frozen=True):
     ``by_token`` is false and it describes the whole text (the state of a recurrent layer).
 
     ``dtype`` is that of the numbers that travel. Of a part with a ``window`` only the last so many
-    tokens of a prompt are kept, and travel.
+    tokens of a prompt are kept, and travel. ``dims``: what a row of ``width`` numbers is an array
+    of, if not simply that.
     """
 
     name: _Name
@@ -44,6 +47,7 @@ class Part(msgspec.Struct, frozen=True):
     dtype: Literal["bfloat16", "float16", "float32"]
     by_token: bool = True
     window: _Count | None = None
+    dims: Annotated[list[_Count], Meta(max_length=4)] = []
 
     @property
     def row(self) -> int:
@@ -188,7 +192,7 @@ def need(config: Mapping[str, Any], key: str) -> int:
 
 
 def _layer_differences(mine: LayerLayout, theirs: LayerLayout) -> list[str]:
-    fields = ["heads", "width", "by_token", "window"]
+    fields = ["heads", "width", "by_token", "window", "dims"]
     if (mine.kind, theirs.kind) == (FULL, WINDOW):
         fields.remove("window")
     elif mine.kind != theirs.kind:

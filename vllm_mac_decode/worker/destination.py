@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,6 @@ from vllm.logger import init_logger
 
 from mlx_receiver.transports.transport import TransportError
 from mlx_receiver.wire.frames import DataReply, Header, Kind
-from mlx_receiver.wire.layout import ITEMSIZE
 from mlx_receiver.wire.messages import WireError
 from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
@@ -246,65 +245,68 @@ class Destination:
 
     def _gather(self, job: Job) -> None:
         """Copy one layer of a span into staging, piece by piece, and queue it for sending."""
-        span, layer, layout = job.span, job.layer, job.layer.layout
-        size = layout.block_size
+        span, layer = job.span, job.layer
+        pieces = list(self._pieces(span, layer))
+        for piece in pieces:
+            if self._is_dead(span.session) or self._closing:
+                self._ring.settle()
+                break
+            sizes = [piece.rows * part.heads * part.row_bytes for part in layer.layout.parts]
+            try:
+                slot = self._ring.acquire(sum(sizes))
+            except NoStaging as error:
+                self._give_up(span.session, str(error))
+                self._ring.settle()
+                break
+            slot.fill(
+                torch.uint8,
+                (sum(sizes),),
+                partial(layer.layout.read, layer.cache, piece.blocks),
+                job.written,
+            )
+            frames = []
+            begin = 0
+            for index, (part, size) in enumerate(zip(layer.layout.parts, sizes, strict=True)):
+                payload = _tokens(
+                    slot.memory[begin : begin + size],
+                    part.heads,
+                    (piece.low - piece.first) * part.row_bytes,
+                    (piece.high - piece.first) * part.row_bytes,
+                )
+                header = _header(job, layer.first_part + index, part, piece.low, piece.high)
+                frames.append((header, payload))
+                begin += size
+            # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
+            queued = self._ring.stream is not None and piece is pieces[-1]
+            read = partial(self._ledger.read, span.request_id)
+            self._channel.put(Staged(slot, frames, read if queued else None))
+            if queued:
+                return
+        self._ledger.read(span.request_id)
+
+    def _pieces(self, span: ExportSpan, layer: ExportedLayer) -> Iterator[_Piece]:
+        """What of a layer a span brings, in pieces that fit into a slot."""
+        layout, size = layer.layout, layer.layout.block_size
+        if not layer.by_token:
+            # States are those of all tokens so far, in the last one's block.
+            if span.end == span.prompt_tokens:
+                yield _Piece(self._tensor_blocks(span, layer)[-1:], 1, 0, 0, 1)
+            return
         start = span.start
         if layer.window is not None:
             start = max(start, span.prompt_tokens - layer.window)
         if start >= span.end:
-            self._ledger.read(span.request_id)
             return
         ids = self._tensor_blocks(span, layer)
         base = span.start - span.start % layer.block_size  # first token of ids[0]
-        itemsize = layer.cache.element_size()
-        numbers = [part.heads * size * part.width for part in layout.parts]  # of one block
-        block = sum(numbers)
-        per_piece = max(1, SLOT_BYTES // (block * itemsize))
+        block = size * sum(part.heads * part.row_bytes for part in layout.parts)
+        per_piece = max(1, SLOT_BYTES // block)
         last = -(-(span.end - base) // size)
         for at in range((start - base) // size, last, per_piece):
-            if self._is_dead(span.session) or self._closing:
-                self._ring.settle()
-                self._ledger.read(span.request_id)
-                return
-            piece = ids[at : min(at + per_piece, last)]
-            count = len(piece)
-            try:
-                slot = self._ring.acquire(count * block * itemsize)
-            except NoStaging as error:
-                self._give_up(span.session, str(error))
-                self._ring.settle()
-                self._ledger.read(span.request_id)
-                return
-            slot.fill(
-                layer.cache.dtype,
-                (count * block,),
-                partial(layout.read, layer.cache, piece),
-                job.written,
-            )
-            first = base + at * size  # the token in the piece's first row
-            low, high = max(start, first), min(span.end, first + count * size)
-            frames = []
-            begin = 0
-            for index, part in enumerate(layout.parts):
-                end = begin + count * numbers[index] * itemsize
-                token = part.width * itemsize  # bytes of one, in one head's row
-                payload = _tokens(
-                    slot.memory[begin:end],
-                    part.heads,
-                    (low - first) * token,
-                    (high - first) * token,
-                )
-                frames.append((_header(job, index, part, low, high), payload))
-                begin = end
-            # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
-            queued = self._ring.stream is not None and at + count == last
-            self._channel.put(
-                Staged(
-                    slot, frames, partial(self._ledger.read, span.request_id) if queued else None
-                )
-            )
-        if self._ring.stream is None:
-            self._ledger.read(span.request_id)
+            blocks = ids[at : min(at + per_piece, last)]
+            first, rows = base + at * size, len(blocks) * size
+            low, high = max(start, first), min(span.end, first + rows)
+            yield _Piece(blocks, rows, first, low, high)
 
     def _tensor_blocks(self, span: ExportSpan, layer: ExportedLayer) -> torch.Tensor:
         """The tensor's block ids of a span, on its device; the same for every layer of a group."""
@@ -323,14 +325,26 @@ class Destination:
         return self._ids[key]
 
 
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Blocks that are read at once: ``rows`` of each head, the first one being that of token
+    ``first``, of which ``low`` to ``high`` are wanted."""
+
+    blocks: torch.Tensor
+    rows: int
+    first: int
+    low: int
+    high: int
+
+
 def _header(job: Job, index: int, part: PagedPart, low: int, high: int) -> Header:
     return Header(
         kind=Kind.BLOCK,
         session=job.span.session,
-        payload_bytes=part.heads * (high - low) * part.width * ITEMSIZE[job.layer.dtype],
+        payload_bytes=part.heads * (high - low) * part.row_bytes,
         layer=job.layer.index,
         part=index,
-        dtype=job.layer.dtype,
+        dtype=part.dtype,
         head_start=job.layer.head_start,
         heads=part.heads,
         width=part.width,

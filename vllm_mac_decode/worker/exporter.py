@@ -50,7 +50,11 @@ class Exporter:
         self._layers = layers
         self._ledger = ledger
         self._settings = settings
-        self._device = next(iter(layers.values())).cache.device
+        self._device = next(iter(layers.values())).device
+        #: Recurrent layers, which no hook surrounds, by their place.
+        self._hookless = sorted(
+            (layer.index, name) for name, layer in layers.items() if not layer.by_token
+        )
         self._clock = DeviceClock() if self._device.type == "cuda" else None
         self._spans: list[tuple[Destination, ExportSpan]] = []
         self._unwritten: set[str] = set()
@@ -88,8 +92,18 @@ class Exporter:
         self._unwritten = set(self._layers) if self._spans else set()
 
     def layer_written(self, name: str) -> None:
-        """The layer's K and V of this step are in the paged cache (in stream order)."""
+        """The layer's K and V of this step are in the paged cache (in stream order), and so are
+        the states of recurrent layers before it."""
         if name not in self._unwritten or self._closing:
+            return
+        for index, before in self._hookless:
+            if index >= self._layers[name].index:
+                break
+            self._written(before)
+        self._written(name)
+
+    def _written(self, name: str) -> None:
+        if name not in self._unwritten:
             return
         self._unwritten.discard(name)
         written = None
@@ -101,8 +115,8 @@ class Exporter:
     def end_step(self) -> None:
         """The forward pass is queued: layers whose hook did not run (a full CUDA graph was
         replayed) are written by now, in stream order."""
-        for name in list(self._unwritten):
-            self.layer_written(name)
+        for name in [name for name in self._layers if name in self._unwritten]:
+            self._written(name)
         self._gate.end()
         self._spans = []
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
-from mlx_receiver.wire.layout import FULL, WINDOW
+from mlx_receiver.wire.layout import FULL, RECURRENT, WINDOW
 from vllm_mac_decode.worker.paged_cache import ExportedLayer
-from vllm_mac_decode.worker.paged_layout import LayoutError, PagedLayout, layer_update, probe
+from vllm_mac_decode.worker.paged_layout import (
+    LayoutError,
+    PagedLayout,
+    latent_update,
+    layer_update,
+    probe,
+)
+from vllm_mac_decode.worker.paged_states import PagedStates, states_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,7 +35,7 @@ logger = init_logger("vllm.mac_decode.layers")
 
 
 def exported_layers(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, caches: dict[str, torch.Tensor]
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, caches: dict[str, Any]
 ) -> dict[str, ExportedLayer]:
     """This worker's layers by vLLM's layer name; empty if another worker exports the same heads.
 
@@ -39,43 +52,91 @@ def exported_layers(
     unknown = sorted({kind for _, spec in groups.values() if (kind := _unknown(spec))})
     if unknown:
         raise LayoutError(f"it has layers of the kinds {', '.join(unknown)}")
+    if size > 1 and any(isinstance(spec, MambaSpec) for _, spec in groups.values()):
+        raise LayoutError("recurrent states are not exported under tensor parallelism")
     if rank % replicas:
         return {}
 
+    context = vllm_config.compilation_config.static_forward_context
+    # Who reads another layer's cache has none of its own: that one travels once.
+    own = {
+        name: cache
+        for name, cache in caches.items()
+        if getattr(context[name], "kv_sharing_target_layer_name", None) is None
+    }
+    places = _places(own, vllm_config.parallel_config.pipeline_parallel_size)
     known: dict[Any, PagedLayout] = {}
     layers = {}
-    for name, cache in caches.items():
-        attention = vllm_config.compilation_config.static_forward_context[name]
-        if getattr(attention, "kv_sharing_target_layer_name", None) is not None:
-            continue  # it reads another layer's, which travels once
+    for name, cache in own.items():
+        attention = context[name]
         group, spec = groups[name]
-        heads = attention.num_kv_heads
+        block_size = int(spec.block_size)
+        if isinstance(spec, MambaSpec):
+            states = states_of(attention)
+            layout = PagedStates.of(states, block_size)
+            layers[name] = ExportedLayer(
+                places[name], states, layout, 0, RECURRENT, block_size, group
+            )
+            continue
+        latent = isinstance(spec, MLAAttentionSpec)
+        heads = 1 if latent else attention.num_kv_heads
         key = (type(attention.impl), cache.shape, cache.stride(), cache.dtype, heads)
         if key not in known:
             try:
                 known[key] = probe(
                     cache,
                     kv_cache_config.num_blocks,
-                    int(spec.block_size),
+                    block_size,
                     heads,
-                    attention.head_size,
-                    layer_update(attention),
+                    _widths(attention, spec),
+                    latent_update(attention) if latent else layer_update(attention),
                 )
             except LayoutError as error:
                 raise LayoutError(f"layer {name}: {error}") from None
             logger.debug("layout of %s: %s", name, known[key])
         window = getattr(spec, "sliding_window", None)
         layers[name] = ExportedLayer(
-            extract_layer_index(name),
+            places[name],
             cache,
             known[key],
-            rank // replicas * heads,
+            0 if latent else rank // replicas * heads,
             FULL if window is None else WINDOW,
-            int(spec.block_size),
+            block_size,
             group,
             window,
         )
-    return layers
+    return _side_by_side(layers)
+
+
+def _places(names: Iterable[str], stages: int) -> dict[str, int]:
+    """Each layer's place among those that have a cache.
+
+    A stage of a pipeline does not know the others' layers: there every layer must have one.
+    """
+    indexes = {name: int(extract_layer_index(name)) for name in names}
+    if stages > 1:
+        return indexes
+    order = {index: place for place, index in enumerate(sorted(set(indexes.values())))}
+    return {name: order[index] for name, index in indexes.items()}
+
+
+def _side_by_side(layers: dict[str, ExportedLayer]) -> dict[str, ExportedLayer]:
+    """Number the parts of layers that have several caches: recurrent ones come first."""
+    parts: dict[int, int] = {}
+    found = {}
+    for name, layer in sorted(layers.items(), key=lambda item: item[1].by_token):
+        first = parts.get(layer.index, 0)
+        parts[layer.index] = first + len(layer.layout.parts)
+        found[name] = replace(layer, first_part=first)
+    return {name: found[name] for name in layers}
+
+
+def _widths(attention: Any, spec: Any) -> tuple[int, int]:
+    """Of a head's K and V, or of the latent and the rotated key."""
+    if isinstance(spec, MLAAttentionSpec):
+        return attention.kv_lora_rank, attention.qk_rope_head_dim
+    keys = int(attention.head_size)
+    return keys, int(getattr(attention, "head_size_v", None) or keys)
 
 
 def _spec(spec: Any, name: str) -> Any:
@@ -86,18 +147,20 @@ def _spec(spec: Any, name: str) -> Any:
 
 def _unknown(spec: Any) -> str:
     """What kind of cache it is if it is none that can be exported. A subclass may keep anything."""
-    plain = type(spec) in (FullAttentionSpec, SlidingWindowSpec)
-    if not plain or getattr(spec, "attention_chunk_size", None) is not None:
+    known = type(spec) in (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec, MambaSpec)
+    if not known or getattr(spec, "attention_chunk_size", None) is not None:
         return type(spec).__name__.removesuffix("Spec")
     return ""
 
 
-def updates_before_hook(vllm_config: VllmConfig, caches: dict[str, torch.Tensor]) -> bool:
+def updates_before_hook(vllm_config: VllmConfig, layers: Mapping[str, ExportedLayer]) -> bool:
     """Whether every layer's K and V are in the cache before ``wait_for_layer_load`` is called.
 
     vLLM calls that hook around the attention operator; backends with
     ``forward_includes_kv_cache_update = False`` update the cache in an operator before it.
     """
     context = vllm_config.compilation_config.static_forward_context
-    backends = {getattr(context[name], "attn_backend", None) for name in caches}
+    # No hook surrounds recurrent layers; theirs are written before the next layer's is called.
+    names = [name for name, layer in layers.items() if layer.by_token]
+    backends = {getattr(context[name], "attn_backend", None) for name in names}
     return all(getattr(b, "forward_includes_kv_cache_update", True) is False for b in backends)

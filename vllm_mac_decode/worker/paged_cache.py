@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from mlx_receiver.wire.layout import LayerLayout, Part
+from mlx_receiver.wire.layout import ITEMSIZE, LayerLayout, Part
 
 
 @dataclass(frozen=True)
 class PagedPart:
-    """One array of a layer, as far as this worker holds it: ``[heads, tokens, width]``."""
+    """One array of a layer, as far as this worker holds it: ``[heads, tokens, width]``, or
+    ``[heads, 1, width]`` of the whole text where it is not ``by_token``.
+
+    ``dtype`` is the wire's name of its numbers', ``dims`` as in ``wire.layout.Part``.
+    """
 
     name: str
     heads: int
     width: int
+    dtype: str
+    by_token: bool = True
+    dims: tuple[int, ...] = ()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of one head."""
+        return self.width * ITEMSIZE[self.dtype]
 
 
 class PagedCache(Protocol):
@@ -29,35 +41,45 @@ class PagedCache(Protocol):
 
     @property
     def parts(self) -> Sequence[PagedPart]:
-        """In the order of the layer's layout."""
+        """In the order of the layer's layout; all by token, or none."""
 
-    def read(self, cache: torch.Tensor, block_ids: torch.Tensor, out: torch.Tensor) -> None:
-        """Copy whole blocks into ``out`` ``[numbers]``, on the cache's device: part after part,
-        each ``[heads, len(block_ids), block_size, width]``."""
+    def read(self, cache: Any, block_ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy whole blocks into ``out``, uint8 ``[bytes]`` on the cache's device: part after
+        part, each ``[heads, len(block_ids), block_size, width]``, or where it is not by token
+        ``[heads, width]`` of one block."""
 
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """One layer of this worker: its place in the model, its kind, its cache and how to read it.
+    """One layer's cache, or one of several that it has: its place among the layers that have any,
+    its kind, the tensor or tensors, and how to read them.
 
-    ``head_start`` is the model's index of the worker's first head (tensor parallelism), ``group``
-    the KV cache group whose blocks hold the layer's tokens, ``block_size`` of them each. With a
-    ``window`` only the last so many tokens of a prompt are exported.
+    ``first_part`` is the number of its first part in the layer, ``head_start`` the model's index of
+    the worker's first head (tensor parallelism), ``group`` the KV cache group whose blocks hold the
+    layer's tokens, ``block_size`` of them each. With a ``window`` only the last so many tokens of a
+    prompt are exported.
     """
 
     index: int
-    cache: torch.Tensor
+    cache: Any
     layout: PagedCache
     head_start: int
     kind: str
     block_size: int
     group: int = 0
     window: int | None = None
+    first_part: int = 0
 
     @property
-    def dtype(self) -> str:
-        """Of the numbers in the cache, as the wire calls it."""
-        return str(self.cache.dtype).removeprefix("torch.")
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        tensor = self.cache if isinstance(self.cache, torch.Tensor) else self.cache[0]
+        return torch.device(tensor.device)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it has rows for tokens, not for the text as a whole."""
+        return self.layout.parts[0].by_token
 
     @property
     def split(self) -> int:
@@ -71,9 +93,23 @@ class ExportedLayer:
                 part.name,
                 self.head_start + part.heads,
                 part.width,
-                self.dtype,  # type: ignore[arg-type]
+                part.dtype,  # type: ignore[arg-type]
+                by_token=part.by_token,
                 window=self.window,
+                dims=list(part.dims),
             )
             for part in self.layout.parts
         ]
         return LayerLayout(self.kind, parts)
+
+
+def described(layers: Sequence[ExportedLayer]) -> dict[int, LayerLayout]:
+    """Layers by their place in the model; of one with several caches the parts of all."""
+    found: dict[int, LayerLayout] = {}
+    for layer in sorted(layers, key=lambda layer: (layer.index, layer.first_part)):
+        mine = layer.described()
+        other = found.get(layer.index)
+        if other is not None:
+            mine = LayerLayout(f"{other.kind}+{mine.kind}", [*other.parts, *mine.parts])
+        found[layer.index] = mine
+    return found

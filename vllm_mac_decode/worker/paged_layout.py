@@ -53,13 +53,15 @@ class PagedLayout:
     """The layout of one layer's cache tensor.
 
     ``block_size`` counts tokens in a block of the tensor, which may be a fraction of the
-    scheduler's block. ``block_stride`` is in elements.
+    scheduler's block. ``block_stride`` is in elements, ``dtype`` the wire's name of theirs, and
+    ``widths`` those of K and V.
     """
 
     blocks: int
     block_size: int
     heads: int
-    head_dim: int
+    widths: tuple[int, int]
+    dtype: str
     block_stride: int
     keys: PlaneMap
     values: PlaneMap
@@ -67,28 +69,41 @@ class PagedLayout:
     @cached_property
     def parts(self) -> Sequence[PagedPart]:
         """See ``PagedCache.parts``."""
-        return [PagedPart(name, self.heads, self.head_dim) for name in (KEYS, VALUES)]
+        return [
+            PagedPart(name, self.heads, width, self.dtype)
+            for name, width in zip((KEYS, VALUES), self.widths, strict=True)
+        ]
 
     def read(self, cache: torch.Tensor, block_ids: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PagedCache.read``."""
-        shape = (2, self.heads, len(block_ids), self.block_size, self.head_dim)
-        self.gather(cache, block_ids, out.view(shape))
+        self.gather(cache, block_ids, self.planes(out.view(cache.dtype), len(block_ids)))
 
-    def plane(self, cache: torch.Tensor, which: PlaneMap) -> torch.Tensor:
-        """An affine plane as a view ``[heads, blocks, block_size, head_dim]`` of the cache."""
+    def planes(self, numbers: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V ``[heads, blocks, block_size, width]``, one after the other in ``numbers``."""
+        sizes = [self.heads * blocks * self.block_size * width for width in self.widths]
+        keys, values = (
+            plane.view(self.heads, blocks, self.block_size, width)
+            for plane, width in zip(numbers.split(sizes), self.widths, strict=True)
+        )
+        return keys, values
+
+    def plane(self, cache: torch.Tensor, which: PlaneMap, width: int) -> torch.Tensor:
+        """An affine plane as a view ``[heads, blocks, block_size, width]`` of the cache."""
         assert which.strides is not None
         head, token, dim = which.strides
         return torch.as_strided(
             cache,
-            (self.heads, self.blocks, self.block_size, self.head_dim),
+            (self.heads, self.blocks, self.block_size, width),
             (head, self.block_stride, token, dim),
             cache.storage_offset() + which.offset,
         )
 
-    def gather(self, cache: torch.Tensor, block_ids: torch.Tensor, out: torch.Tensor) -> None:
-        """Copy whole blocks: ``out[p, h, i, t] = plane_p[h, block_ids[i], t]``, K first.
+    def gather(
+        self, cache: torch.Tensor, block_ids: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Copy whole blocks: ``out[p][h, i, t] = plane_p[h, block_ids[i], t]``, K first.
 
-        ``out`` is ``[2, heads, len(block_ids), block_size, head_dim]`` on the cache's device.
+        ``out`` are ``planes`` on the cache's device.
         """
         if cache.device.type != "cpu":
             self._gather_on_gpu(cache, block_ids, out)
@@ -97,37 +112,43 @@ class PagedLayout:
             self._gather_on_cpu(cache, which, block_ids, target)
 
     def _gather_on_gpu(
-        self, cache: torch.Tensor, block_ids: torch.Tensor, out: torch.Tensor
+        self, cache: torch.Tensor, block_ids: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
         """One kernel for K and V, of wide elements, where the layout allows it: on an H100 38 us
         for a layer of 8,192 tokens of Llama-3.1-8B's shape instead of 78."""
         both = self._both_planes(cache)
         if both is not None:
-            torch.index_select(both, 2, block_ids, out=out.view(both.dtype))
+            keys = out[0]
+            whole = torch.as_strided(keys, (2, *keys.shape), (keys.numel(), *keys.stride()))
+            torch.index_select(both, 2, block_ids, out=whole.view(both.dtype))
             return
         for which, target in zip((self.keys, self.values), out, strict=True):
             if which.strides is not None:
-                torch.index_select(self.plane(cache, which), 1, block_ids, out=target)
+                plane = self.plane(cache, which, target.shape[-1])
+                torch.index_select(plane, 1, block_ids, out=target)
             else:
                 assert which.index is not None
                 base = cache.storage_offset() + block_ids * self.block_stride
                 target.copy_(_flat(cache)[base[None, :, None, None] + which.index[:, None]])
 
     def _both_planes(self, cache: torch.Tensor) -> torch.Tensor | None:
-        """K and V as one view ``[2, heads, blocks, block_size, head_dim]``, in elements of 8 bytes
+        """K and V as one view ``[2, heads, blocks, block_size, width]``, in elements of 8 bytes
         (and a smaller last dimension) where everything is a multiple of that. None when their
-        strides differ."""
+        widths or strides differ."""
         between = self.values.offset - self.keys.offset
-        if self.keys.strides is None or self.keys.strides != self.values.strides or between < 0:
+        width, other = self.widths
+        if self.keys.strides is None or self.keys.strides != self.values.strides:
+            return None
+        if between < 0 or width != other:
             return None
         head, token, dim = self.keys.strides
         strides = (between, head, self.block_stride, token, dim)
         offset = cache.storage_offset() + self.keys.offset
         both = torch.as_strided(
-            cache, (2, self.heads, self.blocks, self.block_size, self.head_dim), strides, offset
+            cache, (2, self.heads, self.blocks, self.block_size, width), strides, offset
         )
         wide = 8 // cache.element_size()
-        if dim == 1 and not any(n % wide for n in (*strides[:-1], offset, self.head_dim)):
+        if dim == 1 and not any(n % wide for n in (*strides[:-1], offset, width)):
             return both.view(torch.int64)
         return both
 
@@ -142,7 +163,7 @@ class PagedLayout:
         """
         target = _bits(out)
         if which.strides is not None:
-            source = _bits(self.plane(cache, which))
+            source = _bits(self.plane(cache, which, out.shape[-1]))
             # Blocks of one request are mostly consecutive: a few strided copies beat one indexed.
             for at, first, count in runs(block_ids.tolist()):
                 np.copyto(target[:, at : at + count], source[:, first : first + count])
@@ -186,12 +207,12 @@ def probe(
     num_blocks: int,
     block_size: int,
     heads: int,
-    head_dim: int,
+    widths: tuple[int, int],
     update: CacheUpdate,
 ) -> PagedLayout:
     """Learn the layout of ``cache``, a layer's paged KV of ``num_blocks`` scheduler blocks.
 
-    ``block_size`` is the scheduler's. Raises LayoutError when the cache is not a float cache,
+    ``block_size`` is the scheduler's, ``widths`` those of a head's K and V. Raises LayoutError when the cache is not a float cache,
     has no block dimension, or does not give back what was written.
     """
     if not cache.is_floating_point() or cache.element_size() < 2:
@@ -205,19 +226,22 @@ def probe(
     tokens = block_size // ratio
     scratch = _scratch(cache, block_dim)
 
-    codes = _write_codes(scratch, tokens, heads, head_dim, update)
-    count = tokens * heads * head_dim
+    codes = _write_codes(scratch, tokens, heads, widths, update)
     start = scratch.stride(block_dim)  # block 1 is the one that was written
     maps = []
-    for plane in range(2):
-        where = _positions(codes, plane * count, count)
-        relative = (where - start).view(tokens, heads, head_dim).permute(1, 0, 2)
+    first = 0
+    for width in widths:
+        count = tokens * heads * width
+        where = _positions(codes, first, count)
+        relative = (where - start).view(tokens, heads, width).permute(1, 0, 2)
         maps.append(_plane_map(relative, cache.device))
+        first += count
     layout = PagedLayout(
         blocks=cache.shape[block_dim],
         block_size=tokens,
         heads=heads,
-        head_dim=head_dim,
+        widths=widths,
+        dtype=str(cache.dtype).removeprefix("torch."),
         block_stride=cache.stride(block_dim),
         keys=_rebase(maps[0], scratch, cache, block_dim),
         values=_rebase(maps[1], scratch, cache, block_dim),
@@ -246,20 +270,23 @@ def _scratch(cache: torch.Tensor, block_dim: int) -> torch.Tensor:
 
 
 def _write_codes(
-    scratch: torch.Tensor, tokens: int, heads: int, head_dim: int, update: CacheUpdate
+    scratch: torch.Tensor, tokens: int, heads: int, widths: tuple[int, int], update: CacheUpdate
 ) -> torch.Tensor:
     """Write every element's number into block 1; what each storage element holds (-1: nothing)."""
-    count = tokens * heads * head_dim
-    numbers = torch.arange(2 * count, device=scratch.device)
+    counts = [tokens * heads * width for width in widths]
+    numbers = torch.arange(sum(counts), device=scratch.device)
     slots = torch.arange(tokens, 2 * tokens, device=scratch.device, dtype=torch.int64)
     held = torch.zeros(storage_elements(scratch), dtype=torch.int64, device=scratch.device)
     seen = torch.ones_like(held, dtype=torch.bool)
     raw = torch.as_strided(scratch, (held.numel(),), (1,), 0)
-    weight, rest = 1, 2 * count - 1
+    weight, rest = 1, sum(counts) - 1
     while True:
-        digits = (numbers // weight % _BASE + 1).to(scratch.dtype).view(2, tokens, heads, head_dim)
+        digits = (numbers // weight % _BASE + 1).to(scratch.dtype).split(counts)
+        keys, values = (
+            plane.view(tokens, heads, width) for plane, width in zip(digits, widths, strict=True)
+        )
         raw.zero_()
-        update(digits[0].contiguous(), digits[1].contiguous(), scratch, slots)
+        update(keys, values, scratch, slots)
         values = raw.to(torch.float64)
         seen &= (values >= 1) & (values <= _BASE) & (values == values.round())
         held += torch.where(seen, values.to(torch.int64) - 1, 0) * weight
@@ -326,27 +353,43 @@ def _verify(
         blocks=_SCRATCH_BLOCKS,
         block_size=layout.block_size,
         heads=layout.heads,
-        head_dim=layout.head_dim,
+        widths=layout.widths,
+        dtype=layout.dtype,
         block_stride=layout.block_stride,
         keys=maps[0],
         values=maps[1],
     )
     slots = torch.randperm(tokens, device=scratch.device)
-    shape = (tokens, layout.heads, layout.head_dim)
-    written = [torch.randn(shape, device=scratch.device).to(scratch.dtype) for _ in range(2)]
+    written = [
+        torch.randn((tokens, layout.heads, width), device=scratch.device).to(scratch.dtype)
+        for width in layout.widths
+    ]
     update(written[0], written[1], scratch, slots)
     ids = torch.arange(_SCRATCH_BLOCKS, device=scratch.device)
-    out = torch.empty(
-        (2, layout.heads, _SCRATCH_BLOCKS, layout.block_size, layout.head_dim),
-        dtype=scratch.dtype,
-        device=scratch.device,
-    )
+    count = tokens * layout.heads * sum(layout.widths)
+    numbers = torch.empty(count, dtype=scratch.dtype, device=scratch.device)
+    out = local.planes(numbers, _SCRATCH_BLOCKS)
     local.gather(scratch, ids, out)
     for data, got, name in zip(written, out, ("K", "V"), strict=True):
         expected = torch.empty_like(data)
         expected[slots] = data
         if not torch.equal(got.flatten(1, 2).transpose(0, 1), expected):
             raise LayoutError(f"{name} does not read back as it was written")
+
+
+def latent_update(layer: Any) -> CacheUpdate:
+    """The same of a layer with a latent cache (MLA): the latent is its K, the rotated key its V."""
+    impl = layer.impl
+
+    def call(
+        key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        scale = getattr(layer, "_k_scale", None)
+        impl.do_kv_cache_update(key.squeeze(1), value, cache, slots, layer.kv_cache_dtype, scale)
+
+    if getattr(impl, "do_kv_cache_update", None) is None:
+        raise LayoutError(f"{type(impl).__name__} has no cache update of its own to probe with")
+    return call
 
 
 def layer_update(layer: Any) -> CacheUpdate:

@@ -124,7 +124,7 @@ def test_every_block_is_where_it_belongs(
             land(made, block(layer, plane, 0, 2), data[:, :2] + 1, commit=False)
             land(made, block(layer, plane, 0, 2), data[:, :2])
     assert made.complete
-    caches = made.take_memory().build(mx.float32)
+    caches = made.take_memory().build()
     assert not driver.queued
     for layer, built in enumerate(caches):
         for plane, array in ((0, built.keys), (1, built.values)):
@@ -160,7 +160,7 @@ def test_a_finished_cache_has_no_other_owner(staged: LateDriver) -> None:
     made = session(memory)
     land(made, block(0, 0), values(1))
     ((_, _, target),) = staged.queued
-    memory.build(mx.float32)
+    memory.build()
     assert target() is None
 
 
@@ -168,7 +168,7 @@ def test_the_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = buffers()
     evaluate, times = mx.eval, []
     monkeypatch.setattr(mx, "eval", lambda *arrays: times.append(1) or evaluate(*arrays))
-    memory.build(mx.float32)
+    memory.build()
     assert len(times) == 1
 
 

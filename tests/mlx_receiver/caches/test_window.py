@@ -94,7 +94,7 @@ def test_what_is_built_decodes_as_mlx_alone(model: Any, tokens: int) -> None:
             part = buffers.part(layer, index)
             part[:, : array.shape[2]] = np.array(array)[0].view(np.uint32)
             del part
-    built = buffers.build(mx.float32)
+    built = buffers.build()
     mine, theirs = logits, logits
     for _ in range(3 * SIZE):
         token = mx.argmax(theirs, axis=-1)[None]

@@ -185,10 +185,10 @@ def test_a_refused_session_releases_its_blocks(
     worker.step([(refused, 0, 40)], store.target)
     time.sleep(0.3)
     store.sweep()  # nobody opened the session in time
-    worker.wait_finished(refused, seconds=2)
+    worker.wait_finished(refused, seconds=10)
     # Later chunks of it are given up at once.
     worker.step([(refused, 0, 40)], store.target)
-    worker.wait_finished(refused, seconds=2)
+    worker.wait_finished(refused, seconds=10)
     hand_over(store, [worker], [[(other, 0, 16)]])
 
 
@@ -197,7 +197,7 @@ def test_nobody_listening_releases_the_blocks(store: Store, worker: Worker) -> N
     gone.stop()
     request, other = Request(40, [9, 3, 4]), Request(16, [5])
     worker.step([(request, 0, 40)], gone.target)
-    worker.wait_finished(request, seconds=2)
+    worker.wait_finished(request, seconds=10)
     hand_over(store, [worker], [[(other, 0, 16)]])
 
 
@@ -205,7 +205,7 @@ def test_a_ticket_that_is_not_valid_releases_the_blocks(store: Store, worker: Wo
     request = Request(40, [9, 3, 4])
     session = store.add(request)
     worker.step([(request, 0, 40)], replace(store.target, ticket=new_ticket()))
-    worker.wait_finished(request, seconds=2)
+    worker.wait_finished(request, seconds=10)
     assert worker.exporter.take_unreachable() == [request.session]
     assert not session.kv_bytes
 
@@ -315,8 +315,8 @@ def test_a_peer_that_answers_nonsense_is_given_up(store: Store, worker: Worker) 
             with connection:
                 connection.sendall(nonsense)
                 if nonsense:
-                    worker.wait_finished(request, seconds=3)
-            worker.wait_finished(*[] if nonsense else [request], seconds=3)
+                    worker.wait_finished(request, seconds=10)
+            worker.wait_finished(*[] if nonsense else [request], seconds=10)
     hand_over(store, [worker], [[(Request(16, [5]), 0, 16)]])
 
 

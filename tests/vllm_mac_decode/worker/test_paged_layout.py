@@ -39,7 +39,12 @@ class Case:
 
     def probe(self) -> PagedLayout:
         return probe(
-            self.cache, self.num_blocks, self.block_size, self.heads, self.head_dim, self.update
+            self.cache,
+            self.num_blocks,
+            self.block_size,
+            self.heads,
+            (self.head_dim, self.head_dim),
+            self.update,
         )
 
 
@@ -156,13 +161,13 @@ def check_gather(case: Case, layout: PagedLayout) -> None:
     case.update(k[slots], v[slots], case.cache, slots)
     for ids in SCATTERED:
         tensor_ids = [i * ratio + part for i in ids for part in range(ratio)]
-        shape = (2, layout.heads, len(tensor_ids), layout.block_size, layout.head_dim)
+        shape = (2, layout.heads, len(tensor_ids), layout.block_size, layout.widths[0])
         # What a GPU runs gathers from CPU tensors, too.
         for gather in (layout.gather, layout._gather_on_gpu):
             out = torch.empty(shape, dtype=case.cache.dtype)
             gather(case.cache, torch.tensor(tensor_ids), out)
             for data, got in zip((k, v), out, strict=True):
-                blocks = data.view(-1, layout.block_size, layout.heads, layout.head_dim)
+                blocks = data.view(-1, layout.block_size, layout.heads, layout.widths[0])
                 assert torch.equal(got, blocks[tensor_ids].permute(2, 0, 1, 3))
 
 

@@ -205,9 +205,11 @@ def _look_at_engine(facts: EngineFacts, model: str) -> None:
     engine = LLM(model=model, **options)
     worker: Any = get_kv_transfer_group()
     report = worker.get_handshake_metadata()
-    facts.kv_dtype, facts.problem, facts.early = report.kv_dtype, report.problem, worker._early
+    dtypes = {part.dtype for layer in report.layers.values() for part in layer.parts}
+    facts.kv_dtype = ", ".join(sorted(dtypes))
+    facts.problem, facts.early = report.problem, worker._early
     context = worker._vllm_config.compilation_config.static_forward_context
-    backends = {layer.attn_backend.get_name() for layer in context.values()}
+    backends = {layer.get_attn_backend().get_name() for layer in context.values()}
     facts.backend = ", ".join(sorted(backends))
     del engine  # which takes its connector along
 

@@ -1,0 +1,92 @@
+"""States of a whole text: mlx-lm's ``ArraysCache``, of recurrent layers (Mamba, gated delta net,
+short convolution)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import ArraysCache
+from numpy.typing import NDArray
+
+from mlx_receiver.caches.adapter import CARRIERS, Rows, mlx_dtype, wire_dtype
+from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, RECURRENT, LayerLayout, Part
+
+
+class States:
+    """See ``CacheAdapter``."""
+
+    kind = RECURRENT
+
+    def layout(self, cache: Any) -> LayerLayout | None:
+        """See ``CacheAdapter.layout``."""
+        if type(cache) is not ArraysCache or any(array is None for array in cache.cache):
+            return None
+        if any(array.ndim < 3 or wire_dtype(array) not in DTYPES for array in cache.cache):
+            return None
+        parts = [
+            Part(
+                f"state{index}",
+                array.shape[1],
+                prod(array.shape[2:]),
+                wire_dtype(array),  # type: ignore[arg-type]
+                by_token=False,
+                dims=list(array.shape[2:]) if array.ndim > 3 else [],
+            )
+            for index, array in enumerate(cache.cache)
+        ]
+        return LayerLayout(RECURRENT, parts)
+
+    def nbytes(self, layer: LayerLayout, tokens: int, headroom: int, itemsize: int) -> int:
+        """See ``CacheAdapter.nbytes``."""
+        return sum(part.row for part in layer.parts) * itemsize
+
+    def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> StatesBuffers:
+        """See ``CacheAdapter.allocate``."""
+        return StatesBuffers(layer)
+
+    def empty(self, layer: LayerLayout) -> Any:
+        """See ``CacheAdapter.empty``."""
+        return ArraysCache(len(layer.parts))
+
+    def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
+        """See ``CacheAdapter.parts``."""
+        return [array[0].reshape(array.shape[1], 1, -1) for array in cache.cache]
+
+
+class StatesBuffers:
+    """The arrays of one layer."""
+
+    def __init__(self, layer: LayerLayout) -> None:
+        self._dtypes = [mlx_dtype(part.dtype) for part in layer.parts]
+        self._shapes = [(1, part.heads, *(part.dims or [part.width])) for part in layer.parts]
+        self._arrays = [
+            mx.zeros((part.heads, 1, part.width), CARRIERS[ITEMSIZE[part.dtype]])
+            for part in layer.parts
+        ]
+        mx.eval(self._arrays)
+        self._aliases: list[NDArray[Any]] = [np.array(array, copy=False) for array in self._arrays]
+
+    def part(self, index: int) -> NDArray[Any]:
+        """See ``LayerBuffers.part``."""
+        return self._aliases[index]
+
+    def rows(self, index: int, heads: slice, tokens: slice) -> Rows:
+        """See ``LayerBuffers.rows``."""
+        return Rows([row.data.cast("B") for row in self._aliases[index][heads, tokens]])
+
+    def build(self, dtypes: Sequence[mx.Dtype]) -> tuple[Any, list[mx.array]]:
+        """See ``LayerBuffers.build``."""
+        self._aliases = []
+        cache = ArraysCache(len(self._arrays))
+        cache.cache = [
+            array.view(received).reshape(shape).astype(dtype)
+            for array, received, shape, dtype in zip(
+                self._arrays, self._dtypes, self._shapes, dtypes, strict=True
+            )
+        ]
+        self._arrays = []
+        return cache, list(cache.cache)
