@@ -16,7 +16,7 @@ from typing import Any, Final
 from tests.models import TOKENIZER_FILES, save
 
 #: Raise it with every change of what is written: caches are keyed by it.
-GENERATOR_VERSION: Final = 1
+GENERATOR_VERSION: Final = 2
 
 VOCABULARY: Final = 512
 WINDOW: Final = 48
@@ -88,7 +88,10 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "lfm2": (
         "Lfm2",
         _ROPE | {"layer_types": ["conv", "full_attention", "conv", "full_attention"],
-                 "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
+                 "conv_L_cache": 3, "conv_bias": False, "conv_dim": 128, "block_dim": 128,
+                 "block_ff_dim": 128, "block_auto_adjust_ff_dim": False,
+                 "block_multiple_of": 64, "block_ffn_dim_multiplier": 1.0, "norm_eps": 1e-5,
+                 "tie_word_embeddings": True},
     ),
     "falcon_h1": (
         "FalconH1",
@@ -109,7 +112,8 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
                  "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4,
                  "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
                  "moe_intermediate_size": 64, "first_k_dense_replace": 1, "head_dim": 64,
-                 "n_shared_experts": 1, "routed_scaling_factor": 1.0},
+                 "n_shared_experts": 1, "routed_scaling_factor": 1.0, "topk_method": "noaux_tc",
+                 "scoring_func": "sigmoid", "norm_topk_prob": True},
     ),
 }  # fmt: skip
 
@@ -171,6 +175,9 @@ def spell_for_mlx(path: Path) -> None:
         if rope.get("rope_type", "default") != "default":
             config.setdefault("rope_scaling", rope)
     config.setdefault("rope_scaling", None)
+    if config["model_type"] == "granitemoehybrid":
+        names = {"linear_attention": "mamba", "full_attention": "attention"}
+        config["layer_types"] = [names.get(kind, kind) for kind in config["layer_types"]]
     if "num_local_experts" in config:
         config.setdefault("num_experts", config["num_local_experts"])
     file.write_text(json.dumps(config, indent=2) + "\n")

@@ -162,7 +162,7 @@ def layout_from_config(config: Mapping[str, Any], dtype: str) -> CacheLayout:
     c = text_config(config)
     heads = need(c, "num_attention_heads")
     whole = full_attention(
-        need(c, "num_hidden_layers"),
+        _layer_count(c),
         c.get("num_key_value_heads") or heads,
         c.get("head_dim") or need(c, "hidden_size") // heads,
         dtype,
@@ -175,6 +175,14 @@ def layout_from_config(config: Mapping[str, Any], dtype: str) -> CacheLayout:
         if kind == "sliding_attention":
             layers[index] = windowed(layer, window)
     return CacheLayout(layers)
+
+
+def _layer_count(c: Mapping[str, Any]) -> int:
+    """Hybrid models may spell each layer's kind, and no number."""
+    for key in ("layers_block_type", "layer_types", "hybrid_override_pattern"):
+        if "num_hidden_layers" not in c and isinstance(c.get(key), (str, list)):
+            return len(c[key])
+    return need(c, "num_hidden_layers")
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -51,6 +51,10 @@ def post(live: Receiver, path: str, body: bytes | dict[str, Any]) -> httpx.Respo
     return CLIENT.post(f"{live.url}/v1/{path}", content=raw, headers=headers)
 
 
+class Slow(AssertionError):
+    """A health check had to wait."""
+
+
 @contextmanager
 def beside(live: Receiver) -> Iterator[None]:
     """Someone else's requests and health checks: right, and answered soon.
@@ -69,7 +73,8 @@ def beside(live: Receiver) -> Iterator[None]:
     assert not said["wrong"], said["wrong"][:3]
     assert said["answers"]
     # Others use these cores, too. A check has to wait its turn four times: here, there and back.
-    assert said["health"] < 0.1 + said["quiet"] + 4 * said["jitter"], said
+    if said["health"] > 0.1 + said["quiet"] + 4 * said["jitter"]:
+        raise Slow(said)
 
 
 def transfer(**changes: Any) -> dict[str, Any]:
@@ -166,10 +171,18 @@ def test_one_client_does_not_slow_down_the_others(live: Receiver, name: str) -> 
             found.append(post(live, path, raw).status_code)
         return found
 
-    with beside(live), ThreadPoolExecutor(4) as pool:
-        tasks = [pool.submit(attack) for _ in range(4)]
-        said = {status for task in tasks for status in task.result()}
-    assert said == {400}
+    for attempt in range(3):
+        try:
+            with beside(live), ThreadPoolExecutor(4) as pool:
+                tasks = [pool.submit(attack) for _ in range(4)]
+                said = {status for task in tasks for status in task.result()}
+        except Slow:
+            # Once may be the machine's doing, three times is not.
+            if attempt == 2:
+                raise
+        else:
+            assert said == {400}
+            return
 
 
 def test_the_tiny_models_body_limit(live: Receiver, tiny_llama_path: Path) -> None:

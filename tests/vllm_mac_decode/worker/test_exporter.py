@@ -226,14 +226,14 @@ def test_a_data_port_that_does_not_answer_holds_nobody_up(store: Store, worker: 
         began = time.monotonic()
         again = Request(16, [9])
         worker.step([(again, 0, 16)], target)
-        worker.wait_finished(again, seconds=1)
+        worker.wait_finished(again, seconds=10)
         assert worker.exporter.take_unreachable() == [again.session]
         # Nor does an attempt that is under way hold up what is ready.
         time.sleep(1.2)
         waiting = Request(16, [10])
         worker.step([(waiting, 0, 16)], target)
         worker.exporter.begin_step([], [waiting.session], {})
-        worker.wait_finished(waiting, seconds=1)
+        worker.wait_finished(waiting, seconds=10)
     hand_over(store, [worker], [[(Request(40, [9, 3, 4]), 0, 40)]])
 
 
