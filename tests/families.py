@@ -16,7 +16,7 @@ from typing import Any, Final
 from tests.models import TOKENIZER_FILES, save
 
 #: Raise it with every change of what is written: caches are keyed by it.
-GENERATOR_VERSION: Final = 2
+GENERATOR_VERSION: Final = 7
 
 VOCABULARY: Final = 512
 WINDOW: Final = 48
@@ -101,9 +101,24 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "granitemoehybrid": (
         "GraniteMoeHybrid",
         {"layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_n_heads": 8,
-         "mamba_d_head": 32, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_conv": 4,
+         "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_conv": 4,
          "num_local_experts": 0, "shared_intermediate_size": 128, "num_experts_per_tok": 0,
-         "attention_multiplier": 0.2, "position_embedding_type": "rope"} | _ROPE,
+         "attention_multiplier": 0.2, "position_embedding_type": "nope"},
+    ),
+    "jamba": (
+        "Jamba",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+         "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2,
+         "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 8,
+         "use_mamba_kernels": False},
+    ),
+    # Later layers read earlier ones' K and V.
+    "gemma4": (
+        "Gemma4",
+        {"sliding_window": WINDOW, "num_hidden_layers": 6, "num_kv_shared_layers": 2,
+         "layer_types": ["sliding_attention", "full_attention"] * 3, "global_head_dim": 64,
+         "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32,
+         "tie_word_embeddings": True},
     ),
     # A latent and a rotated key instead of K and V.
     "deepseek_v3": (
@@ -134,6 +149,9 @@ def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **othe
     config = config_class(**settings)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     _randomise(model, torch.Generator().manual_seed(seed))
+    if family == "gemma4":  # it multiplies them by as much
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(config.hidden_size**-0.5)
     save(model, path, dtype)
     spell_for_mlx(path)
     if family == "gpt_oss":
@@ -162,6 +180,10 @@ def spell_for_mlx(path: Path) -> None:
     file = path / "config.json"
     config = json.loads(file.read_text())
     rope = config.get("rope_parameters") or {}
+    if config["model_type"] == "gemma4_text":  # mlx-lm reads what the hub has of it
+        config["global_head_dim"] = config["per_layer_config"]["1"]["head_dim"]
+        file.write_text(json.dumps(config, indent=2) + "\n")
+        return
     if any(isinstance(value, dict) for value in rope.values()):
         full, local = rope.get("full_attention"), rope.get("sliding_attention")
         if full:

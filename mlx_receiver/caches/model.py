@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import CacheList
 from numpy.typing import NDArray
 
 from mlx_receiver import plugins
 from mlx_receiver.caches.adapter import CacheAdapter, LayerBuffers, Rows, mlx_dtype
-from mlx_receiver.wire.layout import CacheLayout, LayerLayout
+from mlx_receiver.caches.side_by_side import SideBySide
+from mlx_receiver.wire.layout import CacheLayout, LayerLayout, beside
 
 
 class UnknownCache(Exception):
@@ -83,11 +85,13 @@ class ModelCache:
         UnknownCache."""
         self.layout = layout
         by_kind = {adapter.kind: adapter for adapter in known or adapters()}
-        self._adapters = []
+        self._adapters: list[CacheAdapter] = []
         for index, layer in enumerate(layout.layers):
-            if layer.kind not in by_kind:
+            members = [by_kind.get(kind) for kind in layer.kind.split("+")]
+            found = [member for member in members if member is not None]
+            if len(found) < len(members):
                 raise UnknownCache(f"layer {index} is of the kind {layer.kind!r}")
-            self._adapters.append(by_kind[layer.kind])
+            self._adapters.append(found[0] if len(found) == 1 else SideBySide(found))
         #: Equal layers together: a budget asks for the sum at every step.
         self._groups: list[tuple[CacheAdapter, LayerLayout, int]] = []
         for adapter, layer in zip(self._adapters, layout.layers, strict=True):
@@ -141,7 +145,12 @@ def builtin_adapters() -> list[CacheAdapter]:
 
 
 def known_layout(cache: Any) -> LayerLayout | None:
-    """The layout of a cache that holds a token, if an adapter knows its kind."""
+    """The layout of a cache that holds a token, if an adapter knows its kind, or that of each that
+    it consists of."""
+    if type(cache) is CacheList:
+        members = [known_layout(member) for member in cache.caches]
+        found = [layer for layer in members if layer is not None]
+        return beside(found) if len(found) == len(members) else None
     for adapter in adapters():
         layout = adapter.layout(cache)
         if layout is not None:

@@ -17,10 +17,33 @@ import mlx.core as mx
 from mlx_receiver.decode.jobs import Verdict
 from mlx_receiver.decode.model import LoadedModel
 
-#: How far apart a part may be, |theirs - own| / |own|, and the next token's distribution
-#: (Kullback-Leibler, in nats), by the fewest bits that a weight has on either side. Measured:
-#: ``bench/proof.py`` and its table in docs/models.md.
-LIMITS: Final = {32: (1e-3, 1e-4), 16: (0.15, 0.1), 8: (0.3, 0.3), 4: (0.7, 2.0)}
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far apart two caches may be.
+
+    ``first``: a part of the first layer, |theirs - own| / |own|. What rounding does there, every
+    layer adds to: a quarter of it is granted for each, up to ``growth`` times as much. ``nats``:
+    the next token's distribution (Kullback-Leibler divergence).
+    """
+
+    first: float
+    growth: float
+    nats: float
+
+    def at(self, layer: int) -> float:
+        """How far a part of that layer may be."""
+        return self.first * min(1 + layer / 4, self.growth)
+
+
+#: By the fewest bits that a weight has on either side. Measured: ``bench/proof.py``, and its table
+#: in docs/models.md.
+LIMITS: Final = {
+    32: Limits(1e-3, 1, 1e-4),
+    16: Limits(0.02, 5, 0.05),
+    8: Limits(0.08, 5, 1.0),
+    4: Limits(0.35, 3, 3.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,28 +90,28 @@ def compare(
     own = loaded.cache.empty()
     model(mx.array([list(tokens)]), cache=own)  # its logits are never computed
     mx.eval([cache.state for cache in own])
-    fewest = min(map(bits, weights))
-    most, most_nats = LIMITS[fewest]
+    limits = LIMITS[min(map(bits, weights))]
     apart = differences(loaded, len(tokens), caches, own)
     said = " and ".join(dict.fromkeys(weights))
-    for found in apart:
-        if not found.error <= most:
-            return Verdict(
-                False,
-                f"{found.text} (cosine {found.cosine:.3f}; {_percent(most)} is allowed for "
-                f"{said} weights), the first of the {_count(apart, most)} that differ: the two "
-                "engines do not compute the same cache. Serve the same model and revision on both "
-                "machines",
-            )
+    wrong = [one for one in apart if not one.error <= limits.at(one.layer)]
+    if wrong:
+        found = wrong[0]
+        return Verdict(
+            False,
+            f"{found.text} (cosine {found.cosine:.3f}; {_percent(limits.at(found.layer))} is "
+            f"allowed for {said} weights), the first of the {len(wrong)} of {len(apart)} parts "
+            "that differ: the two engines do not compute the same cache. Serve the same model and "
+            "revision on both machines",
+        )
     nats = _divergence(model, following, caches, own)
     worst = max(apart, key=lambda one: one.error)
     text = (
         f"{len(loaded.cache.layout.layers)} layers compared, at most {_percent(worst.error)} apart "
-        f"(layer {worst.layer}, {worst.part}; {_percent(most)} is allowed for {said} weights), "
-        f"the next token's probabilities {nats:.2g} nats"
+        f"(layer {worst.layer}, {worst.part}; {_percent(limits.at(worst.layer))} is allowed for "
+        f"{said} weights), the next token's probabilities {nats:.2g} nats"
     )
-    if not nats <= most_nats:
-        return Verdict(False, f"{text}, of which {most_nats:g} are allowed")
+    if not nats <= limits.nats:
+        return Verdict(False, f"{text}, of which {limits.nats:g} are allowed")
     return Verdict(True, text)
 
 
@@ -142,11 +165,6 @@ def _ratio(squares: float, own: float) -> float:
 def _cosine(both: float, theirs: float, own: float) -> float:
     product = math.sqrt(theirs * own)
     return both / product if product else float(theirs == own)
-
-
-def _count(apart: Sequence[Apart], most: float) -> str:
-    wrong = sum(not one.error <= most for one in apart)
-    return f"{wrong} of {len(apart)} parts"
 
 
 def _percent(ratio: float) -> str:

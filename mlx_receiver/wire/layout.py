@@ -153,6 +153,29 @@ def windowed(layer: LayerLayout, window: int) -> LayerLayout:
     return LayerLayout(WINDOW, parts)
 
 
+def beside(caches: Sequence[LayerLayout]) -> LayerLayout:
+    """A layer that keeps several caches: the kinds joined by "+", each one's parts under its
+    number."""
+    parts = [
+        msgspec.structs.replace(part, name=f"{number}.{part.name}")
+        for number, cache in enumerate(caches)
+        for part in cache.parts
+    ]
+    return LayerLayout("+".join(cache.kind for cache in caches), parts)
+
+
+def sides(layer: LayerLayout) -> list[LayerLayout]:
+    """The caches that ``beside`` put together."""
+    found: dict[str, list[Part]] = {}
+    for part in layer.parts:
+        number, _, name = part.name.partition(".")
+        found.setdefault(number, []).append(msgspec.structs.replace(part, name=name))
+    return [
+        LayerLayout(kind, parts)
+        for kind, parts in zip(layer.kind.split("+"), found.values(), strict=True)
+    ]
+
+
 def layout_from_config(config: Mapping[str, Any], dtype: str) -> CacheLayout:
     """The layout that a model of K and V will have, by its ``config.json``: for estimates
     and checks where no engine has allocated anything yet.
@@ -175,6 +198,22 @@ def layout_from_config(config: Mapping[str, Any], dtype: str) -> CacheLayout:
         if kind == "sliding_attention":
             layers[index] = windowed(layer, window)
     return CacheLayout(layers)
+
+
+#: What configurations say of layers that keep something else than K and V, or share them.
+_OTHERS: Final = (
+    "kv_lora_rank", "num_kv_shared_layers", "attention_chunk_size", "hybrid_override_pattern",
+    "layers_block_type", "mamba_d_state", "ssm_state_size", "conv_L_cache", "attn_layer_period",
+)  # fmt: skip
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether ``layout_from_config`` is what an engine will allocate, as far as one can tell."""
+    c = text_config(config)
+    kinds = c.get("layer_types")
+    attention = ("full_attention", "sliding_attention")
+    mixed = isinstance(kinds, list) and any(kind not in attention for kind in kinds)
+    return not mixed and not any(c.get(key) for key in _OTHERS)
 
 
 def _layer_count(c: Mapping[str, Any]) -> int:

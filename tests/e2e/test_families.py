@@ -96,8 +96,8 @@ def test_tokens_are_those_of_mlx_alone(family: str, offline: Offline, tmp_path: 
             )
             receiver.assert_idle()
             assert answer["tokens"] == expected
-            if answer["handed_off"] == wanted:
-                return
+            if answer["handed_off"] in (0, wanted):
+                break
         assert answer["handed_off"] == wanted
     finally:
         receiver.server.stop()

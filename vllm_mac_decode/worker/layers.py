@@ -64,7 +64,7 @@ def exported_layers(
         for name, cache in caches.items()
         if getattr(context[name], "kv_sharing_target_layer_name", None) is None
     }
-    places = _places(own, vllm_config.parallel_config.pipeline_parallel_size)
+    places = _places(own, vllm_config)
     known: dict[Any, PagedLayout] = {}
     layers = {}
     for name, cache in own.items():
@@ -108,13 +108,15 @@ def exported_layers(
     return _side_by_side(layers)
 
 
-def _places(names: Iterable[str], stages: int) -> dict[str, int]:
+def _places(names: Iterable[str], config: VllmConfig) -> dict[str, int]:
     """Each layer's place among those that have a cache.
 
-    A stage of a pipeline does not know the others' layers: there every layer must have one.
+    A stage of a pipeline does not know the others' layers: there every layer must have one. A
+    layer's second cache may go by a number behind all layers' (Falcon-H1).
     """
-    indexes = {name: int(extract_layer_index(name)) for name in names}
-    if stages > 1:
+    total = config.model_config.hf_text_config.num_hidden_layers
+    indexes = {name: int(extract_layer_index(name)) % total for name in names}
+    if config.parallel_config.pipeline_parallel_size > 1:
         return indexes
     order = {index: place for place, index in enumerate(sorted(set(indexes.values())))}
     return {name: order[index] for name, index in indexes.items()}

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mlx_receiver.wire.layout import ITEMSIZE, LayerLayout, Part
+from mlx_receiver.wire.layout import ITEMSIZE, LayerLayout, Part, beside
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,10 @@ class ExportedLayer:
 
 def described(layers: Sequence[ExportedLayer]) -> dict[int, LayerLayout]:
     """Layers by their place in the model; of one with several caches the parts of all."""
-    found: dict[int, LayerLayout] = {}
-    for layer in sorted(layers, key=lambda layer: (layer.index, layer.first_part)):
-        mine = layer.described()
-        other = found.get(layer.index)
-        if other is not None:
-            mine = LayerLayout(f"{other.kind}+{mine.kind}", [*other.parts, *mine.parts])
-        found[layer.index] = mine
-    return found
+    found: dict[int, list[LayerLayout]] = {}
+    for layer in sorted(layers, key=lambda layer: layer.first_part):
+        found.setdefault(layer.index, []).append(layer.described())
+    return {
+        index: caches[0] if len(caches) == 1 else beside(caches)
+        for index, caches in found.items()
+    }

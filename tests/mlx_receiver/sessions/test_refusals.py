@@ -246,7 +246,7 @@ def test_a_session_id_in_use_is_refused(client: FakeVllm) -> None:
         ({"protocol": 99}, "version", "upgrade vllm-mac-decode on the receiver's machine"),
         ({"payload": b""}, "protocol", "introduction cannot be read"),
         ({"payload": b"\x81\xa1x\x01" * 50}, "protocol", "introduction cannot be read"),
-        ({"payload": b"\xc1", "protocol": 4}, "version", "wire protocol 4, this receiver 3"),
+        ({"payload": b"\xc1", "protocol": 5}, "version", "wire protocol 5, this receiver 4"),
     ],
 )
 def test_hellos_that_are_rejected(

@@ -10,8 +10,13 @@ import msgspec
 from vllm_mac_decode import __version__
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.tools.check import engine
-from vllm_mac_decode.tools.check.finding import Finding, wrong
-from vllm_mac_decode.tools.check.receiver import ReceiverChecks, check_model, read_model
+from vllm_mac_decode.tools.check.finding import Finding, warning, wrong
+from vllm_mac_decode.tools.check.receiver import (
+    OtherCache,
+    ReceiverChecks,
+    check_model,
+    read_model,
+)
 from vllm_mac_decode.tools.check.software import check_plugin, check_vllm
 
 
@@ -53,20 +58,25 @@ def _findings(
     vllm, plugin = check_vllm(), check_plugin()
     yield vllm
     yield plugin
-    known = None
+    known, readable = None, bool(model)
     if model:
         try:
             known = read_model(model)
+        except OtherCache as error:
+            yield warning(
+                "model",
+                f"{error}: what, only the engines know",
+                "vLLM compares when it is connected, and logs what that gave",
+            )
         except (OSError, ValueError) as error:
+            readable = False
             yield wrong("model", f"The model {model} cannot be read: {error}", "Check --model")
         else:
-            usable = check_model(model, known)
-            yield usable
-            known = known if usable.state == "fine" else None
+            yield check_model(model, known)
     yield from ReceiverChecks(settings, known).findings()
     utilization = None
     if vllm.state != "wrong":
-        found, utilization = engine.judge(start_engine(model if known else ""), model)
+        found, utilization = engine.judge(start_engine(model if readable else ""), model)
         yield from found
     report.command = serve_command(settings, model, settings.receiver, utilization)
 

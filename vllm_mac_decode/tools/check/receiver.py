@@ -15,7 +15,7 @@ from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address, resolve, spelled
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.keys import ClientKeys, of_token
-from mlx_receiver.wire.layout import DTYPES, full_attention, layout_from_config
+from mlx_receiver.wire.layout import DTYPES, full_attention, is_plain, layout_from_config
 from mlx_receiver.wire.signature import ModelSignature, signature_from_config
 from vllm_mac_decode.scheduler import candidates
 from vllm_mac_decode.settings import DEFAULT_PORT, Settings
@@ -44,11 +44,15 @@ START: Final = "On the Mac: mlx-receiver start --model MODEL"
 _LOOK_SECONDS: Final = 3.0
 
 
+class OtherCache(ValueError):
+    """The model is one whose cache its config.json does not describe."""
+
+
 def read_model(name: str) -> Introduction:
     """What vLLM would say of a model folder or Hugging Face id.
 
     Raises OSError when its config.json is not to be had, ValueError when that does not describe a
-    model with KV.
+    model with KV, OtherCache where it has something else beside.
     """
     path = Path(name).expanduser()
     if not path.is_dir():
@@ -60,13 +64,15 @@ def read_model(name: str) -> Introduction:
             raise OSError("huggingface_hub, which vLLM brings along, is not installed") from None
         path = Path(hf_hub_download(name, "config.json")).parent
     config = json.loads((path / "config.json").read_text())
+    if not is_plain(config):
+        raise OtherCache(f"{name} keeps more than keys and values of each layer")
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     layout = layout_from_config(config, dtype if dtype in DTYPES else DTYPES[0])
     return Introduction(signature_from_config(config), layout, NAME, NAME)
 
 
 def check_model(name: str, model: Introduction) -> Finding:
-    """What the model is, and what its KV takes."""
+    """What the model is, and what its KV takes. ``name`` is its folder or id."""
     signature, layout = model.signature, model.layout
     size = layout.bytes_per_token
     return fine(

@@ -1,4 +1,4 @@
-"""A model that cannot be handed off, or not even read."""
+"""What is said of the model: what its configuration describes, and what not."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import pytest
 
-from mlx_receiver.wire.handshake import Introduction
 from tests.conftest import free_port
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.tools.check import Report, run_checks
@@ -16,22 +15,28 @@ from vllm_mac_decode.tools.check.engine import EngineFacts
 from vllm_mac_decode.tools.check.receiver import check_model, read_model
 
 
-def test_a_model_that_cannot_be_handed_off(tiny_llama_path: Path) -> None:
-    model = read_model(str(tiny_llama_path))
-    assert check_model("m", model).state == "fine"
-
-    def other(**fields: Any) -> Introduction:
-        signature = msgspec.structs.replace(model.signature, **fields)
-        return msgspec.structs.replace(model, signature=signature)
-
-    assert "'mamba' are not supported" in check_model("m", other(model_type="mamba")).seen
+def test_a_model_of_keys_and_values(tiny_llama_path: Path) -> None:
+    found = check_model("m", read_model(str(tiny_llama_path)))
+    assert found.state == "fine" and "KiB of KV a token" in found.seen
 
 
-def test_nothing_is_tried_with_a_model_that_cannot_be_handed_off(
-    tiny_llama_path: Path, tmp_path: Path
+OTHERS: list[dict[str, Any]] = [
+    {"kv_lora_rank": 512},
+    {"num_kv_shared_layers": 2},
+    {"attention_chunk_size": 128},
+    {"hybrid_override_pattern": "M-M*"},
+    {"layer_types": ["conv", "full_attention"] * 2},
+    {"layer_types": ["linear_attention"] * 3 + ["full_attention"]},
+    {"mamba_d_state": 16},
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
+def test_only_the_engine_knows_other_caches(
+    tiny_llama_path: Path, tmp_path: Path, other: dict[str, Any]
 ) -> None:
     config = json.loads((tiny_llama_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    (tmp_path / "config.json").write_text(json.dumps(config | other))
     started: list[str] = []
 
     def start(model: str) -> EngineFacts:
@@ -41,8 +46,9 @@ def test_nothing_is_tried_with_a_model_that_cannot_be_handed_off(
     settings = Settings(receiver=f"127.0.0.1:{free_port()}")
     *_, report = run_checks(settings, str(tmp_path), start)
     assert isinstance(report, Report)
-    assert not report.ready
-    assert started == [""]
+    (model,) = [found for found in report.findings if found.name == "model"]
+    assert model.state == "warning" and "vLLM compares" in model.remedy
+    assert started == [str(tmp_path)]
 
 
 def test_a_model_that_cannot_be_read(tmp_path: Path) -> None:
