@@ -131,7 +131,6 @@ class Receiving:
 
     def caches(self) -> tuple[float, list[Any]]:
         """Wait for the last block and build the MLX caches; also when it had arrived."""
-        import mlx.core as mx
 
         if not self._done.wait(120) or self._failure:
             raise RuntimeError(self._failure or self.session.missing())

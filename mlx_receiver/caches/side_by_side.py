@@ -65,9 +65,7 @@ class SideBySideBuffers:
 
     def __init__(self, members: Sequence[tuple[LayerBuffers, int]]) -> None:
         self._members = list(members)
-        self._of = [
-            (buffers, index) for buffers, parts in self._members for index in range(parts)
-        ]
+        self._of = [(buffers, index) for buffers, parts in self._members for index in range(parts)]
 
     def part(self, index: int) -> NDArray[Any]:
         """See ``LayerBuffers.part``."""

@@ -258,18 +258,26 @@ def provoke_error(engine: DecodeEngine) -> str:
 
 
 def _caches(engine: DecodeEngine, heads_too_many: int = 0) -> list[Any]:
-    import mlx.core as mx
+    import msgspec
 
-    from mlx_receiver.caches.joinable import JoinableKVCache
+    from mlx_receiver.wire.layout import CacheLayout, LayerLayout
 
     assert engine.loaded is not None
-    made = []
-    for layer in engine.loaded.cache.layout.layers:
-        keys, values = (
-            mx.zeros((1, part.heads + heads_too_many, 256, part.width)) for part in layer.parts
+    cache = engine.loaded.cache
+    layers = [
+        LayerLayout(
+            layer.kind,
+            [
+                msgspec.structs.replace(part, heads=part.heads + heads_too_many)
+                for part in layer.parts
+            ],
         )
-        made.append(JoinableKVCache.holding(keys, values, 8))
-    return made
+        for layer in cache.layout.layers
+    ]
+    buffers = cache.allocate(CacheLayout(layers), 8, 1)
+    while buffers.grow():
+        pass
+    return buffers.build()
 
 
 def _failing_job(engine: DecodeEngine, build_cache: Callable[[], list[Any]]) -> str:

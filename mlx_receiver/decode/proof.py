@@ -74,7 +74,7 @@ def bits(weights: str) -> int:
 
 
 def own_weights(config: dict[str, Any], dtype: str) -> str:
-    """What an MLX model's weights are kept in, by its configuration, or the dtype it computes in."""
+    """What an MLX model's weights are kept in: by its configuration, else as it computes."""
     quantization = config.get("quantization")
     if isinstance(quantization, dict) and isinstance(quantization.get("bits"), int):
         return f"{quantization['bits']}bit"
@@ -82,7 +82,11 @@ def own_weights(config: dict[str, Any], dtype: str) -> str:
 
 
 def compare(
-    loaded: LoadedModel, tokens: Sequence[int], caches: list[Any], following: int, weights: list[str]
+    loaded: LoadedModel,
+    tokens: Sequence[int],
+    caches: list[Any],
+    following: int,
+    weights: list[str],
 ) -> Verdict:
     """Compare the ``caches`` that were built for ``tokens`` with the model's own, and what both
     say about the token that comes after ``following``. ``weights`` are both sides'."""

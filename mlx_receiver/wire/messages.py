@@ -380,6 +380,4 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
 
 
 ClientMessage = Hello | Open | Start | Cancel | Ping
-ReceiverMessage = (
-    Welcome | Rejected | Opened | Refused | Complete | Step | Proven | Failed | Status
-)
+ReceiverMessage = Welcome | Rejected | Opened | Refused | Complete | Step | Proven | Failed | Status

@@ -109,6 +109,5 @@ def described(layers: Sequence[ExportedLayer]) -> dict[int, LayerLayout]:
     for layer in sorted(layers, key=lambda layer: layer.first_part):
         found.setdefault(layer.index, []).append(layer.described())
     return {
-        index: caches[0] if len(caches) == 1 else beside(caches)
-        for index, caches in found.items()
+        index: caches[0] if len(caches) == 1 else beside(caches) for index, caches in found.items()
     }

@@ -212,8 +212,8 @@ def probe(
 ) -> PagedLayout:
     """Learn the layout of ``cache``, a layer's paged KV of ``num_blocks`` scheduler blocks.
 
-    ``block_size`` is the scheduler's, ``widths`` those of a head's K and V. Raises LayoutError when the cache is not a float cache,
-    has no block dimension, or does not give back what was written.
+    ``block_size`` is the scheduler's, ``widths`` those of a head's K and V. Raises LayoutError when
+    the cache is not a float cache, has no block dimension, or does not give back what was written.
     """
     if not cache.is_floating_point() or cache.element_size() < 2:
         raise LayoutError(
