@@ -157,7 +157,7 @@ def measure(model: Path) -> list[dict[str, Any]]:
     names = [*RIGHT, *WRONG]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        for some in (names[:5], names[5:]):
+        for some in (names[:4], names[4:]):
             with receivers(model, some, scratch) as there, ExitStack() as stack:
                 addresses = ",".join(receiver.address for receiver in there.values())
                 vllm = start_vllm(

@@ -297,9 +297,12 @@ class DecodeEngine:
     def _compare(self, proof: Proof) -> None:
         from mlx_receiver.decode.proof import compare, own_weights
 
-        self._holds_memory = True
         loaded, verdict = self._loaded, None
         assert loaded is not None
+        if not proof.wanted():
+            _conclude(proof, None)
+            return
+        self._holds_memory = True
         try:
             weights = [own_weights(self.source.config, loaded.dtype), proof.weights]
             caches = proof.build_cache()

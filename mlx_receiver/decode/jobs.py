@@ -91,7 +91,7 @@ class Proof:
     """A prompt's cache that is to be compared with the model's own.
 
     ``following`` is the token that comes after the prompt, ``weights`` what vLLM's are kept in.
-    ``done`` gets the verdict on the decoding thread, None where comparing failed; ``reservation``
+    Nothing is computed once it is not ``wanted`` any more. ``done`` gets the verdict on the decoding thread, None where comparing failed; ``reservation``
     covers both caches, and the engine lets go of it.
     """
 
@@ -100,4 +100,5 @@ class Proof:
     following: int
     weights: str
     reservation: Reservation
+    wanted: Callable[[], bool]
     done: Callable[[Verdict | None], None]

@@ -99,7 +99,7 @@ def proof_prompt(layout: CacheLayout, vocab_size: int, context: int) -> list[int
     to fill a short window."""
     windows = [part.window for layer in layout.layers for part in layer.parts if part.window]
     shortest = min(windows, default=0)
-    length = 64 + (shortest if shortest <= 512 else 0)
+    length = 64 + (shortest if shortest <= 256 else 0)
     # Knuth's multiplier spreads any few numbers over their range.
     return [2654435761 * (n + 1) % (1 << 32) % vocab_size for n in range(min(length, context - 2))]
 

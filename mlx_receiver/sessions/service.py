@@ -303,6 +303,7 @@ class SessionService:
                 first,
                 said.weights or said.layout.kv_dtype,
                 own,
+                lambda: session.phase is not Phase.ENDED,
                 done,
             )
         )
