@@ -176,7 +176,13 @@ class Engine:
     """vLLM, stepped by hand so that the first token's time is seen."""
 
     def __init__(
-        self, model: Path, connector: bool, receiver: str, streams: str = "auto", **options: Any
+        self,
+        model: Path,
+        connector: bool,
+        receiver: str,
+        streams: str = "auto",
+        proof: bool = True,
+        **options: Any,
     ) -> None:
         from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import EngineArgs
@@ -192,6 +198,7 @@ class Engine:
                 kv_connector_extra_config={
                     "receiver": receiver,
                     "streams": int(streams) if streams.isdigit() else streams,
+                    "proof": proof,
                 },
             )
         arguments = EngineArgs(model=str(model), skip_tokenizer_init=True, **options)
@@ -377,6 +384,7 @@ def main() -> None:
             not options.no_connector,
             "" if receiver is None else receiver.address,
             options.streams,
+            proof=not options.null_model,
             max_model_len=longest + 16,
             max_num_batched_tokens=options.chunk or longest,
             gpu_memory_utilization=options.memory,

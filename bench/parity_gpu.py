@@ -5,6 +5,7 @@ chunked prefill, prefix-cache hits, CUDA graphs on. Tokens must equal MLX's own 
 the first token that differs is reported, with MLX's margin between its two best logits there.
 
     python -m bench.parity_gpu
+    python -m bench.parity_gpu --models FOLDER ...   # small models of other families, in fp32
 """
 
 from __future__ import annotations
@@ -83,37 +84,54 @@ def compare(got: list[int], alone: list[Any]) -> dict[str, Any]:
 
 
 def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
-    """One engine, all prompts, each three times: fresh, a full prefix hit, a longer one."""
+    """One engine, all prompts, each three times: fresh, a full prefix hit, a longer one.
+
+    ``backend`` may be a model's folder instead: then it is the one that vLLM chooses.
+    """
     import torch
 
-    model = Path(tempfile.gettempdir()) / f"small-{backend}-{dtype}"
-    write_model(model, dtype, **SHAPE)
-    receiver = ReceiverProcess(model, dtype, out.with_suffix(f".{backend}.{dtype}.log"))
+    model, options = Path(backend), {}
+    if not model.is_dir():
+        model = Path(tempfile.gettempdir()) / f"small-{backend}-{dtype}"
+        write_model(model, dtype, **SHAPE)
+        options["attention_backend"] = backend
+    config = json.loads((model / "config.json").read_text())
+    vocabulary, longest = config["vocab_size"], min(4096, config["max_position_embeddings"])
+
+    def prompt(length: int, seed: int) -> list[int]:
+        return [token % vocabulary for token in prompt_of(length, seed)]
+
+    own = model / "mlx" if (model / "mlx").is_dir() else model
+    receiver = ReceiverProcess(own, dtype, out.with_suffix(f".{model.name}.{dtype}.log"))
     try:
         engine = Engine(
-            model, True, receiver.address, dtype=dtype, attention_backend=backend,
-            max_model_len=4096, max_num_batched_tokens=512, max_num_seqs=8,
+            model, True, receiver.address, dtype=dtype,
+            max_model_len=longest, max_num_batched_tokens=512, max_num_seqs=8,
             gpu_memory_utilization=0.2, kv_cache_memory_bytes=1 << 30, disable_log_stats=True,
+            **options,
         )  # fmt: skip
         receiver.wait(120)
         time.sleep(6)
-        engine.run(prompt_of(64, 1), 4, local=False)
-        fresh = [prompt_of(n, 1000 + n) for n in LENGTHS]
-        prompts = fresh + fresh + [p + prompt_of(40, len(p)) for p in fresh]
+        engine.run(prompt(64, 1), 4, local=False)
+        lengths = [n for n in LENGTHS if n + 40 + TOKENS < longest]
+        fresh = [prompt(n, 1000 + n) for n in lengths]
+        prompts = fresh + fresh + [p + prompt(40, len(p)) for p in fresh]
         before = receiver.decoded_tokens()
         got = [engine.run(p, TOKENS, local=False)["ids"] for p in prompts]
         local = [engine.run(p, TOKENS, local=True)["ids"] for p in fresh]
         handed = receiver.decoded_tokens() - before
+        proofs = list(receiver.json("/health")["proofs"].values())
     finally:
         receiver.stop()
-    alone = mlx_alone(model, prompts, dtype)
+    alone = mlx_alone(own, prompts, dtype)
     rows = [
         {"prompt_tokens": len(p)} | compare(g, a)
         for p, g, a in zip(prompts, got, alone, strict=True)
     ]
     vllm_rows = [compare(g, a)["equal"] for g, a in zip(local, alone, strict=False)]
     return {
-        "backend": backend,
+        "backend": "auto" if Path(backend).is_dir() else backend,
+        "model": config["model_type"],
         "dtype": dtype,
         "equal": sum(row["equal"] for row in rows),
         "of": len(rows),
@@ -121,13 +139,14 @@ def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
         "of_vllm_alone": len(vllm_rows),
         "differing": [row for row in rows if not row["equal"]],
         "decoded_by_receiver": handed,
+        "proof": proofs[0] if proofs else "",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
 def process(backend: str, dtype: str, out: Path) -> dict[str, Any]:
     """``one`` in a process of its own: a row, or what it ended with."""
-    part = out.with_suffix(f".{backend}.{dtype}.json")
+    part = out.with_suffix(f".{Path(backend).name}.{dtype}.json")
     again = ["-m", "bench.parity_gpu", "--one", backend, dtype, "--out", str(part)]
     log = part.with_suffix(".engine.log")
     with log.open("wb") as file:
@@ -144,6 +163,7 @@ def main() -> None:
     """All rows at once: only their tokens matter, and each spends most of its time starting."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "parity_gpu.json")
+    parser.add_argument("--models", type=Path, nargs="+", default=[])
     parser.add_argument("--one", nargs=2, metavar=("BACKEND", "DTYPE"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -156,8 +176,9 @@ def main() -> None:
         "row (fresh, prefix hit, extended), chunked prefill, CUDA graphs on"
     )
     result["rows"] = []
-    with ThreadPoolExecutor(len(ROWS)) as pool:
-        for row in pool.map(lambda pair: process(*pair, options.out), ROWS):
+    rows = [(str(model.resolve()), "float32") for model in options.models] or ROWS
+    with ThreadPoolExecutor(len(rows)) as pool:
+        for row in pool.map(lambda pair: process(*pair, options.out), rows):
             if "gpu" in row:
                 result["machine"]["gpu"] = row.pop("gpu")
             result["rows"].append(row)
