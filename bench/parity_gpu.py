@@ -5,7 +5,7 @@ chunked prefill, prefix-cache hits, CUDA graphs on. Tokens must equal MLX's own 
 the first token that differs is reported, with MLX's margin between its two best logits there.
 
     python -m bench.parity_gpu
-    python -m bench.parity_gpu --models FOLDER ...   # small models of other families, in fp32
+    python -m bench.parity_gpu --models FOLDER ...   # small models of other families
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "parity_gpu.json")
     parser.add_argument("--models", type=Path, nargs="+", default=[])
+    parser.add_argument("--dtype", default="float32", help="of --models")
     parser.add_argument("--one", nargs=2, metavar=("BACKEND", "DTYPE"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +177,7 @@ def main() -> None:
         "row (fresh, prefix hit, extended), chunked prefill, CUDA graphs on"
     )
     result["rows"] = []
-    rows = [(str(model.resolve()), "float32") for model in options.models] or ROWS
+    rows = [(str(model.resolve()), options.dtype) for model in options.models] or ROWS
     with ThreadPoolExecutor(len(rows)) as pool:
         for row in pool.map(lambda pair: process(*pair, options.out), rows):
             if "gpu" in row:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from tests.models import TOKENIZER_FILES, save
 
 #: Raise it with every change of what is written: caches are keyed by it.
-GENERATOR_VERSION: Final = 9
+GENERATOR_VERSION: Final = 10
 
 VOCABULARY: Final = 512
 WINDOW: Final = 48
@@ -115,8 +115,8 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "qwen3_next": (
         "Qwen3Next",
         _ROPE | {"layer_types": ["linear_attention", "full_attention"] * 2,
-                 "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32,
-                 "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4, "num_experts": 4,
+                 "linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_key_head_dim": 128,
+                 "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "num_experts": 4,
                  "num_experts_per_tok": 2, "moe_intermediate_size": 64,
                  "shared_expert_intermediate_size": 64, "mlp_only_layers": [0, 1, 2],
                  "decoder_sparse_step": 1, "full_attention_interval": 2},

@@ -39,7 +39,7 @@ class Limits:
 #: By the fewest bits that a weight has on either side. Measured: ``bench/proof.py``, and its table
 #: in docs/models.md.
 LIMITS: Final = {
-    32: Limits(1e-3, 1, 1e-4),
+    32: Limits(5e-3, 4, 1e-3),
     16: Limits(0.02, 5, 0.05),
     8: Limits(0.08, 5, 1.0),
     4: Limits(0.35, 3, 3.0),

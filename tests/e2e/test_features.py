@@ -147,7 +147,7 @@ def test_only_raw_log_probabilities_are_the_receivers(tiny_llama_path: Path) -> 
 
 # --- reasons that are the moment's rather than the request's -------------------------------------
 
-UNAVAILABLE = ("disabled", "no_receiver", "circuit_open", "weights_changed")
+UNAVAILABLE = ("disabled", "no_receiver", "unproven", "circuit_open", "weights_changed")
 
 
 @pytest.fixture
@@ -174,12 +174,16 @@ def test_a_receiver_that_is_not_there_or_fails_is_left_alone(
     assert reason_now(relay) == {"no_receiver": 1}
     me = read_model(str(tiny_llama_path))
     # vLLM's engine is not needed to decide.
-    engine = SimpleNamespace(rules=EngineRules(), weights_changed=False, max_model_len=2048)
+    engine = SimpleNamespace(
+        rules=EngineRules(), weights_changed=False, max_model_len=2048, idle=False
+    )
     relay.engine = engine  # type: ignore[assignment]
     relay.vocab_size = me.signature.vocab_size
     fleet = Fleet(settings, me, relay.join)
     try:
         assert eventually(lambda: any(remote.welcome for remote in relay._receivers), 10)
+        assert reason_now(relay) == {"unproven": 1}
+        relay._receivers[0].proven = True
         assert reason_now(relay) == {}
         engine.weights_changed = True
         assert reason_now(relay) == {"weights_changed": 1}

@@ -57,11 +57,13 @@ def test_only_who_computes_the_same_is_used(tiny_llama_path: Path, tmp_path: Pat
 
         def settled() -> bool:
             text = log.read_text()
-            return f"{right.address} computes the same cache" in text and all(
+            return f"connected to the receiver at {right.address}" in text and all(
                 f"lost the receiver at {other.address}: layer" in text for other in others.values()
             )
 
         assert eventually(settled, 60, 0.2), vllm.server.tail()
+        # Another test of this run may have proven it before.
+        assert eventually(lambda: bool(right.health()["proofs"]), 60, 0.2), vllm.server.tail()
         for prompt, tokens in zip(PROMPTS, expected, strict=True):
             assert vllm.tokens(prompt, 12) == tokens
         assert right.metric("mlx_receiver_decoded_tokens_total") == len(PROMPTS) * 11

@@ -45,6 +45,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         checksum=True,
         plain_data=True,
         discovery=False,
+        proof=False,
     )
     values = msgspec.structs.asdict(wanted)
     assert set(values) == set(Settings.__struct_fields__)

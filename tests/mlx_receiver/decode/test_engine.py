@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_built_fails_its_job_only(
 ) -> None:
     kv = prefill(17)
 
-    def broken(_dtype: Any) -> list[Any]:
+    def broken() -> list[Any]:
         raise RuntimeError("no memory left")
 
     sink = Collector()
