@@ -173,7 +173,7 @@ class ControlServer:
             client.name: verdict.text
             for client in list(self._clients.values())
             if client.said is not None
-            and (verdict := self._sessions.proofs.verdict(client.said)) is not None
+            and (verdict := self._sessions.proofs.verdict(client.said, client.key)) is not None
         }
 
     def _post(self, identity: bytes, message: ReceiverMessage) -> None:
@@ -304,7 +304,8 @@ class ControlServer:
                 f"the receiver serves {self._welcome.model}, which is not the client's model: "
                 + "; ".join(differences),
             )
-        verdict = self._sessions.proofs.verdict(peer)
+        key = origin[0].decode()
+        verdict = self._sessions.proofs.verdict(peer, key)
         if verdict is not None and not verdict.same:
             raise WireError(E_MODEL, verdict.text)
         if len(self._clients) >= _MAX_CLIENTS:
@@ -321,6 +322,7 @@ class ControlServer:
                 self._welcome.max_tokens,
             ),
             peer,
+            key,
         )
         self._guard.watch(self._gone)
         self._guard.welcome(descriptor)

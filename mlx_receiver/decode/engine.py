@@ -126,8 +126,11 @@ class DecodeEngine:
     def prove(self, proof: Proof) -> None:
         """Compare caches as soon as nothing is decoded."""
         with self._condition:
-            self._proofs.append(proof)
-            self._condition.notify()
+            if not self._stopping:
+                self._proofs.append(proof)
+                self._condition.notify()
+                return
+        _conclude(proof, None)
 
     def stop(self, timeout: float = 2.0) -> None:
         """End the thread after the current step. Jobs that are left fail with ``shutdown``."""
@@ -172,13 +175,13 @@ class DecodeEngine:
         while self._take_commands(batch):
             if self.fault:
                 self._recover(batch)
+            self._drop_proofs()
             self._admit(batch)
             if len(batch):
                 self._step(batch)
             elif self._proofs and not self._queue:
                 self._compare(self._proofs.popleft())
-        while self._proofs:
-            _conclude(self._proofs.popleft(), None)
+        self._drop_proofs(all_of_them=True)
         for job in [*batch.jobs, *self._queue, *self._submitted]:
             self._fail(job, E_SHUTDOWN, "the receiver is stopping")
         batch.close()
@@ -294,14 +297,20 @@ class DecodeEngine:
         for job in full:
             self._fail(job, E_CAPACITY, "the KV memory is full (--kv-memory)")
 
+    def _drop_proofs(self, all_of_them: bool = False) -> None:
+        """Let go of those that nobody wants any more: what they hold is others'."""
+        with self._condition:
+            over = [proof for proof in self._proofs if all_of_them or not proof.wanted()]
+            for proof in over:
+                self._proofs.remove(proof)
+        for proof in over:
+            _conclude(proof, None)
+
     def _compare(self, proof: Proof) -> None:
         from mlx_receiver.decode.proof import compare, own_weights
 
         loaded, verdict = self._loaded, None
         assert loaded is not None
-        if not proof.wanted():
-            _conclude(proof, None)
-            return
         self._holds_memory = True
         try:
             weights = [own_weights(self.source.config, loaded.dtype), proof.weights]

@@ -91,8 +91,9 @@ class Proof:
     """A prompt's cache that is to be compared with the model's own.
 
     ``following`` is the token that comes after the prompt, ``weights`` what vLLM's are kept in.
-    Nothing is computed once it is not ``wanted`` any more. ``done`` gets the verdict on the decoding thread, None where comparing failed; ``reservation``
-    covers both caches, and the engine lets go of it.
+    Nothing is computed once it is not ``wanted`` any more. ``done`` gets the verdict on the
+    decoding thread, None where comparing failed; ``reservation`` covers the model's own cache, and
+    the engine lets go of it.
     """
 
     prompt_token_ids: list[int]

@@ -47,16 +47,17 @@ class Proofs:
         self._lock = threading.Lock()
         self._known: dict[str, Verdict] = {}
 
-    def about(self, peer: Introduction) -> str:
-        """The name of what comparing this client's cache gives."""
-        said = [peer.signature, peer.layout, peer.engine, peer.weights]
+    def about(self, peer: Introduction, key: str) -> str:
+        """The name of what comparing this client's cache gives; ``key`` is its own: what one says
+        of its weights is not held against others, nor for them."""
+        said = [key, peer.signature, peer.layout, peer.engine, peer.weights]
         # Without a fingerprint it may be another model as soon as the process is another.
         said += [peer.fingerprint or peer.client]
         return hashlib.sha256(msgspec.msgpack.encode([said, self._own])).hexdigest()
 
-    def verdict(self, peer: Introduction) -> Verdict | None:
+    def verdict(self, peer: Introduction, key: str) -> Verdict | None:
         """What comparing gave before; None where nothing was compared."""
-        name = self.about(peer)
+        name = self.about(peer, key)
         with self._lock:
             if name not in self._known and self._lasting and peer.fingerprint:
                 text = self._read().get(name)
@@ -64,9 +65,9 @@ class Proofs:
                     self._known[name] = Verdict(True, text)
             return self._known.get(name)
 
-    def learn(self, peer: Introduction, verdict: Verdict) -> None:
+    def learn(self, peer: Introduction, key: str, verdict: Verdict) -> None:
         """Remember what comparing gave."""
-        name = self.about(peer)
+        name = self.about(peer, key)
         with self._lock:
             self._known[name] = verdict
             if verdict.same and self._lasting and peer.fingerprint:

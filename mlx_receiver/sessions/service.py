@@ -61,8 +61,10 @@ class Client:
         sessions: SessionService,
         context: int,
         said: Introduction | None = None,
+        key: str = "",
     ) -> None:
-        """``context``: tokens that a text of its may have; ``said``: how it introduced itself."""
+        """``context``: tokens that a text of its may have; ``said``: how it introduced itself, and
+        ``key``: whose connection it is."""
         #: Its ticket's; "" for one that has no data channel.
         self.id = id
         self.name = name
@@ -70,6 +72,7 @@ class Client:
         self.layout = layout
         self.context = context
         self.said = said
+        self.key = key
         self.post = post
         self.last_heard = time.monotonic()
         #: What its last Ping said of the way its blocks take.
@@ -148,6 +151,8 @@ class SessionService:
                 raise WireError(
                     E_UNSUPPORTED, f"a proof is claimed, and of {MAX_PROOF_TOKENS} tokens at most"
                 )
+            if message.proof and any(s.proof for s in self.store.of_client(client)):
+                raise WireError(E_CAPACITY, "a client has one proof at a time")
             self.store.open(message, client, client.layout)
         except WireError:
             self._metrics.sessions.labels("refused").inc()
@@ -290,7 +295,7 @@ class SessionService:
             if verdict is None:
                 self.store.fail(session, E_INTERNAL, "the caches could not be compared")
                 return
-            self.proofs.learn(said, verdict)
+            self.proofs.learn(said, client.key, verdict)
             level = logging.INFO if verdict.same else logging.WARNING
             logger.log(level, "client %s: %s", client.name, verdict.text)
             if self.store.end(session, "proven" if verdict.same else "disproved"):

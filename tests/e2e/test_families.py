@@ -66,8 +66,8 @@ def by_mlx_alone(receiver: Receiver, prompt: list[int]) -> list[int]:
     return tokens
 
 
-#: One of each kind; the others on request, since each takes half a minute.
-USUAL = {"gpt_oss", "gemma3", "qwen3_moe"}
+#: Of each kind; the others on request, since each takes half a minute.
+USUAL = {"gpt_oss", "qwen3_moe", "gemma4", "nemotron_h", "falcon_h1", "deepseek_v3"}
 ALL = bool(os.environ.get("MAC_DECODE_ALL_FAMILIES"))
 
 

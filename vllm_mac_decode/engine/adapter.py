@@ -126,7 +126,12 @@ def _continuing(reject: Callable[..., bool]) -> Callable[..., bool]:
         ours = _ask(
             self.scheduler, "rejects", lambda relay: relay.rejects(request.request_id, not stops)
         )
-        return reject(self, request) if ours is None else bool(ours)
+        if ours is not None:
+            return bool(ours)
+        rejects = reject(self, request)
+        if rejects:  # its end is told nobody else
+            _ask(self.scheduler, "aborted", lambda relay: relay.aborted(request.request_id))
+        return rejects
 
     return rejected
 
@@ -146,7 +151,9 @@ def _ask(scheduler: Any, what: str, question: Callable[[EngineListener], Any]) -
 def engine_rules(config: VllmConfig) -> EngineRules:
     """What vLLM's configuration and the installed plugins ask of the engine."""
     everything = None
-    if config.model_config.logits_processors or entry_points(group="vllm.logits_processors"):
+    if config.model_config.runner_type != "generate":
+        everything = "pooling"
+    elif config.model_config.logits_processors or entry_points(group="vllm.logits_processors"):
         everything = "logits_processors"
     elif getattr(config, "watermark_config", None) is not None:
         everything = "watermark"
@@ -274,7 +281,8 @@ class EngineAdapter:
             pooling_params=None,
             block_hasher=self._core.request_block_hasher,
         )
-        self._input.put_nowait((EngineCoreRequestType.ADD, (request, 0)))
+        # Of no wave that there is: where there are several engines, the others are woken, too.
+        self._input.put_nowait((EngineCoreRequestType.ADD, (request, -1)))
         return request
 
     def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:

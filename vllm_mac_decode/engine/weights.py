@@ -27,7 +27,10 @@ def fingerprint(config: VllmConfig) -> str:
         return ""
     folder = Path(model.model)
     if not folder.is_dir():
-        file = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
+        try:
+            file = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
+        except ValueError:  # a file, or of another kind of storage
+            return ""
         if not isinstance(file, str):
             return ""
         folder = Path(file).parent

@@ -166,7 +166,9 @@ class Answers(Handoffs):
     def _prove(self, now: float) -> None:
         """Let receivers whose cache was not compared do that, of a prompt of nobody's."""
         engine = self.engine
-        if engine is None or engine.rules.everything or not self._settings.enabled:
+        if engine is None or engine.rules.everything or engine.weights_changed:
+            return
+        if not self._settings.enabled:
             return
         comparing = [s.receiver for s in self._by_request.values() if s.proof]
         for remote in self._receivers:
@@ -175,7 +177,9 @@ class Answers(Handoffs):
             assert remote.welcome is not None
             remote.compares(now)
             most = min(engine.max_model_len, remote.welcome.max_tokens) - 2
-            tokens = remote.welcome.proof_token_ids[:most]
+            tokens = remote.welcome.proof_token_ids[: max(0, most)]
+            if not tokens:
+                continue  # no text would fit: nothing can be handed off either
             request = engine.prefill(f"mac-decode-proof-{secrets.token_hex(8)}", tokens)
             session = Handoff(secrets.randbits(62), request, 1, m.Sampling(max_tokens=1))
             session.proof, session.receiver = True, remote
@@ -192,7 +196,7 @@ class Answers(Handoffs):
         text = printable(message.text)
         if not message.same:
             raise Unusable(text)
-        remote.proven = True
+        remote.prove()
         where = remote.link.where if remote.link is not None else ""
         logger.info("the receiver at %s computes the same cache: %s", where, text)
 
@@ -222,6 +226,8 @@ class Answers(Handoffs):
                 continue
             session, promise = found
             try:
+                if session.proof:
+                    raise BrokenPromise("it decoded what it was to compare")
                 if decoded.session in produced:
                     raise BrokenPromise("it sent two parts of one step")
                 context_full = promise.decoded(decoded, session.tokens, now)

@@ -72,12 +72,12 @@ class Handoffs:
         """The receiver's part ends here; the response goes on locally."""
         if not session.pending:
             return
+        if cause in _NO_BLOCKS and session.receiver is not None:
+            session.receiver.doubt()
         if session.proof:
             self._not_compared(session, cause)
             return
         self._counts.fallbacks[cause] += 1
-        if cause in _NO_BLOCKS and session.receiver is not None:
-            session.receiver.doubt()
         if breaker and session.receiver is not None:
             session.receiver.failed()
         self._part(session, cause)

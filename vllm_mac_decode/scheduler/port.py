@@ -83,6 +83,9 @@ class EngineListener(Protocol):
     def abort(self, request_ids: list[str]) -> list[str]:
         """The clients gave these requests up; returns the ids that vLLM's scheduler knows."""
 
+    def aborted(self, request_id: str) -> None:
+        """vLLM ended the request, or never began it, without an output."""
+
     def abort_all(self) -> None:
         """vLLM gives every request up."""
 

@@ -62,7 +62,12 @@ class Remote:
     def enter(self, welcome: m.Welcome | None) -> None:
         """Another conversation has begun, or (None) the last one has ended."""
         self.welcome, self.accepting, self.others = welcome, True, 0
+        # The pause goes on growing with a receiver that comes and goes.
         self.proven = welcome is not None and not welcome.proof_token_ids
+
+    def prove(self) -> None:
+        """Its cache is the same."""
+        self.proven = True
         self._proof_pause, self._proof_due = _PROOF_SECONDS[0], 0.0
 
     def owes_proof(self, now: float) -> bool:

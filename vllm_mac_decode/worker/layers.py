@@ -41,9 +41,7 @@ def exported_layers(
 
     Raises LayoutError when some layer cannot be exported.
     """
-    model_heads = vllm_config.model_config.get_total_num_kv_heads()
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    replicas = max(1, size // model_heads)
     groups = {
         name: (index, _spec(group.kv_cache_spec, name))
         for index, group in enumerate(kv_cache_config.kv_cache_groups)
@@ -54,6 +52,10 @@ def exported_layers(
         raise LayoutError(f"it has layers of the kinds {', '.join(unknown)}")
     if size > 1 and any(isinstance(spec, MambaSpec) for _, spec in groups.values()):
         raise LayoutError("recurrent states are not exported under tensor parallelism")
+    # Every rank has the whole latent.
+    latents = any(isinstance(spec, MLAAttentionSpec) for _, spec in groups.values())
+    heads_of_model = 1 if latents else vllm_config.model_config.get_total_num_kv_heads()
+    replicas = max(1, size // max(1, heads_of_model))
     if rank % replicas:
         return {}
 

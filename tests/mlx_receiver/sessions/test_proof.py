@@ -134,7 +134,13 @@ def test_one_that_is_cancelled_leaves_nothing(live: Receiver, prefill: Prefill) 
     client.send_kv(session, kv)
     client.start(session, kv.first)
     client.complete(session)
+    again = client.opened(client.open(kv.prompt, ONE, {"proof": True}))
+    assert isinstance(again, Refused) and "one proof at a time" in again.reason
+    held = live.store.reserved_bytes
     client.cancel(session)
+    # Also while others are decoded, which may be always.
+    assert eventually(lambda: live.store.reserved_bytes < held, 10)
+    assert live.engine.decoding == 1 and not live.engine._proofs
     client.cancel(running)
     assert eventually(lambda: live.store.reserved_bytes == 0, 10)
     assert proof(client, kv).same, "the engine still works"
@@ -188,31 +194,35 @@ ME = Introduction(
 def test_what_was_the_same_is_kept_in_a_file(tmp_path: Path) -> None:
     model, file = made(tmp_path / "model"), tmp_path / "state" / "proofs.json"
     proofs = Proofs(model, "float32", file)
-    assert proofs.verdict(ME) is None
-    proofs.learn(ME, Verdict(True, "0.1 % apart"))
+    assert proofs.verdict(ME, "key") is None
+    proofs.learn(ME, "key", Verdict(True, "0.1 % apart"))
     later = Proofs(model, "float32", file)
-    assert later.verdict(ME) == Verdict(True, "0.1 % apart")
+    assert later.verdict(ME, "key") == Verdict(True, "0.1 % apart")
     replaced = msgspec.structs.replace
-    assert later.verdict(replaced(ME, client="two")) is not None, "vLLM was started again"
+    assert later.verdict(replaced(ME, client="two"), "key") is not None, "vLLM was started again"
     for other in (
         {"engine": "vllm 0.33.0"}, {"weights": "fp8"}, {"fingerprint": "e" * 64},
         {"layout": full_attention(1, 2, 4, "bfloat16")}, {"fingerprint": ""},
     ):  # fmt: skip
-        assert later.verdict(replaced(ME, **other)) is None, other
-    assert Proofs(model, "bfloat16", file).verdict(ME) is None
-    assert Proofs(made(tmp_path / "tuned", b"Weights" * 9999), "float32", file).verdict(ME) is None
+        assert later.verdict(replaced(ME, **other), "key") is None, other
+    assert later.verdict(ME, "another machine's") is None
+    assert Proofs(model, "bfloat16", file).verdict(ME, "key") is None
+    assert (
+        Proofs(made(tmp_path / "tuned", b"Weights" * 9999), "float32", file).verdict(ME, "key")
+        is None
+    )
 
 
 def test_what_may_change_is_not(tmp_path: Path) -> None:
     model, file = made(tmp_path / "model"), tmp_path / "proofs.json"
     unknown = msgspec.structs.replace(ME, fingerprint="")
     proofs = Proofs(model, "float32", file)
-    proofs.learn(ME, Verdict(False, "141 % apart"))
-    proofs.learn(unknown, Verdict(True, "0.1 % apart"))
-    assert proofs.verdict(ME) == Verdict(False, "141 % apart")
-    assert proofs.verdict(unknown) is not None
+    proofs.learn(ME, "key", Verdict(False, "141 % apart"))
+    proofs.learn(unknown, "key", Verdict(True, "0.1 % apart"))
+    assert proofs.verdict(ME, "key") == Verdict(False, "141 % apart")
+    assert proofs.verdict(unknown, "key") is not None
     later = Proofs(model, "float32", file)
-    assert later.verdict(ME) is None and later.verdict(unknown) is None
+    assert later.verdict(ME, "key") is None and later.verdict(unknown, "key") is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"a": 1}', b"\xff\xfe"])
@@ -220,9 +230,9 @@ def test_a_damaged_file_is_no_reason_to_stop(tmp_path: Path, damage: bytes) -> N
     file = tmp_path / "proofs.json"
     file.write_bytes(damage)
     proofs = Proofs(made(tmp_path / "model"), "float32", file)
-    assert proofs.verdict(ME) is None
-    proofs.learn(ME, Verdict(True, "0.1 % apart"))
-    assert Proofs(tmp_path / "model", "float32", file).verdict(ME) is not None
+    assert proofs.verdict(ME, "key") is None
+    proofs.learn(ME, "key", Verdict(True, "0.1 % apart"))
+    assert Proofs(tmp_path / "model", "float32", file).verdict(ME, "key") is not None
 
 
 def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
@@ -230,7 +240,7 @@ def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
     proofs = Proofs(made(tmp_path / "model"), "float32", file)
     for number in range(300):
         other = msgspec.structs.replace(ME, fingerprint=f"{number:064}")
-        proofs.learn(other, Verdict(True, "same"))
+        proofs.learn(other, "key", Verdict(True, "same"))
     assert len(msgspec.json.decode(file.read_bytes())) == 256
 
 

@@ -209,7 +209,11 @@ def _look_at_engine(facts: EngineFacts, model: str) -> None:
     facts.kv_dtype = ", ".join(sorted(dtypes))
     facts.problem, facts.early = report.problem, worker._early
     context = worker._vllm_config.compilation_config.static_forward_context
-    backends = {layer.get_attn_backend().get_name() for layer in context.values()}
+    backends = {
+        layer.get_attn_backend().get_name()
+        for layer in context.values()
+        if hasattr(layer, "get_attn_backend")  # experts are there, too
+    }
     facts.backend = ", ".join(sorted(backends))
     del engine  # which takes its connector along
 
