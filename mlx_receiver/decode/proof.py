@@ -40,9 +40,9 @@ class Limits:
 #: in docs/models.md.
 LIMITS: Final = {
     32: Limits(5e-3, 4, 1e-3),
-    16: Limits(0.02, 5, 0.05),
-    8: Limits(0.08, 5, 1.0),
-    4: Limits(0.35, 3, 3.0),
+    16: Limits(0.02, 8, 0.05),
+    8: Limits(0.12, 5, 1.0),
+    4: Limits(0.35, 4, 3.0),
 }
 
 
