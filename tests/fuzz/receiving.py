@@ -20,6 +20,7 @@ from mlx_receiver.settings import Settings
 from mlx_receiver.wire import keys
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.frames import Header, Kind
+from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import ITEMSIZE, layout_from_config
 from tests.conftest import cached_model
 from tests.models import MODELS
@@ -35,7 +36,7 @@ _span = st.tuples(st.integers(0, 20), st.integers(1, 20))
 event = st.one_of(
     st.tuples(
         st.just("open"), _client, st.sampled_from([1, 3, 17]), st.sampled_from([1, 2, 5]),
-        st.sampled_from([False, False, False, True]), st.sampled_from([None, 3, 70]),
+        st.sampled_from(["", "", "", "unclaimed", "proof", "both"]), st.sampled_from([None, 3, 70]),
     ),
     st.tuples(st.just("reopen"), _client, _session),
     st.tuples(st.just("blocks"), _client, _session),
@@ -86,8 +87,11 @@ class _Machine:
         ticket = keys.new_ticket()
         self.store.admit(ticket)
         layout = layout_from_config(self.receiver.source.config, "float32")
-        post, context = self.heard[index].append, self.receiver.source.max_tokens
-        return Client(ticket.client, f"fuzz {index}", layout, post, self.sessions, context)
+        post, source = self.heard[index].append, self.receiver.source
+        said = Introduction(source.signature, layout, f"fuzz {index}")
+        return Client(
+            ticket.client, said.client, layout, post, self.sessions, source.max_tokens, said
+        )
 
     def run(self, drawn: list[tuple[Any, ...]]) -> None:
         for name, *arguments in drawn:
@@ -112,14 +116,15 @@ class _Machine:
     # --- events ---------------------------------------------------------------------------------
 
     def do_open(
-        self, client: int, tokens: int, limit: int, unclaimed: bool, eos: int | None
+        self, client: int, tokens: int, limit: int, kind: str, eos: int | None
     ) -> None:
         message = m.Open(
             session=_next_session(),
             request_id="fuzz",
             prompt_token_ids=[(7 * i + tokens) % 100 for i in range(tokens)],
             sampling=m.Sampling(max_tokens=limit, temperature=0.0, eos_token_id=eos),
-            unclaimed=unclaimed,
+            unclaimed=kind in ("unclaimed", "both"),
+            proof=kind in ("proof", "both"),
         )
         self.sessions.open(self.clients[client], message)
         self.opened.append((client, message))
@@ -194,7 +199,7 @@ class _Machine:
         prompt = opened.prompt_token_ids if right else [*opened.prompt_token_ids, 1]
         sampling = m.Sampling(max_tokens=3, temperature=0.0)
         client = self.sessions.claim(opened.session, prompt, sampling, self.heard[-1].append)
-        assert right and opened.unclaimed
+        assert right and opened.unclaimed and not opened.proof
         self.claimed.add(opened.session)
         self.sessions.start(client, m.Start(opened.session, 5))
 
@@ -232,8 +237,11 @@ class _Machine:
                     case m.Complete():
                         assert before in ("opened", "asked")
                         phase[session] = "complete"
+                    case m.Proven():
+                        assert before == "complete" and mine[session].proof, part
+                        phase[session] = "over"
                     case m.Decoded():
-                        assert before in ("complete", "decoding"), part
+                        assert before in ("complete", "decoding") and not mine[session].proof, part
                         count = produced.get(session, 0)
                         assert part.position == count + 1 or not part.token_ids
                         produced[session] = count + len(part.token_ids)

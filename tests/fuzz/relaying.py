@@ -28,6 +28,7 @@ def orders(seed: int) -> int:
         said: list[Any] = [
             m.Opened(number), m.Complete(number, 3 * BYTES), m.Complete(number, 3 * BYTES),
             m.Refused(number, "capacity", "x"), m.Failed(number, "internal", "x"),
+            m.Proven(number, source.random() < 0.5, "x"),
             m.Status(0, 0, True, 0, [m.Progress(
                 number, source.choice(["receiving", "queued", "decoding"]),
                 source.randrange(3 * BYTES + 2), source.randrange(9))]),
