@@ -115,9 +115,7 @@ class _Machine:
 
     # --- events ---------------------------------------------------------------------------------
 
-    def do_open(
-        self, client: int, tokens: int, limit: int, kind: str, eos: int | None
-    ) -> None:
+    def do_open(self, client: int, tokens: int, limit: int, kind: str, eos: int | None) -> None:
         message = m.Open(
             session=_next_session(),
             request_id="fuzz",

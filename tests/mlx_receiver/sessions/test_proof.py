@@ -105,10 +105,8 @@ def test_a_cache_that_differs(
     other.close()
 
 
-def test_it_waits_until_nothing_is_decoded(live: Receiver, prefill: Prefill) -> None:
-    client = FakeVllm(live)
-    client.hello(client="waits")
-    kv = prefill(33)
+def behind_another(client: FakeVllm, kv: Prefilled) -> tuple[int, int]:
+    """A session that is decoded for long, and a proof whose cache is there."""
     running = client.request(kv, Sampling(max_tokens=400, temperature=0.0))
     client.wait(lambda m: getattr(m, "session", 0) == running and hasattr(m, "token_ids"))
     session = client.open(kv.prompt, ONE, {"proof": True})
@@ -116,6 +114,14 @@ def test_it_waits_until_nothing_is_decoded(live: Receiver, prefill: Prefill) -> 
     client.send_kv(session, kv)
     client.start(session, kv.first)
     client.complete(session)
+    return running, session
+
+
+def test_it_waits_until_nothing_is_decoded(live: Receiver, prefill: Prefill) -> None:
+    client = FakeVllm(live)
+    client.hello(client="waits")
+    kv = prefill(33)
+    running, _ = behind_another(client, kv)
     time.sleep(0.2)
     assert not any(isinstance(m, Proven) for m in client.inbox) and live.engine.decoding == 1
     client.cancel(running)
@@ -127,13 +133,7 @@ def test_one_that_is_cancelled_leaves_nothing(live: Receiver, prefill: Prefill) 
     client = FakeVllm(live)
     client.hello(client="cancels")
     kv = prefill(33)
-    running = client.request(kv, Sampling(max_tokens=400, temperature=0.0))
-    client.wait(lambda m: getattr(m, "session", 0) == running and hasattr(m, "token_ids"))
-    session = client.open(kv.prompt, ONE, {"proof": True})
-    client.opened(session)
-    client.send_kv(session, kv)
-    client.start(session, kv.first)
-    client.complete(session)
+    running, session = behind_another(client, kv)
     again = client.opened(client.open(kv.prompt, ONE, {"proof": True}))
     assert isinstance(again, Refused) and "one proof at a time" in again.reason
     held = live.store.reserved_bytes
