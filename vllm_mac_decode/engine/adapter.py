@@ -151,7 +151,7 @@ def _ask(scheduler: Any, what: str, question: Callable[[EngineListener], Any]) -
 def engine_rules(config: VllmConfig) -> EngineRules:
     """What vLLM's configuration and the installed plugins ask of the engine."""
     everything = None
-    if config.model_config.runner_type != "generate":
+    if getattr(config.model_config, "runner_type", "generate") != "generate":
         everything = "pooling"
     elif config.model_config.logits_processors or entry_points(group="vllm.logits_processors"):
         everything = "logits_processors"
