@@ -23,17 +23,19 @@ class Limits:
     """How far apart two caches may be.
 
     ``first``: a part of the first layer, |theirs - own| / |own|. What rounding does there, every
-    layer adds to: a quarter of it is granted for each, up to ``growth`` times as much. ``nats``:
-    the next token's distribution (Kullback-Leibler divergence).
+    layer adds to: a quarter of it is granted for each, up to ``growth`` times as much. A state of
+    the whole text gathers the rounding of all its tokens: twice as much is granted. ``nats``: the
+    next token's distribution (Kullback-Leibler divergence).
     """
 
     first: float
     growth: float
     nats: float
 
-    def at(self, layer: int) -> float:
-        """How far a part of that layer may be."""
-        return self.first * min(1 + layer / 4, self.growth)
+    def of(self, one: Apart) -> float:
+        """How far that part may be."""
+        granted = self.first * min(1 + one.layer / 4, self.growth)
+        return granted if one.by_token else 2 * granted
 
 
 #: By the fewest bits that a weight has on either side. Measured: ``bench/proof.py``, and its table
@@ -54,6 +56,7 @@ class Apart:
     part: str
     error: float
     cosine: float
+    by_token: bool = True
 
     @property
     def text(self) -> str:
@@ -97,12 +100,12 @@ def compare(
     limits = LIMITS[min(map(bits, weights))]
     apart = differences(loaded, len(tokens), caches, own)
     said = " and ".join(dict.fromkeys(weights))
-    wrong = [one for one in apart if not one.error <= limits.at(one.layer)]
+    wrong = [one for one in apart if not one.error <= limits.of(one)]
     if wrong:
         found = wrong[0]
         return Verdict(
             False,
-            f"{found.text} (cosine {found.cosine:.3f}; {_percent(limits.at(found.layer))} is "
+            f"{found.text} (cosine {found.cosine:.3f}; {_percent(limits.of(found))} is "
             f"allowed for {said} weights), the first of the {len(wrong)} of {len(apart)} parts "
             "that differ: the two engines do not compute the same cache. Serve the same model and "
             "revision on both machines",
@@ -111,7 +114,7 @@ def compare(
     worst = max(apart, key=lambda one: one.error)
     text = (
         f"{len(loaded.cache.layout.layers)} layers compared, at most {_percent(worst.error)} apart "
-        f"(layer {worst.layer}, {worst.part}; {_percent(limits.at(worst.layer))} is allowed for "
+        f"(layer {worst.layer}, {worst.part}; {_percent(limits.of(worst))} is allowed for "
         f"{said} weights), the next token's probabilities {nats:.2g} nats"
     )
     if not nats <= limits.nats:
@@ -125,7 +128,7 @@ def differences(
     """Every part of every layer, in order."""
     cache = loaded.cache
     pairs = [
-        (index, part.name, theirs.astype(mx.float32), mine.astype(mx.float32))
+        (index, part, theirs.astype(mx.float32), mine.astype(mx.float32))
         for index, layer in enumerate(cache.layout.layers)
         for part, theirs, mine in zip(
             layer.parts,
@@ -141,8 +144,8 @@ def differences(
         ]
     ).tolist()
     return [
-        Apart(index, name, _ratio(squares, mine), _cosine(both, theirs, mine))
-        for (index, name, *_), (squares, theirs, mine, both) in zip(pairs, sums, strict=True)
+        Apart(index, part.name, _ratio(squares, mine), _cosine(both, theirs, mine), part.by_token)
+        for (index, part, *_), (squares, theirs, mine, both) in zip(pairs, sums, strict=True)
     ]
 
 

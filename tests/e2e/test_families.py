@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.conftest import cached_family
-from tests.families import FAMILIES, WINDOW, for_mlx
+from tests.families import FAMILIES, WINDOW, for_mlx, write
 from tests.servers import Receiver, start_receiver
 
 pytestmark = pytest.mark.server
@@ -77,10 +77,40 @@ NATIVE_ROTATION = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 OPTIONS = {"lfm2": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION}
 
 
+#: One has a test of its own, as has what vLLM's CPU build computes in bf16 only; Mamba 1 is not in it.
+OTHERS = {"mistral-window", "qwen3_next", "jamba"}
+
+
 @pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if name != "mistral-window" and (ALL or name in USUAL)]
+    "family", [name for name in FAMILIES if name not in OTHERS and (ALL or name in USUAL)]
 )
 def test_tokens_are_those_of_mlx_alone(family: str, offline: Offline, tmp_path: Path) -> None:
+    as_mlx_alone(family, offline, tmp_path, OPTIONS.get(family, {}))
+
+
+@pytest.mark.skipif(not ALL, reason="each takes a minute (MAC_DECODE_ALL_FAMILIES=1)")
+@pytest.mark.parametrize("family", ["gemma4", "deepseek_v3"])
+def test_two_ranks(family: str, offline: Offline, tmp_path: Path) -> None:
+    """Each sends its heads; a latent, which both have, one."""
+    options = {"tensor_parallel_size": 2} | OPTIONS.get(family, {})
+    as_mlx_alone(family, offline, tmp_path, options)
+
+
+@pytest.mark.skipif(not ALL, reason="it takes a minute (MAC_DECODE_ALL_FAMILIES=1)")
+def test_a_gated_delta_net(offline: Offline, tmp_path: Path) -> None:
+    """In bf16, and so by the proof alone: tokens differ where two are nearly as likely."""
+    model = write("qwen3_next", tmp_path / "model", "bfloat16")
+    receiver = start_receiver(model, tmp_path / "receiver.log")
+    try:
+        order = {"model": str(model), "prompts": PROMPTS, "tokens": OUTPUT, "dtype": "bfloat16"}
+        answer = offline.run(receiver=receiver.address, **order)
+    finally:
+        receiver.server.stop()
+    assert answer["handed_off"] == len(PROMPTS) * (OUTPUT - 1)
+    assert "4 layers compared" in receiver.server.log.read_text()
+
+
+def as_mlx_alone(family: str, offline: Offline, tmp_path: Path, options: dict[str, Any]) -> None:
     model = cached_family(family)
     receiver = start_receiver(for_mlx(family, model), tmp_path / "receiver.log")
     try:
@@ -92,7 +122,7 @@ def test_tokens_are_those_of_mlx_alone(family: str, offline: Offline, tmp_path: 
                 receiver=receiver.address,
                 prompts=PROMPTS,
                 tokens=OUTPUT,
-                options=OPTIONS.get(family, {}),
+                options=options,
             )
             receiver.assert_idle()
             assert answer["tokens"] == expected

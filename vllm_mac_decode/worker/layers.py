@@ -74,7 +74,7 @@ def exported_layers(
         group, spec = groups[name]
         block_size = int(spec.block_size)
         if isinstance(spec, MambaSpec):
-            states = states_of(attention)
+            states = states_of(attention, getattr(spec, "mamba_type", None))
             layout = PagedStates.of(states, block_size)
             layers[name] = ExportedLayer(
                 places[name], states, layout, 0, RECURRENT, block_size, group

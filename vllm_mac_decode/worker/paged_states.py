@@ -46,9 +46,10 @@ class PagedStates:
             torch.index_select(state, 0, block_ids, out=place)
 
 
-def states_of(layer: Any) -> list[torch.Tensor]:
+def states_of(layer: Any, mamba_type: Any = None) -> list[torch.Tensor]:
     """A recurrent layer's states ``[blocks, rows, ...]``, the convolution's as ``[blocks, kept
-    inputs, channels]``. Raises LayoutError where it has none that can be read."""
+    inputs, channels]``, a gated delta net's as ``[blocks, heads, v_dim, k_dim]``. ``mamba_type`` is
+    vLLM's. Raises LayoutError where it has none that can be read."""
     found: Any = getattr(layer, "kv_cache", None)
     while isinstance(found, (list, tuple)) and found and isinstance(found[0], (list, tuple)):
         found = found[0]  # vLLM up to 0.28 has one for each virtual engine
@@ -60,4 +61,9 @@ def states_of(layer: Any) -> list[torch.Tensor]:
     dim_first = getattr(mamba_utils, "is_conv_state_dim_first", lambda: False)
     if dim_first() and states[0].dim() == 3:
         states[0] = states[0].transpose(1, 2)
+    if "GDN" in str(mamba_type).upper() and len(states) > 1 and states[1].device.type == "cpu":
+        # vLLM's CPU kernels take the same memory for ``[..., k_dim, v_dim]``
+        # (``mamba/ops/cpu/gdn_attention.py``).
+        blocks, heads, values, keys = states[1].shape
+        states[1] = states[1].view(blocks, heads, keys, values).transpose(2, 3)
     return states

@@ -136,6 +136,10 @@ def test_what_vllm_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
     two = states()
     assert states_of(SimpleNamespace(kv_cache=tuple(two))) == two
     assert states_of(SimpleNamespace(kv_cache=[tuple(two)])) == two, "for a virtual engine"
+    # A gated delta net's on a CPU: keys by values in memory, whatever vLLM calls them.
+    _, state = states_of(SimpleNamespace(kv_cache=two), "MambaAttentionBackendEnum.GDN_ATTN")
+    assert state.shape == (BLOCKS, 4, 5, 6)
+    assert torch.equal(state[1, 2], two[1][1, 2].reshape(6, 5).T)
     with pytest.raises(LayoutError, match="no states of its own"):
         states_of(SimpleNamespace(kv_cache=torch.zeros(3)))
     with pytest.raises(LayoutError, match="no states of its own"):
