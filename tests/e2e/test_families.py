@@ -77,7 +77,7 @@ NATIVE_ROTATION = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 OPTIONS = {"lfm2": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION}
 
 
-#: One has a test of its own, as has what vLLM's CPU build computes in bf16 only; Mamba 1 is not in it.
+#: Two have tests of their own; the third one's Mamba 1 is not in vLLM's CPU build.
 OTHERS = {"mistral-window", "qwen3_next", "jamba"}
 
 
