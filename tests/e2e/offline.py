@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-_CONNECT_SECONDS = 60.0
+_CONNECT_SECONDS = 120.0
 
 
 def run(order: dict[str, Any]) -> dict[str, Any]:
