@@ -192,6 +192,7 @@ class EngineAdapter:
         """Whether vLLM has nothing to do, and waits for requests."""
         return (
             not self.draining
+            and not self._core.is_sleeping()
             and self._input.empty()
             and not self._core.scheduler.has_unfinished_requests()
         )
