@@ -22,6 +22,7 @@ class Model(nn.Module):
 
 
 def reference(dims: int, scaling: dict[str, Any]) -> Any:
+    pytest.importorskip("torch", reason="transformers computes with it")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = SimpleNamespace(
