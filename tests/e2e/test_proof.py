@@ -61,7 +61,7 @@ def test_only_who_computes_the_same_is_used(tiny_llama_path: Path, tmp_path: Pat
                 f"lost the receiver at {other.address}: layer" in text for other in others.values()
             )
 
-        assert eventually(settled, 60, 0.2), vllm.server.tail()
+        assert eventually(settled, 120, 0.2), vllm.server.tail()
         # Another test of this run may have proven it before.
         assert eventually(lambda: bool(right.health()["proofs"]), 60, 0.2), vllm.server.tail()
         for prompt, tokens in zip(PROMPTS, expected, strict=True):
