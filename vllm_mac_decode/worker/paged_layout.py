@@ -161,9 +161,9 @@ class PagedLayout:
         than cores, and for the process's life those that compute sleep between two loops instead
         of spinning: every decode step of vLLM's own takes a quarter longer.
         """
-        target = _bits(out)
+        target = bits(out)
         if which.strides is not None:
-            source = _bits(self.plane(cache, which, out.shape[-1]))
+            source = bits(self.plane(cache, which, out.shape[-1]))
             # Blocks of one request are mostly consecutive: a few strided copies beat one indexed.
             for at, first, count in runs(block_ids.tolist()):
                 np.copyto(target[:, at : at + count], source[:, first : first + count])
@@ -171,7 +171,7 @@ class PagedLayout:
         assert which.index is not None
         base = cache.storage_offset() + block_ids.numpy() * self.block_stride
         index = base[None, :, None, None] + which.index.numpy()[:, None]
-        np.take(_bits(_flat(cache)), index, out=target, mode="clip")  # "raise" would copy twice
+        np.take(bits(_flat(cache)), index, out=target, mode="clip")  # "raise" would copy twice
 
 
 def _flat(cache: torch.Tensor) -> torch.Tensor:
@@ -179,8 +179,11 @@ def _flat(cache: torch.Tensor) -> torch.Tensor:
     return torch.as_strided(cache, (storage_elements(cache),), (1,), 0)
 
 
-def _bits(tensor: torch.Tensor) -> NDArray[Any]:
-    """A CPU tensor's memory as integers of the same width: NumPy has no bfloat16."""
+def bits(tensor: torch.Tensor) -> NDArray[Any]:
+    """A CPU tensor's memory as integers of the same width: NumPy has no bfloat16.
+
+    What reads a cache on a CPU goes through it: see ``PagedLayout._gather_on_cpu`` for why.
+    """
     return tensor.view(_INTEGERS[tensor.element_size()]).numpy()
 
 
@@ -379,25 +382,20 @@ def _verify(
 
 def latent_update(layer: Any) -> CacheUpdate:
     """The same of a layer with a latent cache (MLA): the latent is its K, the rotated key its V."""
-    impl = layer.impl
+    update = _own_update(layer)
 
     def call(
         key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
     ) -> None:
         scale = getattr(layer, "_k_scale", None)
-        impl.do_kv_cache_update(key.squeeze(1), value, cache, slots, layer.kv_cache_dtype, scale)
+        update(key.squeeze(1), value, cache, slots, layer.kv_cache_dtype, scale)
 
-    if getattr(impl, "do_kv_cache_update", None) is None:
-        raise LayoutError(f"{type(impl).__name__} has no cache update of its own to probe with")
     return call
 
 
 def layer_update(layer: Any) -> CacheUpdate:
     """The attention layer's own cache update. Raises LayoutError when it has none of its own."""
-    impl = getattr(layer, "impl", None)
-    update = getattr(impl, "do_kv_cache_update", None)
-    if update is None:
-        raise LayoutError(f"{type(impl).__name__} has no cache update of its own to probe with")
+    update = _own_update(layer)
 
     def call(
         key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
@@ -405,3 +403,11 @@ def layer_update(layer: Any) -> CacheUpdate:
         update(layer, key, value, cache, slots)
 
     return call
+
+
+def _own_update(layer: Any) -> Callable[..., None]:
+    impl = getattr(layer, "impl", None)
+    update: Callable[..., None] | None = getattr(impl, "do_kv_cache_update", None)
+    if update is None:
+        raise LayoutError(f"{type(impl).__name__} has no cache update of its own to probe with")
+    return update

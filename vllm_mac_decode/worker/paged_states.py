@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.model_executor.layers.mamba import mamba_utils
 
 from vllm_mac_decode.worker.paged_cache import PagedPart
-from vllm_mac_decode.worker.paged_layout import LayoutError
+from vllm_mac_decode.worker.paged_layout import LayoutError, bits
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ class PagedStates:
         sizes = [part.heads * part.row_bytes for part in self.parts]
         for state, target in zip(cache, out.split(sizes), strict=True):
             place = target.view(state.dtype).view(1, *state.shape[1:])
-            torch.index_select(state, 0, block_ids, out=place)
+            if state.device.type == "cpu":
+                np.copyto(bits(place), bits(state)[int(block_ids[0]), None])
+            else:
+                torch.index_select(state, 0, block_ids, out=place)
 
 
 def states_of(layer: Any, mamba_type: Any = None) -> list[torch.Tensor]:

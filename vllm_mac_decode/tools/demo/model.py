@@ -170,13 +170,7 @@ def _convert(gguf: Path, folder: Path, report: Progress) -> None:
     tokenizer = _tokenizer(source)
 
     report("Converting the model", 0.8)
-    config = quantised.config
-    del config.quantization_config
-    config.architectures = [type(quantised).__name__]
-    config.dtype = torch.bfloat16
-    # A model that was loaded from GGUF refuses to be saved; a fresh one with its weights does not.
-    model = type(quantised)(config).to(torch.bfloat16)
-    model.load_state_dict(quantised.state_dict())
+    model = in_bf16(quantised)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, token, getattr(tokenizer, token))
 
@@ -191,6 +185,20 @@ def _convert(gguf: Path, folder: Path, report: Progress) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     lift_rope_theta(folder)
+
+
+def in_bf16(quantised: Any) -> Any:
+    """What transformers has read from a GGUF file, as a model that can be saved: the one that was
+    loaded refuses, a fresh one with its weights does not."""
+    import torch
+
+    config = quantised.config
+    del config.quantization_config
+    config.architectures = [type(quantised).__name__]
+    config.dtype = torch.bfloat16
+    model = type(quantised)(config).to(torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+    return model
 
 
 def _tokenizer(source: dict[str, str]) -> Any:
