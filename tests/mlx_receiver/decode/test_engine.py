@@ -117,9 +117,11 @@ def test_joining_and_leaving_leave_no_work_for_the_next_step(
     forward = Float32Logits.__call__
 
     def watched(self: Float32Logits, inputs: mx.array, cache: Any = None) -> Any:
-        graph = io.StringIO()
-        mx.export_to_dot(graph, inputs)
-        before.update(re.findall(r'label ="(\w+)"', graph.getvalue()))
+        # A chunk of a prompt is a slice of it; how long chunks are, the machine's speed decides.
+        if inputs.shape[1] == 1:
+            graph = io.StringIO()
+            mx.export_to_dot(graph, inputs)
+            before.update(re.findall(r'label ="(\w+)"', graph.getvalue()))
         return forward(self, inputs, cache)
 
     monkeypatch.setattr(Float32Logits, "__call__", watched)
