@@ -5,8 +5,10 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import httpx
@@ -24,6 +26,10 @@ from vllm_mac_decode.tools.demo.model import fetch_smollm2
 os.environ[STATE_VARIABLE] = tempfile.mkdtemp(prefix="mac-decode-state-")
 atexit.register(shutil.rmtree, os.environ[STATE_VARIABLE], ignore_errors=True)
 
+# How vLLM waits is changed in the processes that the tests start, see there.
+patience = str(Path(__file__).parent / "patience")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (patience, os.environ.get("PYTHONPATH"))))
+
 use_fast_blas()  # before any test imports MLX
 
 # By default these wait for five seconds, which a busy machine may need for a cold first answer.
@@ -40,6 +46,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     inside = item.path.relative_to(Path(__file__).parent)
     if {inside.stem, *inside.parts} & set(BESIDE):
         item.add_marker("beside")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What the servers said last that ran during a test that failed."""
+    report = yield
+    if report.failed:
+        servers = sys.modules.get("tests.servers")
+        for server in servers.Server.started if servers else ():
+            if server.log.exists() and server.log.stat().st_mtime >= time.time() - call.duration:
+                report.sections.append((f"end of {server.log}", server.tail(2000)))
+    return report
 
 
 def free_port() -> int:

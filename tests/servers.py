@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -26,6 +26,9 @@ START_SECONDS = 240.0
 class Server:
     """A server in its own process group, with its output in a file."""
 
+    #: Those of this run, the oldest first.
+    started: ClassVar[list[Server]] = []
+
     def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
         self.log = log
         with log.open("wb") as output:
@@ -37,6 +40,7 @@ class Server:
                 env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
                 start_new_session=True,
             )
+        self.started.append(self)
 
     def wait_healthy(self, url: str, seconds: float = START_SECONDS) -> None:
         """Wait for ``GET url`` to answer 200; fails with the log's end if the process dies."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 5.0, pause: float = 0.01) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 20.0, pause: float = 0.01) -> bool:
     """Whether the condition becomes true within that time, asked every ``pause`` seconds."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

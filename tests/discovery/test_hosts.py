@@ -59,7 +59,7 @@ def test_every_address_that_is_found_leads_there() -> None:
                 assert {way.interface for way in found.addresses} == {spark.cables[0]}
                 for way in found.addresses:
                     spark.run(accepted, way.host, port)
-            assert eventually(lambda: not browser.found(), 2)
+            assert eventually(lambda: not browser.found())
         for server in servers:
             server.close()
 
@@ -99,7 +99,7 @@ def test_cables_come_and_go() -> None:
         first = mac.address(0, 4)
         assert eventually(lambda: first in ways(browser.found()))
         mac.ip("link", "set", mac.cables[0], "down")
-        assert eventually(lambda: not browser.found(), 3)
+        assert eventually(lambda: not browser.found())
         mac.ip("link", "set", mac.cables[0], "up")
         assert eventually(lambda: first in ways(browser.found()))
         names = [spark.place.namespace, mac.place.namespace]
@@ -135,7 +135,7 @@ def test_where_multicast_does_not_work_each_side_says_so_once(
     with two_hosts() as (spark, mac):
         kept = [prevent(host) for host in (spark, mac)]
         with caplog.at_level(logging.INFO), announced_on(mac), browsing_on(spark) as browser:
-            assert eventually(lambda: len(caplog.records) == 2, 4)
+            assert eventually(lambda: len(caplog.records) == 2)
             assert not eventually(lambda: len(caplog.records) != 2, 1)
             assert browser.trouble
         said = sorted(record.getMessage() for record in caplog.records)

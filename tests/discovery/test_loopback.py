@@ -97,10 +97,10 @@ def test_another_process_is_found_changes_and_says_goodbye(
 
     changed = msgspec.structs.replace(first, model="org/Model", paired=True, name="Renamed")
     other.say(changed)
-    assert eventually(lambda: [f.announced for f in of(browser, first.instance)] == [changed], 3)
+    assert eventually(lambda: [f.announced for f in of(browser, first.instance)] == [changed])
 
     other.leave()
-    assert eventually(lambda: not of(browser, first.instance), 2)
+    assert eventually(lambda: not of(browser, first.instance))
 
 
 def test_one_that_is_killed_is_forgotten(browser: Browser, other: Announcing) -> None:
@@ -111,7 +111,7 @@ def test_one_that_is_killed_is_forgotten(browser: Browser, other: Announcing) ->
     time.sleep(1.5)
     assert of(browser, victim.instance)
     other.process.kill()
-    assert eventually(lambda: not of(browser, victim.instance), 6)
+    assert eventually(lambda: not of(browser, victim.instance))
 
 
 def test_several_of_one_name_are_several(

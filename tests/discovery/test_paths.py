@@ -107,7 +107,7 @@ def test_a_faster_cable_that_appears_later_is_taken_between_sessions(
     known = hosts
     # Not while blocks are on their way.
     assert not eventually(lambda: bool(look(chosen, spark, lambda: False)), 3)
-    assert eventually(lambda: look(chosen, spark, lambda: True) == hosts[1], 3)
+    assert eventually(lambda: look(chosen, spark, lambda: True) == hosts[1])
 
 
 def test_the_other_cable_is_taken_when_one_breaks(
@@ -122,7 +122,7 @@ def test_the_other_cable_is_taken_when_one_breaks(
     try:
         assert look(chosen, spark, lambda: False) == ""
         chosen.doubt()
-        assert eventually(lambda: look(chosen, spark, lambda: False) == hosts[0], 10)
+        assert eventually(lambda: look(chosen, spark, lambda: False) == hosts[0])
     finally:
         spark.ip("link", "set", spark.cables[1], "up")
 

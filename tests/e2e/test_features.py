@@ -181,7 +181,7 @@ def test_a_receiver_that_is_not_there_or_fails_is_left_alone(
     relay.vocab_size = me.signature.vocab_size
     fleet = Fleet(settings, me, relay.join)
     try:
-        assert eventually(lambda: any(remote.welcome for remote in relay._receivers), 10)
+        assert eventually(lambda: any(remote.welcome for remote in relay._receivers))
         assert reason_now(relay) == {"unproven": 1}
         relay._receivers[0].proven = True
         assert reason_now(relay) == {}

@@ -103,7 +103,7 @@ def test_an_idle_engine_hears_that_a_response_has_ended(
     before = vllm.metric("vllm:mac_decode_tokens_total")
     assert vllm.tokens(PROMPTS[0], 100) == expected[0][:100]
     counted = before + 100 - 1
-    assert eventually(lambda: vllm.metric("vllm:mac_decode_tokens_total") == counted, 5)
+    assert eventually(lambda: vllm.metric("vllm:mac_decode_tokens_total") == counted)
     assert vllm.metric("vllm:kv_cache_usage_perc") == 0
 
 

@@ -184,7 +184,7 @@ def test_what_the_prefill_answers(vllm: Vllm, receiver: Receiver) -> None:
     ours = params["mac_decode"]
     assert ours["prompt_token_ids"] == prompt
     assert ours["session"] is not None
-    assert eventually(lambda: receiver.health()["sessions"] == 1, 5, 0.05)
+    assert eventually(lambda: receiver.health()["sessions"] == 1, 20, 0.05)
     d_body = {"prompt": prompt, "return_token_ids": True, "kv_transfer_params": params}
     got = ask(api(receiver), **d_body)["choices"][0]["token_ids"]
     assert got[0] == ours["first_token"]

@@ -210,7 +210,7 @@ def hand_over(
     for rank in ranks:
         rank.wait_finished(*requests)
         rank.overwrite()
-    assert eventually(lambda: store.completed >= sessions.keys(), 10)
+    assert eventually(lambda: store.completed >= sessions.keys())
     for request in requests:
         request.check(sessions[request.session])
     assert not store.failures

@@ -114,7 +114,7 @@ def test_unpairing_ends_it_at_once_and_nobody_else_notices(
     receiver.desk.keystore.remove(spark.identity().instance)
     gone = clients[0].wait(lambda message: isinstance(message, Rejected), 2.0)
     assert "not paired any more" in gone.reason
-    assert eventually(lambda: not receiver.store.sessions(), 2.0)
+    assert eventually(lambda: not receiver.store.sessions())
     with pytest.raises(Exception, match=r"closed|broke|does not know"):
         clients[0].connect_data()
     decodes(clients[1], prefill)

@@ -312,4 +312,4 @@ def test_the_api_key_cannot_be_guessed_quickly(live: Receiver) -> None:
         assert httpx.get(url, headers=KEY).status_code == 429
         assert knows.get(url, headers=KEY).status_code == 200
     assert httpx.get(f"{live.url}/health").status_code == 200
-    assert eventually(lambda: httpx.get(url, headers=KEY).status_code == 200, 10, 0.5)
+    assert eventually(lambda: httpx.get(url, headers=KEY).status_code == 200, 20, 0.5)

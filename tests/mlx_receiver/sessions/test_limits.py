@@ -183,7 +183,7 @@ def test_a_client_that_leaves_is_no_warning(
     caplog.set_level("INFO", "mlx_receiver.control.server")
     with connected(receiver) as client:
         ticket = client.ticket_id
-    assert eventually(lambda: ticket not in receiver.store._keys, 2)
+    assert eventually(lambda: ticket not in receiver.store._keys)
     assert [r.message for r in caplog.records if r.levelname != "INFO"] == []
     assert "client test left" in caplog.text
 

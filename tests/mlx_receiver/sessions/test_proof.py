@@ -70,7 +70,7 @@ def test_the_same_cache(live: Receiver, prefill: Prefill, tokens: int) -> None:
     welcome = again.hello(**who)
     assert isinstance(welcome, Welcome) and welcome.proof_token_ids == []
     again.close()
-    assert eventually(lambda: live.store.reserved_bytes == 0, 5)
+    assert eventually(lambda: live.store.reserved_bytes == 0)
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_one_that_is_cancelled_leaves_nothing(live: Receiver, prefill: Prefill) 
     held = live.store.reserved_bytes
     client.cancel(session)
     # Also while others are decoded, which may be always.
-    assert eventually(lambda: live.store.reserved_bytes < held, 10)
+    assert eventually(lambda: live.store.reserved_bytes < held)
     assert live.engine.decoding == 1 and not live.engine._proofs
     client.cancel(running)
-    assert eventually(lambda: live.store.reserved_bytes == 0, 10)
+    assert eventually(lambda: live.store.reserved_bytes == 0)
     assert proof(client, kv).same, "the engine still works"
     client.close()
 

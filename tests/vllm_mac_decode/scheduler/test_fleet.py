@@ -110,14 +110,14 @@ def test_all_that_are_named_are_connected_and_one_that_is_lost_leaves_the_others
 ) -> None:
     a, b = Mac("a"), Mac("b")
     with fleet(f"{a.address}, {b.address}") as relay:
-        assert eventually(lambda: connected(relay) == {"a", "b"}, 10)
+        assert eventually(lambda: connected(relay) == {"a", "b"})
         assert numbers(relay) == {0, 1}, "workers tell them apart"
         a.close()
-        assert eventually(lambda: connected(relay) == {"b"}, 10)
+        assert eventually(lambda: connected(relay) == {"b"})
         time.sleep(0.7)
         assert connected(relay) == {"b"} and b.hellos == 1
         b.close()
-        assert eventually(lambda: any("decoding locally" in line for line in lines()), 10)
+        assert eventually(lambda: any("decoding locally" in line for line in lines()))
     said = lines()
     assert sum("lost the receiver" in line for line in said) == 2
     assert sum("decoding locally" in line for line in said) == 1
@@ -126,7 +126,7 @@ def test_all_that_are_named_are_connected_and_one_that_is_lost_leaves_the_others
 def test_a_receiver_with_two_names_is_connected_once(lines: Callable[[], list[str]]) -> None:
     a = Mac("a")
     with fleet(f"{a.address},localhost:{a.port}") as relay:
-        assert eventually(lambda: connected(relay) == {"a"} and a.hellos == 2, 10)
+        assert eventually(lambda: connected(relay) == {"a"} and a.hellos == 2)
         time.sleep(1)
         assert len(numbers(relay)) == 1 and a.hellos == 2, "the other waits, and asks nothing"
         assert not lines(), "which is no trouble"
@@ -134,7 +134,7 @@ def test_a_receiver_with_two_names_is_connected_once(lines: Callable[[], list[st
         (first,) = [r for r in relay._receivers if r.welcome is not None]
         assert first.link is not None
         first.link.close()
-        assert eventually(lambda: connected(relay) == {"a"} and first.welcome is None, 10), (
+        assert eventually(lambda: connected(relay) == {"a"} and first.welcome is None), (
             "the other name is used"
         )
     a.close()
@@ -145,8 +145,8 @@ def test_one_that_refuses_is_named_once_and_does_not_stop_the_others(
 ) -> None:
     a, b = Mac("a", refuses=True), Mac("b")
     with fleet(f"{a.address},{b.address}") as relay:
-        assert eventually(lambda: connected(relay) == {"b"} and a.hellos > 2, 10)
-        assert eventually(lambda: bool(lines()), 5)
+        assert eventually(lambda: connected(relay) == {"b"} and a.hellos > 2)
+        assert eventually(lambda: bool(lines()))
         time.sleep(0.5)
     assert len(lines()) == 1
     assert "one receiver is not used" in lines()[0] and "a serves another model" in lines()[0]
@@ -158,7 +158,7 @@ def test_why_none_is_connected_is_said_in_one_line(lines: Callable[[], list[str]
     a = Mac("a", refuses=True)
     nobody = free_port()
     with fleet(f"{a.address},127.0.0.1:{nobody}"):
-        assert eventually(lambda: bool(lines()), 10)
+        assert eventually(lambda: bool(lines()))
         time.sleep(1)
     assert len(lines()) == 1, lines()
     assert "a serves another model" in lines()[0] and f"127.0.0.1:{nobody}" in lines()[0]
@@ -172,17 +172,17 @@ def test_receivers_come_and_go(
     network = Network()
     discovered(monkeypatch, network)
     with fleet() as relay:
-        assert eventually(lambda: bool(lines()), 10)
+        assert eventually(lambda: bool(lines()))
         assert "there is no receiver" in lines()[0]
         network.found = {"mini": a}
-        assert eventually(lambda: connected(relay) == {"a"}, 10)
+        assert eventually(lambda: connected(relay) == {"a"})
         network.found = {"studio": b}
-        assert eventually(lambda: connected(relay) == {"a", "b"}, 10)
+        assert eventually(lambda: connected(relay) == {"a", "b"})
         time.sleep(0.6)
         # What is announced is a hint: a connection that stands is not given up for it.
         assert connected(relay) == {"a", "b"}
         a.close()
-        assert eventually(lambda: len(relay._receivers) == 1, 10), "now it is"
+        assert eventually(lambda: len(relay._receivers) == 1), "now it is"
         assert connected(relay) == {"b"}
         network.found = {}
     b.close()
@@ -236,7 +236,7 @@ def test_a_link_that_cannot_begin_leaves_nothing(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("vllm_mac_decode.scheduler.fleet.Link", link)
     with fleet() as relay:
-        assert eventually(lambda: connected(relay) == {"a"}, 10)
+        assert eventually(lambda: connected(relay) == {"a"})
         assert len(relay._receivers) == 1
     a.close()
 
@@ -249,9 +249,9 @@ def test_a_folder_of_keys_that_cannot_be_read_is_named(
     network.error = "the folder of keys cannot be read"
     discovered(monkeypatch, network)
     with fleet() as relay:
-        assert eventually(lambda: bool(lines()), 10)
+        assert eventually(lambda: bool(lines()))
         network.error = ""
-        assert eventually(lambda: connected(relay) == {"a"}, 10)
+        assert eventually(lambda: connected(relay) == {"a"})
         network.error = "the folder of keys cannot be read"
         time.sleep(0.6)
         assert connected(relay) == {"a"}, "it lost its keys, not its connection"
@@ -277,14 +277,14 @@ def test_a_fault_in_the_looking_does_not_end_it(
     monkeypatch.setattr("vllm_mac_decode.scheduler.fleet._LOOK_SECONDS", 0.05)
     discovered(monkeypatch, network)
     with fleet() as relay:
-        assert eventually(lambda: connected(relay) == {"a"}, 10)
+        assert eventually(lambda: connected(relay) == {"a"})
     a.close()
 
 
 def test_the_log_names_who_keeps_failing(lines: Callable[[], list[str]]) -> None:
     a, b = Mac("a"), Mac("b")
     with fleet(f"{a.address},{b.address}") as relay:
-        assert eventually(lambda: connected(relay) == {"a", "b"}, 10)
+        assert eventually(lambda: connected(relay) == {"a", "b"})
         failing = relay._receivers[0]
         assert isinstance(failing, Remote)
         for _ in range(3):

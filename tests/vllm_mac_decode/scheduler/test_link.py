@@ -122,7 +122,7 @@ def linked(
     settings = Settings(receiver=address, token=token, stall_timeout=stall_timeout)
     fleet = Fleet(settings, ME, lambda: events)
     try:
-        assert eventually(lambda: hasattr(events, "link"), 5)
+        assert eventually(lambda: hasattr(events, "link"))
         yield events.link, events
     finally:
         fleet.close()
@@ -169,7 +169,7 @@ def test_when_one_way_is_lost_the_next_one_is_used(
         assert link.target is not None
         second.close()
         assert events.seen.get(timeout=20) != "connected"
-        assert eventually(lambda: any("there is no receiver" in line for line in lines()), 10)
+        assert eventually(lambda: any("there is no receiver" in line for line in lines()))
     assert first.address in lines()[0] and second.address in lines()[1]
 
 
@@ -214,7 +214,7 @@ def test_a_receiver_that_refuses_is_asked_at_one_of_its_addresses(
     network = Network(candidate(peer), candidate(peer, "localhost"))
     monkeypatch.setattr("vllm_mac_decode.scheduler.fleet.candidates", lambda _: network)
     with linked(""):
-        assert eventually(lambda: any("another model" in line for line in lines()), 5)
+        assert eventually(lambda: any("another model" in line for line in lines()))
     assert len(heard) == 1
     peer.close()
 
@@ -269,7 +269,7 @@ def test_why_nobody_answers(who: str, complaint: str, lines: Callable[[], list[s
         assert server is not None
         threading.Thread(target=hang_up, args=[server], daemon=True).start()
     with linked(address, "guess") as (link, events):
-        assert eventually(lambda: bool(lines()), 5)
+        assert eventually(lambda: bool(lines()))
         time.sleep(1.5)  # later attempts say nothing new
         assert len(lines()) == 1 and complaint in lines()[0]
         assert "guess" not in lines()[0]
@@ -290,7 +290,7 @@ def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
     with linked(f"mac.example:{port}", "") as (link, _):
-        assert eventually(lambda: link.target is not None, 5)
+        assert eventually(lambda: link.target is not None)
         assert link.target is not None and link.target.endpoint.host == "127.0.0.1"
     peer.close()
 

@@ -52,7 +52,7 @@ def test_parts_of_different_widths() -> None:
         for name in layers:
             exporter.layer_written(name)
         exporter.end_step()
-        assert eventually(lambda: 3 in store.completed, 10), store.failures
+        assert eventually(lambda: 3 in store.completed), store.failures
         built = session.take_memory().build()
         for got, cache in zip(built, caches, strict=True):
             written = cache[ids].reshape(-1, sum(WIDTHS))[:TOKENS].numpy()

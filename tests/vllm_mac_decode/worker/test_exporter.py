@@ -86,7 +86,7 @@ def test_blocks_are_spread_over_all_connections() -> None:
             assert eventually(lambda: len(blocks) >= 4, 10), "one connection holds up the other"
             assert len(threads) == 2 and not session.complete
             store.reading.set()
-            assert eventually(lambda: session.complete, 10)
+            assert eventually(lambda: session.complete)
             request.check(session)
     finally:
         store.stop()
@@ -98,7 +98,7 @@ def test_hooks_that_never_or_twice_run(store: Store, worker: Worker, hooks: int)
     request = Request(40, [9, 3, 4])
     session = store.add(request)
     worker.step([(request, 0, 40)], store.target, hooks=hooks)
-    assert eventually(lambda: session.complete, 10)
+    assert eventually(lambda: session.complete)
     worker.wait_finished(request)
     assert session.timeline.blocks_received == 2 * LAYERS
     request.check(session)
@@ -151,7 +151,7 @@ def test_blocks_may_be_reused_as_soon_as_they_are_reported(store: Store, worker:
     worker.step([(second, 0, 64)], store.target)
     worker.wait_finished(second)
     worker.overwrite()
-    assert eventually(lambda: sessions[0].complete and sessions[1].complete, 10)
+    assert eventually(lambda: sessions[0].complete and sessions[1].complete)
     first.check(sessions[0])
     second.check(sessions[1])
 
@@ -163,8 +163,8 @@ def test_blocks_wait_until_the_session_is_accepted(store: Store, worker: Worker)
     assert worker.ledger.finished({request.id}) == set(), "the receiver has not heard of it"
     session = store.add(request)
     worker.wait_finished()
-    assert eventually(lambda: session.complete, 10)
-    assert eventually(lambda: worker.ledger.finished(set()) == {request.id}, 10)
+    assert eventually(lambda: session.complete)
+    assert eventually(lambda: worker.ledger.finished(set()) == {request.id})
     request.check(session)
 
 
@@ -173,7 +173,7 @@ def test_a_session_that_ends_unaccepted_releases_its_blocks(store: Store, worker
     worker.step([(given_up, 0, 40)], store.target)
     assert worker.ledger.finished({given_up.id}) == set()
     worker.exporter.begin_step([], [given_up.session], {})
-    assert eventually(lambda: worker.ledger.finished(set()) == {given_up.id}, 10)
+    assert eventually(lambda: worker.ledger.finished(set()) == {given_up.id})
     hand_over(store, [worker], [[(other, 0, 16)]])
 
 
@@ -258,13 +258,13 @@ def test_a_connection_that_breaks_takes_the_others_with_it(store: Store) -> None
     with workers({"streams": 3, "stall_timeout": 1.0}) as (worker,):
         session = store.add(lost)
         worker.step([(lost, 0, 32)], store.target)
-        assert eventually(lambda: session.timeline.blocks_received == 2 * LAYERS, 10)
+        assert eventually(lambda: session.timeline.blocks_received == 2 * LAYERS)
         connections = list(store.listener._connections)
         assert len(connections) == 3
         connections[1].sock.shutdown(socket.SHUT_RDWR)
         worker.step([(lost, 32, 64)], store.target)
         worker.wait_finished(lost, seconds=4)
-        assert eventually(lambda: not store.listener._connections, 10)
+        assert eventually(lambda: not store.listener._connections)
         assert len(store.failures) == 1 and "the connection closed" in store.failures[0]
         store.failures.clear()
         hand_over(store, [worker], [[(other, 0, 40)]])
@@ -341,7 +341,7 @@ def test_a_peer_that_does_not_read_costs_bounded_memory_and_time() -> None:
     with large(layers) as (stuck, request, options):
         with workers(options | {"stall_timeout": 1.5}) as (worker,):
             session = stuck.add(request)
-            assert eventually(lambda: session.allocated_layers == layers, 10)
+            assert eventually(lambda: session.allocated_layers == layers)
             stuck.reading.clear()
             for layer in worker.caches:
                 worker.write(layer, request, 0, LARGE)
@@ -377,7 +377,7 @@ def test_after_a_fault_of_ours_all_blocks_are_free_and_nothing_more_is_sent() ->
     with workers({"layers": range(layers), "blocks": 256, "dim": 64}) as (worker,):
         sessions = [store.add(request) for request in (good, bad)]
         worker.step([(good, 0, 16), (bad, 0, 16)], store.target)
-        assert eventually(lambda: all(session.kv_bytes for session in sessions), 10)
+        assert eventually(lambda: all(session.kv_bytes for session in sessions))
         store.reading.clear()
         worker.step([(good, 16, tokens)], store.target)
         worker.exporter.begin_step([bad.span(16, 32)], [], {bad.session: store.target})
@@ -387,7 +387,7 @@ def test_after_a_fault_of_ours_all_blocks_are_free_and_nothing_more_is_sent() ->
         assert eventually(lambda: found.update(worker.ledger.finished(set())) or found == wanted)
         store.reading.set()
         assert not eventually(lambda: bool(store.completed), 1.5)
-    assert eventually(lambda: len(store.failures) == 2, 10)
+    assert eventually(lambda: len(store.failures) == 2)
     store.stop()
 
 

@@ -41,7 +41,7 @@ def test_each_gets_the_blocks_of_its_own_sessions(pair: tuple[Store, Store]) -> 
             worker.step([item[:3] for item in work], *(store.target for *_, store in work))
         worker.wait_finished(*requests)
         worker.overwrite()
-        assert eventually(lambda: len(first.completed) == 2 and len(second.completed) == 1, 10)
+        assert eventually(lambda: len(first.completed) == 2 and len(second.completed) == 1)
         for request, session in zip(requests, sessions, strict=True):
             request.check(session)
         assert not first.failures and not second.failures
@@ -56,7 +56,7 @@ def test_one_that_does_not_read_holds_nothing_of_the_others_up(pair: tuple[Store
     with workers(options) as (worker,):
         large = Request(4096, list(range(256)), layers=8, dim=64)
         session = stuck.add(large)
-        assert eventually(lambda: session.allocated_layers == 8, 10)
+        assert eventually(lambda: session.allocated_layers == 8)
         stuck.reading.clear()
         worker.step([(large, 0, 4096)], stuck.target)
         for number in range(3):
@@ -65,13 +65,13 @@ def test_one_that_does_not_read_holds_nothing_of_the_others_up(pair: tuple[Store
             began = time.monotonic()
             worker.step([(small, 0, 16)], other.target)
             worker.wait_finished(small, seconds=2)
-            assert eventually(lambda small=small: small.session in other.completed, 2)
+            assert eventually(lambda small=small: small.session in other.completed, 5)
             assert time.monotonic() - began < 2
             small.check(got)
         assert worker.ledger.finished({large.id}) == set(), "its blocks are still being read"
         stuck.reading.set()
         worker.wait_finished(large)
-        assert eventually(lambda: large.session in stuck.completed, 10)
+        assert eventually(lambda: large.session in stuck.completed)
     stuck.stop()
     other.stop()
 
@@ -84,7 +84,7 @@ def test_one_that_is_gone_costs_its_own_sessions_only(pair: tuple[Store, Store])
         session = first.add(good)
         worker.step([(lost, 0, 16), (good, 0, 16)], gone.target, first.target)
         worker.wait_finished(lost, good)
-        assert eventually(lambda: good.session in first.completed, 10)
+        assert eventually(lambda: good.session in first.completed)
         good.check(session)
         found: list[int] = []
         assert eventually(
@@ -106,7 +106,7 @@ def test_a_session_without_a_receiver_disturbs_nobody(pair: tuple[Store, Store])
             worker.write(layer, good, 0, 16)
         worker.exporter.end_step()
         worker.wait_finished(good, lost)
-        assert eventually(lambda: good.session in first.completed, 10)
+        assert eventually(lambda: good.session in first.completed)
         good.check(session)
         assert worker.exporter.take_unreachable() == []
 
@@ -136,7 +136,7 @@ def test_a_fault_at_one_stops_all_before_vllm_reuses_a_block(pair: tuple[Store, 
             {good.session: first.target, bad.session: second.target},
         )
         worker.exporter.end_step()
-        assert eventually(lambda: worker.exporter.stopped, 10)
+        assert eventually(lambda: worker.exporter.stopped)
         assert worker.ledger.finished({good.id, bad.id}) == {good.id, bad.id}
         first.reading.set()
         worker.step([(good, 16, 32)], first.target)
@@ -184,7 +184,7 @@ def test_a_session_that_cannot_be_staged_is_given_up(
         monkeypatch.setattr(StagingRing, "acquire", no_memory)
         worker.step([(lost, 0, 16)], second.target)
         worker.wait_finished(lost)
-        assert eventually(lambda: worker.exporter.take_unreachable() == [lost.session], 10)
+        assert eventually(lambda: worker.exporter.take_unreachable() == [lost.session])
         assert not worker.exporter.stopped
 
 
@@ -199,5 +199,5 @@ def test_two_workers_share_two_receivers(pair: tuple[Store, Store]) -> None:
             assert isinstance(rank, Worker)
             rank.wait_finished(*requests)
         for store, request, session in zip(pair, requests, sessions, strict=True):
-            assert eventually(lambda s=store, r=request: r.session in s.completed, 10)
+            assert eventually(lambda s=store, r=request: r.session in s.completed)
             request.check(session)

@@ -59,12 +59,12 @@ def test_the_last_block_of_the_last_span() -> None:
             span = ExportSpan(3, "r", start, end, TOKENS, [ids])
             exporter.begin_step([span], [], {3: store.target})
             exporter.end_step()
-        assert eventually(lambda: 3 in store.completed, 10), store.failures
+        assert eventually(lambda: 3 in store.completed), store.failures
         assert session.kv_bytes == 2 * 4 * (30 + 120)
         for got, tensors in zip(session.take_memory().build(), found, strict=True):
             for array, state in zip(got.cache, tensors, strict=True):
                 np.testing.assert_array_equal(np.array(array)[0], state[4].numpy())
-        assert eventually(lambda: ledger.finished({"r"}) == {"r"}, 10)
+        assert eventually(lambda: ledger.finished({"r"}) == {"r"})
     finally:
         exporter.close()
         store.stop()
