@@ -188,6 +188,7 @@ def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
     import torch
 
     from mlx_receiver.wire.layout import FULL
+    from vllm_mac_decode.worker.numbers import Numbers
     from vllm_mac_decode.worker.paged_cache import ExportedLayer
     from vllm_mac_decode.worker.paged_layout import PagedLayout, PlaneMap
 
@@ -199,7 +200,7 @@ def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
         block_size=BLOCK,
         heads=HEADS,
         widths=(HEAD_DIM, HEAD_DIM),
-        dtype="bfloat16",
+        numbers=Numbers(torch.bfloat16, torch.bfloat16),
         block_stride=block,
         keys=PlaneMap(0, strides, None),
         values=PlaneMap(blocks * block, strides, None),

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, Protocol
 
 import mlx.core as mx
+import numpy as np
 from numpy.typing import NDArray
 
-from mlx_receiver.wire.layout import LayerLayout
+from mlx_receiver.wire.layout import LayerLayout, Part
 
-__all__ = ["CARRIERS", "CacheAdapter", "LayerBuffers", "Rows", "mlx_dtype", "wire_dtype"]
+__all__ = ["CARRIERS", "CacheAdapter", "LayerBuffers", "Rows", "mlx_dtype", "numbers", "wire_dtype"]
 
 #: NumPy has no bfloat16, so aliases carry plain integers of the same width.
-CARRIERS: Final = {2: mx.uint16, 4: mx.uint32}
+CARRIERS: Final = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 _DTYPES: Final = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -27,6 +29,32 @@ _DTYPES: Final = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.
 def mlx_dtype(name: str) -> mx.Dtype:
     """The MLX dtype of a wire dtype's name."""
     return _DTYPES[name]
+
+
+def numbers(array: mx.array, part: Part, dtype: mx.Dtype) -> mx.array:
+    """What has arrived of ``part``, an array of ``CARRIERS``, in the ``dtype`` that it is decoded
+    in. Without a copy where that is the dtype in which it travels."""
+    if part.dtype in _DTYPES:
+        return array.view(_DTYPES[part.dtype]).astype(dtype)
+    # 8-bit floats are few enough to look each up: exactly what vLLM's attention reads.
+    return mx.array(_float8(part.dtype) * np.float32(part.scale)).astype(dtype)[array]
+
+
+@cache
+def _float8(dtype: str) -> NDArray[np.float32]:
+    """What the 256 numbers stand for: OCP's 8-bit floats, with 4 or 5 bits of exponent."""
+    exponent_bits = {"float8_e4m3": 4, "float8_e5m2": 5}[dtype]
+    fraction_bits = 7 - exponent_bits
+    codes = np.arange(256)
+    exponent = codes >> fraction_bits & (1 << exponent_bits) - 1
+    fraction = (codes & (1 << fraction_bits) - 1) / (1 << fraction_bits)
+    bias = (1 << exponent_bits - 1) - 1
+    found = np.where(exponent > 0, 1 + fraction, 2 * fraction) * 2.0 ** (exponent - bias)
+    if exponent_bits == 5:
+        found[exponent == 31] = np.where(fraction[exponent == 31] > 0, np.nan, np.inf)
+    else:
+        found[codes & 127 == 127] = np.nan  # the only ones; there is no infinity
+    return np.where(codes < 128, found, -found).astype(np.float32)
 
 
 def wire_dtype(array: mx.array) -> str:

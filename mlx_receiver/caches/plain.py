@@ -10,7 +10,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
-from mlx_receiver.caches.adapter import CARRIERS, Rows, mlx_dtype, wire_dtype
+from mlx_receiver.caches.adapter import CARRIERS, Rows, numbers, wire_dtype
 from mlx_receiver.caches.cuda_staging import Staging, staging
 from mlx_receiver.caches.joinable import JoinableKVCache
 from mlx_receiver.wire.layout import FULL, ITEMSIZE, KEYS, VALUES, LayerLayout, Part
@@ -77,7 +77,7 @@ class PlainKVBuffers:
     ) -> None:
         """``hold`` makes the cache of finished keys and values."""
         self._hold = hold
-        self._dtypes = [mlx_dtype(part.dtype) for part in layer.parts]
+        self._parts = layer.parts
         self._staging = staging
         self._arrays = [
             mx.zeros((1, part.heads, capacity, part.width), CARRIERS[ITEMSIZE[part.dtype]])
@@ -108,10 +108,9 @@ class PlainKVBuffers:
             self._staging.finish()
         # An alias that outlives this makes MLX copy the buffer at the first decode step.
         self._aliases = []
-        keys, values = (array.view(d) for array, d in zip(self._arrays, self._dtypes, strict=True))
+        keys, values = map(numbers, self._arrays, self._parts, dtypes)
         self._arrays = []
-        if self._dtypes != list(dtypes):
+        if [wire_dtype(keys), wire_dtype(values)] != [part.dtype for part in self._parts]:
             # At once: there need not be room for a converted cache beside the whole one.
-            keys, values = keys.astype(dtypes[0]), values.astype(dtypes[1])
             mx.eval(keys, values)
         return self._hold(keys, values), [keys, values]

@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lm.models.cache import ArraysCache
 from numpy.typing import NDArray
 
-from mlx_receiver.caches.adapter import CARRIERS, Rows, mlx_dtype, wire_dtype
+from mlx_receiver.caches.adapter import CARRIERS, Rows, numbers, wire_dtype
 from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, RECURRENT, LayerLayout, Part
 
 
@@ -61,7 +61,7 @@ class StatesBuffers:
     """The arrays of one layer."""
 
     def __init__(self, layer: LayerLayout) -> None:
-        self._dtypes = [mlx_dtype(part.dtype) for part in layer.parts]
+        self._parts = layer.parts
         self._shapes = [(1, part.heads, *(part.dims or [part.width])) for part in layer.parts]
         self._arrays = [
             mx.zeros((part.heads, 1, part.width), CARRIERS[ITEMSIZE[part.dtype]])
@@ -83,9 +83,9 @@ class StatesBuffers:
         self._aliases = []
         cache = ArraysCache(len(self._arrays))
         cache.cache = [
-            array.view(received).reshape(shape).astype(dtype)
-            for array, received, shape, dtype in zip(
-                self._arrays, self._dtypes, self._shapes, dtypes, strict=True
+            numbers(array, part, dtype).reshape(shape)
+            for array, part, shape, dtype in zip(
+                self._arrays, self._parts, self._shapes, dtypes, strict=True
             )
         ]
         self._arrays = []

@@ -63,8 +63,10 @@ class Comparisons:
         verdict = None
         try:
             weights = [own_weights(self._source.config, loaded.dtype), proof.weights]
-            caches = proof.build_cache()
-            verdict = compare(loaded, proof.prompt_token_ids, caches, proof.following, weights)
+            tokens, following = proof.prompt_token_ids, proof.following
+            verdict = compare(
+                loaded, tokens, proof.build_cache(), following, weights, proof.kv_dtype
+            )
         except Exception:
             logger.exception("the two engines' caches could not be compared")
         _conclude(proof, verdict)

@@ -90,7 +90,8 @@ class Verdict:
 class Proof:
     """A prompt's cache that is to be compared with the model's own.
 
-    ``following`` is the token that comes after the prompt, ``weights`` what vLLM's are kept in.
+    ``following`` is the token that comes after the prompt, ``weights`` what vLLM's are kept in,
+    ``kv_dtype`` the numbers that came.
     Nothing is computed once it is not ``wanted`` any more. ``done`` gets the verdict on the
     decoding thread, None where comparing failed; ``reservation`` covers the model's own cache, and
     the engine lets go of it.
@@ -100,6 +101,7 @@ class Proof:
     build_cache: BuildCache
     following: int
     weights: str
+    kv_dtype: str
     reservation: Reservation
     wanted: Callable[[], bool]
     done: Callable[[Verdict | None], None]

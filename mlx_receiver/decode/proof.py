@@ -38,8 +38,8 @@ class Limits:
         return granted if one.by_token else 2 * granted
 
 
-#: By the fewest bits that a weight has on either side. Measured: ``bench/proof.py``, and its table
-#: in docs/models.md.
+#: By the fewest bits that a weight has on either side, or a number of the cache that came.
+#: Measured: ``bench/proof.py``, and its table in docs/models.md.
 LIMITS: Final = {
     32: Limits(5e-3, 4, 1e-3),
     16: Limits(0.02, 8, 0.05),
@@ -90,23 +90,27 @@ def compare(
     caches: list[Any],
     following: int,
     weights: list[str],
+    kv_dtype: str,
 ) -> Verdict:
     """Compare the ``caches`` that were built for ``tokens`` with the model's own, and what both
-    say about the token that comes after ``following``. ``weights`` are both sides'."""
+    say about the token that comes after ``following``. ``weights`` are both sides', ``kv_dtype`` is
+    that of the numbers that came."""
     model = loaded.model
     own = loaded.cache.empty()
     model(mx.array([list(tokens)]), cache=own)  # its logits are never computed
     mx.eval([cache.state for cache in own])
-    limits = LIMITS[min(map(bits, weights))]
+    limits = LIMITS[min(map(bits, [*weights, kv_dtype]))]
     apart = differences(loaded, len(tokens), caches, own)
-    said = " and ".join(dict.fromkeys(weights))
+    said = f"{' and '.join(dict.fromkeys(weights))} weights"
+    if bits(kv_dtype) < min(map(bits, weights)):
+        said += f" and KV in {kv_dtype}"
     wrong = [one for one in apart if not one.error <= limits.of(one)]
     if wrong:
         found = wrong[0]
         return Verdict(
             False,
             f"{found.text} (cosine {found.cosine:.3f}; {_percent(limits.of(found))} is "
-            f"allowed for {said} weights), the first of the {len(wrong)} of {len(apart)} parts "
+            f"allowed for {said}), the first of the {len(wrong)} of {len(apart)} parts "
             "that differ: the two engines do not compute the same cache. Serve the same model and "
             "revision on both machines",
         )
@@ -115,7 +119,7 @@ def compare(
     text = (
         f"{len(loaded.cache.layout.layers)} layers compared, at most {_percent(worst.error)} apart "
         f"(layer {worst.layer}, {worst.part}; {_percent(limits.of(worst))} is allowed for "
-        f"{said} weights), the next token's probabilities {nats:.2g} nats"
+        f"{said}), the next token's probabilities {nats:.2g} nats"
     )
     if not nats <= limits.nats:
         return Verdict(False, f"{text}, of which {limits.nats:g} are allowed")

@@ -307,6 +307,7 @@ class SessionService:
                 lambda: session.take_memory().build(),
                 first,
                 said.weights or said.layout.kv_dtype,
+                said.layout.kv_dtype,
                 own,
                 lambda: session.phase is not Phase.ENDED,
                 done,

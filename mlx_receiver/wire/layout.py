@@ -14,8 +14,12 @@ import msgspec
 from msgspec import Meta
 
 #: Numbers of a cache as they travel. The index is the dtype's code in a frame.
-DTYPES: Final = ("bfloat16", "float16", "float32")
-ITEMSIZE: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPES: Final = ("bfloat16", "float16", "float32", "float8_e4m3", "float8_e5m2")
+ITEMSIZE: Final = {
+    "bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3": 1, "float8_e5m2": 1,
+}  # fmt: skip
+
+_Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3", "float8_e5m2"]
 
 #: The kind whose layers hold K and V of every token, the one of the last tokens only, and the one
 #: that holds states of the whole text.
@@ -36,18 +40,19 @@ class Part(msgspec.Struct, frozen=True):
     """One array of a layer's cache: ``[heads, tokens, width]``, or ``[heads, 1, width]`` where
     ``by_token`` is false and it describes the whole text (the state of a recurrent layer).
 
-    ``dtype`` is that of the numbers that travel. Of a part with a ``window`` only the last so many
-    tokens of a prompt are kept, and travel. ``dims``: what a row of ``width`` numbers is an array
-    of, if not simply that.
+    ``dtype`` is that of the numbers that travel, and stand for ``scale`` times as much (in a cache
+    of 8-bit floats). Of a part with a ``window`` only the last so many tokens of a prompt are kept,
+    and travel. ``dims``: what a row of ``width`` numbers is an array of, if not simply that.
     """
 
     name: _Name
     heads: _Count
     width: _Count
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: _Dtype
     by_token: bool = True
     window: _Count | None = None
     dims: Annotated[list[_Count], Meta(max_length=4)] = []
+    scale: Annotated[float, Meta(gt=0, le=1e30)] = 1.0
 
     @property
     def row(self) -> int:
@@ -79,8 +84,9 @@ class CacheLayout(msgspec.Struct, frozen=True):
 
     @property
     def kv_dtype(self) -> str:
-        """The parts' dtype; the first one's where they differ."""
-        return self.layers[0].parts[0].dtype
+        """The parts' dtype; the narrowest one where they differ."""
+        dtypes = [part.dtype for layer in self.layers for part in layer.parts]
+        return min(dtypes, key=ITEMSIZE.__getitem__)
 
     @property
     def itemsize(self) -> int:

@@ -41,7 +41,8 @@ from msgspec import Meta
 #: and an Endpoint whether its receiver allows less.
 #: 4: equal layouts are not enough: Welcome names tokens whose cache is compared with the receiver's
 #: own before anything is handed off.
-PROTOCOL_VERSION: Final = 4
+#: 5: a part's numbers may be 8-bit floats, with a scale.
+PROTOCOL_VERSION: Final = 5
 
 #: Largest control message accepted, in bytes: a prompt of a million tokens fits.
 MAX_MESSAGE_BYTES: Final = 16 << 20

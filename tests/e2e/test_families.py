@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import cached_family
 from tests.families import FAMILIES, WINDOW, for_mlx, write
+from tests.mlx_alone import Float8Prompt, greedy
 from tests.servers import Receiver, start_receiver
 
 pytestmark = pytest.mark.server
@@ -153,3 +154,19 @@ def test_a_window_that_mlx_does_not_know(offline: Offline, tmp_path: Path) -> No
     assert answer["tokens"] == expected
     # Of the shortest one alone, up to the end of the window.
     assert answer["handed_off"] == WINDOW - len(PROMPTS[0]) - 1
+
+
+def test_a_cache_of_8_bit_floats(offline: Offline, tiny_llama_path: Path, tmp_path: Path) -> None:
+    """What MLX decodes from is what vLLM's attention read: the prompt's K and V after rounding."""
+    receiver = start_receiver(tiny_llama_path, tmp_path / "receiver.log")
+    order = {"model": str(tiny_llama_path), "prompts": PROMPTS, "tokens": OUTPUT}
+    try:
+        answer = offline.run(
+            receiver=receiver.address, options={"kv_cache_dtype": "fp8_e4m3"}, **order
+        )
+    finally:
+        receiver.server.stop()
+    assert answer["tokens"] == greedy(tiny_llama_path, PROMPTS, OUTPUT, cache=Float8Prompt)
+    assert answer["tokens"] != greedy(tiny_llama_path, PROMPTS, OUTPUT)
+    assert answer["handed_off"] == len(PROMPTS) * (OUTPUT - 1)
+    assert "KV in float8_e4m3" in receiver.server.log.read_text()

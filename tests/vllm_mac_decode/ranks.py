@@ -29,6 +29,7 @@ from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.worker.exporter import Exporter
 from vllm_mac_decode.worker.ledger import BlockLedger
+from vllm_mac_decode.worker.numbers import Numbers
 from vllm_mac_decode.worker.paged_cache import ExportedLayer
 from vllm_mac_decode.worker.paged_layout import PagedLayout, PlaneMap
 
@@ -130,7 +131,7 @@ class Worker:
             block_size=kernel_block,
             heads=len(heads),
             widths=(dim, dim),
-            dtype="float32",
+            numbers=Numbers(torch.float32, torch.float32),
             block_stride=kernel_block * row,
             keys=PlaneMap(0, (2 * dim, row, 1), None),
             values=PlaneMap(dim, (2 * dim, row, 1), None),

@@ -17,9 +17,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from mlx_receiver.wire.layout import FULL, RECURRENT, WINDOW
+from vllm_mac_decode.worker.numbers import LayoutError, numbers_of
 from vllm_mac_decode.worker.paged_cache import ExportedLayer
 from vllm_mac_decode.worker.paged_layout import (
-    LayoutError,
     PagedLayout,
     latent_update,
     layer_update,
@@ -82,9 +82,10 @@ def exported_layers(
             continue
         latent = isinstance(spec, MLAAttentionSpec)
         heads = 1 if latent else attention.num_kv_heads
-        key = (type(attention.impl), cache.shape, cache.stride(), cache.dtype, heads)
-        if key not in known:
-            try:
+        try:
+            numbers = numbers_of(attention, cache, vllm_config.model_config.dtype)
+            key = (type(attention.impl), cache.shape, cache.stride(), numbers.stored, heads)
+            if key not in known:
                 known[key] = probe(
                     cache,
                     kv_cache_config.num_blocks,
@@ -92,15 +93,16 @@ def exported_layers(
                     heads,
                     _widths(attention, spec),
                     latent_update(attention) if latent else layer_update(attention),
+                    numbers,
                 )
-            except LayoutError as error:
-                raise LayoutError(f"layer {name}: {error}") from None
-            logger.debug("layout of %s: %s", name, known[key])
+                logger.debug("layout of %s: %s", name, known[key])
+        except LayoutError as error:
+            raise LayoutError(f"layer {name}: {error}") from None
         window = getattr(spec, "sliding_window", None)
         layers[name] = ExportedLayer(
             places[name],
             cache,
-            known[key],
+            replace(known[key], numbers=numbers),  # a scale is each layer's own
             0 if latent else rank // replicas * heads,
             FULL if window is None else WINDOW,
             block_size,

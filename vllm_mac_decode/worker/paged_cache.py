@@ -16,7 +16,7 @@ class PagedPart:
     """One array of a layer, as far as this worker holds it: ``[heads, tokens, width]``, or
     ``[heads, 1, width]`` of the whole text where it is not ``by_token``.
 
-    ``dtype`` is the wire's name of its numbers', ``dims`` as in ``wire.layout.Part``.
+    ``dtype`` is the wire's name of its numbers', ``dims`` and ``scale`` as in ``wire.layout.Part``.
     """
 
     name: str
@@ -25,6 +25,7 @@ class PagedPart:
     dtype: str
     by_token: bool = True
     dims: tuple[int, ...] = ()
+    scale: float = 1.0
 
     @property
     def row_bytes(self) -> int:
@@ -97,6 +98,7 @@ class ExportedLayer:
                 by_token=part.by_token,
                 window=self.window,
                 dims=list(part.dims),
+                scale=part.scale,
             )
             for part in self.layout.parts
         ]

@@ -18,21 +18,16 @@ import torch
 from numpy.typing import NDArray
 
 from mlx_receiver.wire.layout import KEYS, VALUES
+from vllm_mac_decode.worker.numbers import LayoutError, Numbers
 from vllm_mac_decode.worker.paged_cache import PagedPart
 
-#: Digits are written as 1 .. _BASE, which every float dtype of a KV cache holds exactly.
-_BASE = 127
 _SCRATCH_BLOCKS = 3
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 #: ``update(key, value, kv_cache, slot_mapping)``: key and value ``[tokens, heads, head_dim]``,
 #: slot_mapping ``[tokens]`` int64, slot = block * block_size + offset.
 CacheUpdate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-class LayoutError(Exception):
-    """The cache cannot be read back; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +48,14 @@ class PagedLayout:
     """The layout of one layer's cache tensor.
 
     ``block_size`` counts tokens in a block of the tensor, which may be a fraction of the
-    scheduler's block. ``block_stride`` is in elements, ``dtype`` the wire's name of theirs, and
-    ``widths`` those of K and V.
+    scheduler's block. ``block_stride`` is in elements, and ``widths`` those of K and V.
     """
 
     blocks: int
     block_size: int
     heads: int
     widths: tuple[int, int]
-    dtype: str
+    numbers: Numbers
     block_stride: int
     keys: PlaneMap
     values: PlaneMap
@@ -70,12 +64,15 @@ class PagedLayout:
     def parts(self) -> Sequence[PagedPart]:
         """See ``PagedCache.parts``."""
         return [
-            PagedPart(name, self.heads, width, self.dtype)
-            for name, width in zip((KEYS, VALUES), self.widths, strict=True)
+            PagedPart(name, self.heads, width, self.numbers.name, scale=scale)
+            for name, width, scale in zip(
+                (KEYS, VALUES), self.widths, self.numbers.scales, strict=True
+            )
         ]
 
     def read(self, cache: torch.Tensor, block_ids: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PagedCache.read``."""
+        cache = _plain(cache)
         self.gather(cache, block_ids, self.planes(out.view(cache.dtype), len(block_ids)))
 
     def planes(self, numbers: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,6 +171,11 @@ class PagedLayout:
         np.take(bits(_flat(cache)), index, out=target, mode="clip")  # "raise" would copy twice
 
 
+def _plain(cache: torch.Tensor) -> torch.Tensor:
+    """The same memory in a dtype that PyTorch can gather: that is not so for 8-bit floats."""
+    return cache.view(torch.uint8) if cache.element_size() == 1 else cache
+
+
 def _flat(cache: torch.Tensor) -> torch.Tensor:
     """The cache's whole storage."""
     return torch.as_strided(cache, (storage_elements(cache),), (1,), 0)
@@ -212,24 +214,20 @@ def probe(
     heads: int,
     widths: tuple[int, int],
     update: CacheUpdate,
+    numbers: Numbers,
 ) -> PagedLayout:
     """Learn the layout of ``cache``, a layer's paged KV of ``num_blocks`` scheduler blocks.
 
     ``block_size`` is the scheduler's, ``widths`` those of a head's K and V. Raises LayoutError when
-    the cache is not a float cache, has no block dimension, or does not give back what was written.
+    the cache has no block dimension, or does not give back what was written.
     """
-    if not cache.is_floating_point() or cache.element_size() < 2:
-        raise LayoutError(
-            f"its dtype is {cache.dtype}: only float16, bfloat16 and float32 KV "
-            "caches can be exported (use --kv-cache-dtype auto)"
-        )
     block_dim, ratio = _block_dim(cache, num_blocks)
     if block_size % ratio:
         raise LayoutError(f"{ratio} tensor blocks do not divide a block of {block_size} tokens")
     tokens = block_size // ratio
     scratch = _scratch(cache, block_dim)
 
-    codes = _write_codes(scratch, tokens, heads, widths, update)
+    codes = _write_codes(scratch, tokens, heads, widths, update, numbers)
     start = scratch.stride(block_dim)  # block 1 is the one that was written
     maps = []
     first = 0
@@ -244,7 +242,7 @@ def probe(
         block_size=tokens,
         heads=heads,
         widths=widths,
-        dtype=str(cache.dtype).removeprefix("torch."),
+        numbers=numbers,
         block_stride=cache.stride(block_dim),
         keys=_rebase(maps[0], scratch, cache, block_dim),
         values=_rebase(maps[1], scratch, cache, block_dim),
@@ -273,27 +271,35 @@ def _scratch(cache: torch.Tensor, block_dim: int) -> torch.Tensor:
 
 
 def _write_codes(
-    scratch: torch.Tensor, tokens: int, heads: int, widths: tuple[int, int], update: CacheUpdate
+    scratch: torch.Tensor,
+    tokens: int,
+    heads: int,
+    widths: tuple[int, int],
+    update: CacheUpdate,
+    numbers: Numbers,
 ) -> torch.Tensor:
-    """Write every element's number into block 1; what each storage element holds (-1: nothing)."""
+    """Write every element's index into block 1, digit by digit; what each storage element holds
+    (-1: nothing)."""
     counts = [tokens * heads * width for width in widths]
-    numbers = torch.arange(sum(counts), device=scratch.device)
+    indexes = torch.arange(sum(counts), device=scratch.device)
+    base = numbers.integers
     slots = torch.arange(tokens, 2 * tokens, device=scratch.device, dtype=torch.int64)
     held = torch.zeros(storage_elements(scratch), dtype=torch.int64, device=scratch.device)
     seen = torch.ones_like(held, dtype=torch.bool)
     raw = torch.as_strided(scratch, (held.numel(),), (1,), 0)
     weight, rest = 1, sum(counts) - 1
     while True:
-        digits = (numbers // weight % _BASE + 1).to(scratch.dtype).split(counts)
+        digits = (indexes // weight % base + 1).split(counts)
         keys, values = (
-            plane.view(tokens, heads, width) for plane, width in zip(digits, widths, strict=True)
+            numbers.to_write(digits[part].view(tokens, heads, width), part)
+            for part, width in enumerate(widths)
         )
         raw.zero_()
         update(keys, values, scratch, slots)
-        values = raw.to(torch.float64)
-        seen &= (values >= 1) & (values <= _BASE) & (values == values.round())
-        held += torch.where(seen, values.to(torch.int64) - 1, 0) * weight
-        weight, rest = weight * _BASE, rest // _BASE
+        found = raw.view(numbers.stored).to(torch.float64)
+        seen &= (found >= 1) & (found <= base) & (found == found.round())
+        held += torch.where(seen, found.to(torch.int64) - 1, 0) * weight
+        weight, rest = weight * base, rest // base
         if rest == 0:
             break
     return torch.where(seen, held, -1)
@@ -351,33 +357,43 @@ def _verify(
     scratch: torch.Tensor, layout: PagedLayout, maps: list[PlaneMap], update: CacheUpdate
 ) -> None:
     """Write random K and V into all scratch blocks, in a mixed order, and read them back."""
+    numbers = layout.numbers
     tokens = _SCRATCH_BLOCKS * layout.block_size
     local = PagedLayout(
         blocks=_SCRATCH_BLOCKS,
         block_size=layout.block_size,
         heads=layout.heads,
         widths=layout.widths,
-        dtype=layout.dtype,
+        numbers=numbers,
         block_stride=layout.block_stride,
         keys=maps[0],
         values=maps[1],
     )
     slots = torch.randperm(tokens, device=scratch.device)
-    written = [
-        torch.randn((tokens, layout.heads, width), device=scratch.device).to(scratch.dtype)
-        for width in layout.widths
+    held = [
+        _random((tokens, layout.heads, width), numbers, scratch.device) for width in layout.widths
     ]
-    update(written[0], written[1], scratch, slots)
+    keys, values = (numbers.to_write(data, part) for part, data in enumerate(held))
+    update(keys, values, scratch, slots)
     ids = torch.arange(_SCRATCH_BLOCKS, device=scratch.device)
+    raw = _plain(scratch)
     count = tokens * layout.heads * sum(layout.widths)
-    numbers = torch.empty(count, dtype=scratch.dtype, device=scratch.device)
-    out = local.planes(numbers, _SCRATCH_BLOCKS)
-    local.gather(scratch, ids, out)
-    for data, got, name in zip(written, out, ("K", "V"), strict=True):
+    out = local.planes(torch.empty(count, dtype=raw.dtype, device=raw.device), _SCRATCH_BLOCKS)
+    local.gather(raw, ids, out)
+    for data, got, name in zip(held, out, ("K", "V"), strict=True):
         expected = torch.empty_like(data)
         expected[slots] = data
-        if not torch.equal(got.flatten(1, 2).transpose(0, 1), expected):
+        read = got.view(numbers.stored).to(data.dtype)
+        if not torch.equal(read.flatten(1, 2).transpose(0, 1), expected):
             raise LayoutError(f"{name} does not read back as it was written")
+
+
+def _random(shape: tuple[int, ...], numbers: Numbers, device: torch.device) -> torch.Tensor:
+    """Of what the cache holds exactly: of 8-bit floats small integers, which no rounding moves."""
+    if numbers.stored.itemsize > 1:
+        return torch.randn(shape, device=device).to(numbers.stored)
+    signs = torch.randint(0, 2, shape, device=device) * 2 - 1
+    return torch.randint(1, numbers.integers + 1, shape, device=device).float() * signs
 
 
 def latent_update(layer: Any) -> CacheUpdate:

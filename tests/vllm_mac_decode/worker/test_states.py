@@ -100,7 +100,9 @@ def test_states_leave_with_the_next_layer_that_has_a_hook() -> None:
 def test_two_caches_of_a_layer() -> None:
     """Falcon-H1 numbers its second ones behind all layers."""
     config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=2)),
+        model_config=SimpleNamespace(
+            dtype=torch.float32, hf_text_config=SimpleNamespace(num_hidden_layers=2)
+        ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
     )
     names = ["model.layers.0.attn", "model.layers.1.attn", "model.2.mixer", "model.3.mixer"]
@@ -123,7 +125,9 @@ def test_two_caches_of_a_layer() -> None:
 
 def test_layers_without_a_cache_have_no_place() -> None:
     config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=9)),
+        model_config=SimpleNamespace(
+            dtype=torch.float32, hf_text_config=SimpleNamespace(num_hidden_layers=9)
+        ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
     )
     names = [f"model.layers.{index}.mixer" for index in (7, 0, 2, 3)]
@@ -173,6 +177,7 @@ def test_one_rank_sends_the_latent_that_all_have(
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(
             get_total_num_kv_heads=lambda: 128,
+            dtype=torch.float32,
             hf_text_config=SimpleNamespace(num_hidden_layers=1),
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),

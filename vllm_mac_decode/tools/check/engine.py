@@ -108,7 +108,7 @@ def judge(facts: EngineFacts, model: str) -> tuple[list[Finding], float | None]:
             wrong(
                 "layout",
                 f"The KV cache of {facts.backend} cannot be exported: {facts.problem}",
-                "Leave --kv-cache-dtype at auto; else try another --attention-backend",
+                "Leave --kv-cache-dtype at auto or fp8; else try another --attention-backend",
             )
         )
     elif facts.backend:
