@@ -348,7 +348,7 @@ def test_a_peer_that_does_not_read_costs_bounded_memory_and_time() -> None:
             before = resident_mib()
             began = time.monotonic()
             worker.step([(request, 0, LARGE)], stuck.target)
-            assert time.monotonic() - began < 0.5, "the engine's thread waits for nobody"
+            assert time.monotonic() - began < 1.4, "the engine's thread waits for nobody"
             peak = 0
             assert worker.ledger.finished({request.id}) == set()
             while not worker.ledger.finished(set()):
