@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlx_receiver.transports.transport import Transport
 
 
-@hookimpl
+@hookimpl(trylast=True)
 def mac_decode_transports() -> list[Transport]:
     """``tcp``, ``zmq``, and ``nixl`` where the package is installed (it is imported when used)."""
     from mlx_receiver.transports.tcp import TcpTransport

@@ -1,9 +1,11 @@
 """Extension points: pluggy hooks, found through the entry-point group ``mac_decode``.
 
-They are the project's public interface, with ``transports.transport``, ``caches.adapter`` and
-``wire.layout``, whose types they speak of.
+They are the project's public interface, with ``transports.transport``, ``caches.adapter``,
+``wire.layout`` and ``vllm_mac_decode.worker.paged_cache``, whose types they speak of; there is a
+worked example in ``docs/extending.md``.
 
-The built-in transport and cache adapters register through the same hooks as anyone else's.
+The built-in transports and kinds of cache register through the same hooks as anyone else's, and
+are asked last. A plugin that fails is named in the log, once, and left out.
 An entry point names a module (or object) that carries hook implementations::
 
     from mlx_receiver.plugins import hookimpl
@@ -15,14 +17,28 @@ An entry point names a module (or object) that carries hook implementations::
 
 from __future__ import annotations
 
+import logging
 from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 import pluggy
 
 from mlx_receiver.transports.transport import Transport
 
-__all__ = ["PROJECT", "Specifications", "hookimpl", "manager", "transport", "transports"]
+__all__ = [
+    "PROJECT",
+    "Specifications",
+    "added",
+    "blame",
+    "hookimpl",
+    "manager",
+    "named",
+    "transport",
+    "transports",
+]
+
+logger = logging.getLogger(__name__)
 
 PROJECT = "mac_decode"
 
@@ -42,19 +58,63 @@ class Specifications:
         """Cache adapters (``mlx_receiver.caches.adapter.CacheAdapter``), asked on the receiver
         only: vLLM's side has no MLX to import that class with."""
 
+    @hookspec
+    def mac_decode_paged_caches(self) -> list[Any]:  # type: ignore[empty-body]
+        """What can read vLLM's caches (``vllm_mac_decode.worker.paged_cache.PagedAdapter``), asked
+        in vLLM's workers only."""
+
 
 @cache
 def manager() -> pluggy.PluginManager:
     """The process's plugin manager, with every installed plugin loaded."""
     plugins = pluggy.PluginManager(PROJECT)
     plugins.add_hookspecs(Specifications)
-    plugins.load_setuptools_entrypoints(PROJECT)
+    for entry in entry_points(group=PROJECT):
+        # What another package does when it is imported must end neither engine.
+        try:
+            plugins.register(entry.load(), name=entry.name)
+        except Exception as error:
+            if plugins.has_plugin(entry.name):
+                plugins.unregister(name=entry.name)
+            package = f" ({entry.dist.name})" if entry.dist is not None else ""
+            blame(f"{entry.name}{package}", "cannot be loaded", error)
     return plugins
 
 
+def added(hook: str, attribute: str) -> list[Any]:
+    """What the plugins add through that hook, the built-in ones' last; each has the
+    ``attribute``."""
+    found = []
+    for implementation in reversed(getattr(manager().hook, hook).get_hookimpls()):
+        try:
+            items = list(implementation.function())
+            for item in items:
+                getattr(item, attribute)
+        except Exception as error:
+            blame(implementation.plugin_name, f"cannot answer {hook}", error)
+        else:
+            found += items
+    return found
+
+
+def named(item: Any) -> str:
+    """What a plugin added, by its class: ``package.module.Class``."""
+    return f"{type(item).__module__}.{type(item).__qualname__}"
+
+
+def blame(who: str, what: str, error: Exception) -> None:
+    """Say, once, that a plugin does not work."""
+    _say(f"the plugin {who} {what} and is left out: {type(error).__name__}: {error}")
+
+
+@cache
+def _say(text: str) -> None:
+    logger.error(text)
+
+
 def transports() -> dict[str, Transport]:
-    """Every registered transport by name; a later registration replaces an earlier one."""
-    found = [item for group in manager().hook.mac_decode_transports() for item in group]
+    """Every registered transport by name; a built-in one may be replaced."""
+    found: list[Transport] = added("mac_decode_transports", "name")
     return {transport.name: transport for transport in reversed(found)}
 
 

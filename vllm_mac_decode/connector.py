@@ -39,8 +39,7 @@ from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_fr
 from vllm_mac_decode.worker.exporter import Exporter
 from vllm_mac_decode.worker.layers import exported_layers, updates_before_hook
 from vllm_mac_decode.worker.ledger import BlockLedger
-from vllm_mac_decode.worker.numbers import LayoutError
-from vllm_mac_decode.worker.paged_cache import described
+from vllm_mac_decode.worker.paged_cache import LayoutError, described
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

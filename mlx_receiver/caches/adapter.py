@@ -23,7 +23,9 @@ __all__ = ["CARRIERS", "CacheAdapter", "LayerBuffers", "Rows", "mlx_dtype", "num
 #: NumPy has no bfloat16, so aliases carry plain integers of the same width.
 CARRIERS: Final = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
-_DTYPES: Final = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+_DTYPES: Final = {
+    "bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32, "int8": mx.int8,
+}  # fmt: skip
 
 
 def mlx_dtype(name: str) -> mx.Dtype:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mlx_receiver import plugins
 from mlx_receiver.caches.adapter import CacheAdapter, LayerBuffers, Rows, mlx_dtype
 from mlx_receiver.caches.side_by_side import SideBySide
-from mlx_receiver.wire.layout import CacheLayout, LayerLayout, beside
+from mlx_receiver.wire.layout import CacheLayout, LayerLayout, beside, checked
 
 
 class UnknownCache(Exception):
@@ -84,7 +84,9 @@ class ModelCache:
         """By the adapters that are ``known``, else by those that are installed. Raises
         UnknownCache."""
         self.layout = layout
-        by_kind = {adapter.kind: adapter for adapter in known or adapters()}
+        by_kind: dict[str, CacheAdapter] = {}
+        for adapter in known or adapters():
+            by_kind.setdefault(adapter.kind, adapter)
         self._adapters: list[CacheAdapter] = []
         for index, layer in enumerate(layout.layers):
             members = [by_kind.get(kind) for kind in layer.kind.split("+")]
@@ -130,9 +132,9 @@ class ModelCache:
 
 
 def adapters() -> list[CacheAdapter]:
-    """Every installed cache adapter."""
-    found = [item for group in plugins.manager().hook.mac_decode_cache_adapters() for item in group]
-    return found or builtin_adapters()
+    """Every installed cache adapter, the built-in ones last: the first that knows a cache owns
+    it."""
+    return plugins.added("mac_decode_cache_adapters", "kind") or builtin_adapters()
 
 
 def builtin_adapters() -> list[CacheAdapter]:
@@ -152,9 +154,12 @@ def known_layout(cache: Any) -> LayerLayout | None:
         found = [layer for layer in members if layer is not None]
         return beside(found) if len(found) == len(members) else None
     for adapter in adapters():
-        layout = adapter.layout(cache)
-        if layout is not None:
-            return layout
+        try:
+            layout = adapter.layout(cache)
+            if layout is not None:
+                return checked(layout)
+        except Exception as error:
+            plugins.blame(plugins.named(adapter), "cannot say what a cache holds", error)
     return None
 
 

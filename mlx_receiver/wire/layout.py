@@ -14,12 +14,13 @@ import msgspec
 from msgspec import Meta
 
 #: Numbers of a cache as they travel. The index is the dtype's code in a frame.
-DTYPES: Final = ("bfloat16", "float16", "float32", "float8_e4m3", "float8_e5m2")
+DTYPES: Final = ("bfloat16", "float16", "float32", "float8_e4m3", "float8_e5m2", "int8")
 ITEMSIZE: Final = {
     "bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3": 1, "float8_e5m2": 1,
+    "int8": 1,
 }  # fmt: skip
 
-_Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3", "float8_e5m2"]
+_Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3", "float8_e5m2", "int8"]
 
 #: The kind whose layers hold K and V of every token, the one of the last tokens only, and the one
 #: that holds states of the whole text.
@@ -151,6 +152,19 @@ def full_attention(layers: int, heads: int, width: int, dtype: str) -> CacheLayo
         )
     except msgspec.ValidationError as error:
         raise ValueError(f"no cache has that shape: {error}") from None
+
+
+def checked(layer: LayerLayout) -> LayerLayout:
+    """The layer, made by whoever it may be, if it can travel. Raises ValueError saying what is
+    wrong with it."""
+    try:
+        msgspec.convert(msgspec.to_builtins(layer), LayerLayout)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(f"no layer has that form: {error}") from None
+    names = [part.name for part in layer.parts]
+    if "+" in layer.kind or len(set(names)) < len(names):
+        raise ValueError(f"a kind has no '+' and no two parts of a name: {layer.kind}, {names}")
+    return layer
 
 
 def windowed(layer: LayerLayout, window: int) -> LayerLayout:

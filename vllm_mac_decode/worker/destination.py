@@ -134,9 +134,9 @@ class Destination:
         try:
             self._ring.enter()
             loop()
-        except Exception:
+        except Exception as error:
             if not self._closing:
-                logger.exception("a fault in the KV export")
+                logger.exception("a fault in the KV export: %s", error)
                 self._fault()
             self._channel.drop()  # the receiver gives up what it waits for
 
@@ -261,7 +261,7 @@ class Destination:
             slot.fill(
                 torch.uint8,
                 (sum(sizes),),
-                partial(layer.layout.read, layer.cache, piece.blocks),
+                partial(layer.read, piece.blocks),
                 job.written,
             )
             frames = []

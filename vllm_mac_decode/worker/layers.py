@@ -7,31 +7,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    MambaSpec,
-    MLAAttentionSpec,
-    SlidingWindowSpec,
-)
 
-from mlx_receiver.wire.layout import FULL, RECURRENT, WINDOW
-from vllm_mac_decode.worker.numbers import LayoutError, numbers_of
-from vllm_mac_decode.worker.paged_cache import ExportedLayer
-from vllm_mac_decode.worker.paged_layout import (
-    PagedLayout,
-    latent_update,
-    layer_update,
-    probe,
+from mlx_receiver import plugins
+from mlx_receiver.wire.layout import checked
+from vllm_mac_decode.worker.kinds import builtin_adapters
+from vllm_mac_decode.worker.paged_cache import (
+    AllocatedLayer,
+    ExportedLayer,
+    LayoutError,
+    PagedAdapter,
+    Readable,
 )
-from vllm_mac_decode.worker.paged_states import PagedStates, states_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
-
-logger = init_logger("vllm.mac_decode.layers")
 
 
 def exported_layers(
@@ -41,75 +32,80 @@ def exported_layers(
 
     Raises LayoutError when some layer cannot be exported.
     """
-    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     groups = {
         name: (index, _spec(group.kv_cache_spec, name))
         for index, group in enumerate(kv_cache_config.kv_cache_groups)
         for name in group.layer_names
     }
-    unknown = sorted({kind for _, spec in groups.values() if (kind := _unknown(spec))})
-    if unknown:
-        raise LayoutError(f"it has layers of the kinds {', '.join(unknown)}")
-    if size > 1 and any(isinstance(spec, MambaSpec) for _, spec in groups.values()):
-        raise LayoutError("recurrent states are not exported under tensor parallelism")
-    # Every rank has the whole latent.
-    latents = any(isinstance(spec, MLAAttentionSpec) for _, spec in groups.values())
-    heads_of_model = 1 if latents else vllm_config.model_config.get_total_num_kv_heads()
-    replicas = max(1, size // max(1, heads_of_model))
-    if rank % replicas:
-        return {}
-
     context = vllm_config.compilation_config.static_forward_context
     # Who reads another layer's cache has none of its own: that one travels once.
     own = {
-        name: cache
+        name: AllocatedLayer(
+            name, groups[name][1], context[name], cache, kv_cache_config.num_blocks, vllm_config
+        )
         for name, cache in caches.items()
         if getattr(context[name], "kv_sharing_target_layer_name", None) is None
     }
-    places = _places(own, vllm_config)
-    known: dict[Any, PagedLayout] = {}
+    known = adapters()
+    readable = {name: _readable(layer, known) for name, layer in own.items()}
+    found = {name: one for name, one in readable.items() if one is not None}
+    if len(found) < len(own):
+        specs = {type(own[name].spec).__name__ for name in own if name not in found}
+        kinds = ", ".join(sorted(name.removesuffix("Spec") for name in specs))
+        raise LayoutError(f"it has layers of the kinds {kinds}")
+
+    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    if size > 1 and not all(one.layout.parts[0].by_token for one in found.values()):
+        raise LayoutError("recurrent states are not exported under tensor parallelism")
+    whole = any(one.replicated for one in found.values())
+    heads_of_model = 1 if whole else vllm_config.model_config.get_total_num_kv_heads()
+    replicas = max(1, size // max(1, heads_of_model))
+    if rank % replicas:
+        return {}
+    places = _places(found, vllm_config)
     layers = {}
-    for name, cache in own.items():
-        attention = context[name]
+    for name, one in found.items():
         group, spec = groups[name]
-        block_size = int(spec.block_size)
-        if isinstance(spec, MambaSpec):
-            states = states_of(attention, getattr(spec, "mamba_type", None))
-            layout = PagedStates.of(states, block_size)
-            layers[name] = ExportedLayer(
-                places[name], states, layout, 0, RECURRENT, block_size, group
-            )
-            continue
-        latent = isinstance(spec, MLAAttentionSpec)
-        heads = 1 if latent else attention.num_kv_heads
-        try:
-            numbers = numbers_of(attention, cache, vllm_config.model_config.dtype)
-            key = (type(attention.impl), cache.shape, cache.stride(), numbers.stored, heads)
-            if key not in known:
-                known[key] = probe(
-                    cache,
-                    kv_cache_config.num_blocks,
-                    block_size,
-                    heads,
-                    _widths(attention, spec),
-                    latent_update(attention) if latent else layer_update(attention),
-                    numbers,
-                )
-                logger.debug("layout of %s: %s", name, known[key])
-        except LayoutError as error:
-            raise LayoutError(f"layer {name}: {error}") from None
-        window = getattr(spec, "sliding_window", None)
+        head_start = 0 if one.replicated else rank // replicas * one.layout.parts[0].heads
         layers[name] = ExportedLayer(
-            places[name],
-            cache,
-            replace(known[key], numbers=numbers),  # a scale is each layer's own
-            0 if latent else rank // replicas * heads,
-            FULL if window is None else WINDOW,
-            block_size,
-            group,
-            window,
-        )
+            places[name], one.cache, one.layout, head_start, one.kind, int(spec.block_size), group,
+            one.window,
+        )  # fmt: skip
     return _side_by_side(layers)
+
+
+def adapters() -> list[PagedAdapter]:
+    """What can read caches, the built-in ones last: the first that knows a layer exports it."""
+    return plugins.added("mac_decode_paged_caches", "readable") or builtin_adapters()
+
+
+def _readable(layer: AllocatedLayer, known: Iterable[PagedAdapter]) -> Readable | None:
+    """Raises LayoutError, also where an adapter fails: whose layers those are is not known then."""
+    for adapter in known:
+        try:
+            found = adapter.readable(layer)
+            if found is not None:
+                _check(found, int(layer.spec.block_size))
+                return found
+        except LayoutError as error:
+            raise LayoutError(f"layer {layer.name}: {error}") from None
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise LayoutError(
+                f"layer {layer.name}: the plugin {plugins.named(adapter)} failed: {said}"
+            ) from error
+    return None
+
+
+def _check(found: Readable, block_size: int) -> None:
+    """Raise ValueError for what cannot be exported."""
+    layout = found.layout
+    layer = ExportedLayer(0, found.cache, layout, 0, found.kind, block_size, window=found.window)
+    checked(layer.described())
+    if len({part.by_token for part in layout.parts}) > 1:
+        raise ValueError("some of its parts have rows for tokens and some have not")
+    if layer.by_token and (layout.block_size < 1 or block_size % layout.block_size):
+        raise ValueError(f"{layout.block_size} tokens do not divide a block of {block_size}")
 
 
 def _places(names: Iterable[str], config: VllmConfig) -> dict[str, int]:
@@ -137,26 +133,10 @@ def _side_by_side(layers: dict[str, ExportedLayer]) -> dict[str, ExportedLayer]:
     return {name: found[name] for name in layers}
 
 
-def _widths(attention: Any, spec: Any) -> tuple[int, int]:
-    """Of a head's K and V, or of the latent and the rotated key."""
-    if isinstance(spec, MLAAttentionSpec):
-        return attention.kv_lora_rank, attention.qk_rope_head_dim
-    keys = int(attention.head_size)
-    return keys, int(getattr(attention, "head_size_v", None) or keys)
-
-
 def _spec(spec: Any, name: str) -> Any:
     """The layer's own, where those of a group differ (``UniformTypeKVCacheSpecs``)."""
     specs = getattr(spec, "kv_cache_specs", None)
     return specs[name] if specs is not None else spec
-
-
-def _unknown(spec: Any) -> str:
-    """What kind of cache it is if it is none that can be exported. A subclass may keep anything."""
-    known = type(spec) in (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec, MambaSpec)
-    if not known or getattr(spec, "attention_chunk_size", None) is not None:
-        return type(spec).__name__.removesuffix("Spec")
-    return ""
 
 
 def updates_before_hook(vllm_config: VllmConfig, layers: Mapping[str, ExportedLayer]) -> bool:

@@ -7,9 +7,7 @@ from typing import Any, Final
 
 import torch
 
-
-class LayoutError(Exception):
-    """The cache cannot be read back; the text says why."""
+from vllm_mac_decode.worker.paged_cache import LayoutError
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from mlx_receiver import plugins
 from mlx_receiver.wire.layout import ITEMSIZE, LayerLayout, Part, beside
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class LayoutError(Exception):
+    """The cache cannot be read back; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,47 @@ class PagedCache(Protocol):
 
 
 @dataclass(frozen=True)
+class AllocatedLayer:
+    """A layer's cache as vLLM has allocated it.
+
+    ``spec`` is its ``vllm.v1.kv_cache_interface.KVCacheSpec``, ``module`` the layer that writes it,
+    ``cache`` what vLLM registered for it, with room for ``blocks`` of the scheduler's blocks.
+    """
+
+    name: str
+    spec: Any
+    module: Any
+    cache: Any
+    blocks: int
+    config: VllmConfig
+
+
+@dataclass(frozen=True)
+class Readable:
+    """How a layer is exported: as which ``kind``, and how its ``cache``, a tensor or several, is
+    read.
+
+    With a ``window`` only the last so many tokens of a prompt are exported. ``replicated``: under
+    tensor parallelism every worker holds all of it, not some heads.
+    """
+
+    kind: str
+    layout: PagedCache
+    cache: Any
+    window: int | None = None
+    replicated: bool = False
+
+
+class PagedAdapter(Protocol):
+    """What can read some of vLLM's caches, registered through the hook
+    ``mac_decode_paged_caches``."""
+
+    def readable(self, layer: AllocatedLayer) -> Readable | None:
+        """How to read the layer; None for one that this adapter does not know. Raises
+        LayoutError saying why one that it knows cannot be read."""
+
+
+@dataclass(frozen=True)
 class ExportedLayer:
     """One layer's cache, or one of several that it has: its place among the layers that have any,
     its kind, the tensor or tensors, and how to read them.
@@ -86,6 +135,16 @@ class ExportedLayer:
     def split(self) -> int:
         """Blocks of the tensor that are one of the scheduler's."""
         return self.block_size // self.layout.block_size
+
+    def read(self, block_ids: torch.Tensor, out: torch.Tensor) -> None:
+        """See ``PagedCache.read``. Raises RuntimeError naming who cannot."""
+        try:
+            self.layout.read(self.cache, block_ids, out)
+        except Exception as error:
+            raise RuntimeError(
+                f"layer {self.index} cannot be read by {plugins.named(self.layout)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def described(self) -> LayerLayout:
         """For ``wire.layout.merged``: parts with as many heads as end with this worker's."""

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from mlx_receiver.wire.layout import KEYS, VALUES
-from vllm_mac_decode.worker.numbers import LayoutError, Numbers
-from vllm_mac_decode.worker.paged_cache import PagedPart
+from vllm_mac_decode.worker.numbers import Numbers
+from vllm_mac_decode.worker.paged_cache import LayoutError, PagedPart
 
 _SCRATCH_BLOCKS = 3
 

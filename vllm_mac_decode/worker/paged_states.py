@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from vllm.model_executor.layers.mamba import mamba_utils
 
-from vllm_mac_decode.worker.numbers import LayoutError
-from vllm_mac_decode.worker.paged_cache import PagedPart
+from vllm_mac_decode.worker.paged_cache import LayoutError, PagedPart
 from vllm_mac_decode.worker.paged_layout import bits
 
 

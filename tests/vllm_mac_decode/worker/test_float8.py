@@ -22,8 +22,8 @@ from tests.waiting import eventually
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.worker.exporter import Exporter
 from vllm_mac_decode.worker.ledger import BlockLedger
-from vllm_mac_decode.worker.numbers import LayoutError, Numbers, numbers_of
-from vllm_mac_decode.worker.paged_cache import ExportedLayer
+from vllm_mac_decode.worker.numbers import Numbers, numbers_of
+from vllm_mac_decode.worker.paged_cache import ExportedLayer, LayoutError
 from vllm_mac_decode.worker.paged_layout import PagedLayout, PlaneMap
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

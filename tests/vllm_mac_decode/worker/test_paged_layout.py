@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_mac_decode.worker.numbers import LayoutError, Numbers
+from vllm_mac_decode.worker.numbers import Numbers
+from vllm_mac_decode.worker.paged_cache import LayoutError
 from vllm_mac_decode.worker.paged_layout import (
     CacheUpdate,
     PagedLayout,

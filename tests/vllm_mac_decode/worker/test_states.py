@@ -23,8 +23,7 @@ from vllm_mac_decode.worker import paged_states
 from vllm_mac_decode.worker.exporter import Exporter
 from vllm_mac_decode.worker.layers import _places, _side_by_side
 from vllm_mac_decode.worker.ledger import BlockLedger
-from vllm_mac_decode.worker.paged_cache import ExportedLayer, PagedPart, described
-from vllm_mac_decode.worker.paged_layout import LayoutError
+from vllm_mac_decode.worker.paged_cache import ExportedLayer, LayoutError, PagedPart, described
 from vllm_mac_decode.worker.paged_states import PagedStates, states_of
 
 BLOCK, BLOCKS, TOKENS = 8, 6, 20
