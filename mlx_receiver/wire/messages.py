@@ -41,7 +41,9 @@ from msgspec import Meta
 #: and an Endpoint whether its receiver allows less.
 #: 4: equal layouts are not enough: Welcome names tokens whose cache is compared with the receiver's
 #: own before anything is handed off.
-PROTOCOL_VERSION: Final = 4
+#: 5: a part that is not indexed by token has rows; the states of convolutions have one for each
+#: channel, so that a worker can send its own.
+PROTOCOL_VERSION: Final = 5
 
 #: Largest control message accepted, in bytes: a prompt of a million tokens fits.
 MAX_MESSAGE_BYTES: Final = 16 << 20

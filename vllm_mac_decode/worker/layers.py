@@ -6,7 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+import torch
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import (
@@ -26,6 +31,7 @@ from vllm_mac_decode.worker.paged_layout import (
     probe,
 )
 from vllm_mac_decode.worker.paged_states import PagedStates, states_of
+from vllm_mac_decode.worker.state_shards import shard_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,10 +43,16 @@ logger = init_logger("vllm.mac_decode.layers")
 def exported_layers(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, caches: dict[str, Any]
 ) -> dict[str, ExportedLayer]:
-    """This worker's layers by vLLM's layer name; empty if another worker exports the same heads.
-
-    Raises LayoutError when some layer cannot be exported.
-    """
+    """This worker's layers by vLLM's layer name, also those of which another worker sends the same
+    heads. Raises LayoutError when some layer cannot be exported."""
+    context = vllm_config.compilation_config.static_forward_context
+    # Who reads another layer's cache has none of its own: that one travels once.
+    own = {
+        name: cache
+        for name, cache in caches.items()
+        if getattr(context[name], "kv_sharing_target_layer_name", None) is None
+    }
+    places = _places(own, vllm_config)  # first of all: every stage of a pipeline must ask
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     groups = {
         name: (index, _spec(group.kv_cache_spec, name))
@@ -50,23 +62,11 @@ def exported_layers(
     unknown = sorted({kind for _, spec in groups.values() if (kind := _unknown(spec))})
     if unknown:
         raise LayoutError(f"it has layers of the kinds {', '.join(unknown)}")
-    if size > 1 and any(isinstance(spec, MambaSpec) for _, spec in groups.values()):
-        raise LayoutError("recurrent states are not exported under tensor parallelism")
     # Every rank has the whole latent.
     latents = any(isinstance(spec, MLAAttentionSpec) for _, spec in groups.values())
     heads_of_model = 1 if latents else vllm_config.model_config.get_total_num_kv_heads()
     replicas = max(1, size // max(1, heads_of_model))
-    if rank % replicas:
-        return {}
 
-    context = vllm_config.compilation_config.static_forward_context
-    # Who reads another layer's cache has none of its own: that one travels once.
-    own = {
-        name: cache
-        for name, cache in caches.items()
-        if getattr(context[name], "kv_sharing_target_layer_name", None) is None
-    }
-    places = _places(own, vllm_config)
     known: dict[Any, PagedLayout] = {}
     layers = {}
     for name, cache in own.items():
@@ -74,10 +74,12 @@ def exported_layers(
         group, spec = groups[name]
         block_size = int(spec.block_size)
         if isinstance(spec, MambaSpec):
-            states = states_of(attention, getattr(spec, "mamba_type", None))
-            layout = PagedStates.of(states, block_size)
+            mamba_type = getattr(spec, "mamba_type", None)
+            states = states_of(attention, mamba_type)
+            shard = shard_of(attention, states, mamba_type, rank, size)
+            paged = PagedStates.of(states, block_size, shard.runs)
             layers[name] = ExportedLayer(
-                places[name], states, layout, 0, RECURRENT, block_size, group
+                places[name], states, paged, shard.head_start, RECURRENT, block_size, group
             )
             continue
         latent = isinstance(spec, MLAAttentionSpec)
@@ -106,22 +108,31 @@ def exported_layers(
             block_size,
             group,
             window,
+            sends=rank % replicas == 0,
         )
     return _side_by_side(layers)
 
 
 def _places(names: Iterable[str], config: VllmConfig) -> dict[str, int]:
-    """Each layer's place among those that have a cache.
+    """Each layer's place among those of the model that have a cache.
 
-    A stage of a pipeline does not know the others' layers: there every layer must have one. A
-    layer's second cache may go by a number behind all layers' (Falcon-H1).
+    A layer's second cache may go by a number behind all layers' (Falcon-H1).
     """
     total = config.model_config.hf_text_config.num_hidden_layers
     indexes = {name: int(extract_layer_index(name)) % total for name in names}
+    found = set(indexes.values())
     if config.parallel_config.pipeline_parallel_size > 1:
-        return indexes
-    order = {index: place for place, index in enumerate(sorted(set(indexes.values())))}
+        found = _of_all_stages(found)
+    order = {index: place for place, index in enumerate(sorted(found))}
     return {name: order[index] for name, index in indexes.items()}
+
+
+def _of_all_stages(indexes: set[int]) -> set[int]:
+    """What each stage of a pipeline found, together. All of them register their caches at once."""
+    group = get_pp_group()
+    stages: list[set[int]] = [set()] * group.world_size
+    torch.distributed.all_gather_object(stages, indexes, group=group.cpu_group)
+    return set().union(*stages)
 
 
 def _side_by_side(layers: dict[str, ExportedLayer]) -> dict[str, ExportedLayer]:
