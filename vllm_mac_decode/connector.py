@@ -126,9 +126,10 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         """Find out how to read the caches, and start the exporter. Never raises."""
         try:
             layers = exported_layers(self._vllm_config, self._kv_cache_config, kv_caches)
-            if layers:
-                self._early = updates_before_hook(self._vllm_config, layers)
-                self._exporter = Exporter(layers, self._settings, self._ledger)
+            sent = {name: layer for name, layer in layers.items() if layer.sends}
+            if sent:
+                self._early = updates_before_hook(self._vllm_config, sent)
+                self._exporter = Exporter(sent, self._settings, self._ledger)
             self._report = WorkerReport(layers=described(list(layers.values())))
         except (LayoutError, ValueError) as error:
             self._report = WorkerReport(str(error))

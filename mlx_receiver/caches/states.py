@@ -1,5 +1,10 @@
 """States of a whole text: mlx-lm's ``ArraysCache``, of recurrent layers (Mamba, gated delta net,
-short convolution)."""
+short convolution).
+
+The first array, where it is ``[1, kept inputs, channels]``, is that of a convolution: it travels
+with a row of one number for each channel, since vLLM's workers divide the channels among them. Of
+the others they divide the heads.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +32,11 @@ class States:
             return None
         if any(array.ndim < 3 or wire_dtype(array) not in DTYPES for array in cache.cache):
             return None
-        parts = [
-            Part(
-                f"state{index}",
-                array.shape[1],
-                prod(array.shape[2:]),
-                wire_dtype(array),  # type: ignore[arg-type]
-                by_token=False,
-                dims=list(array.shape[2:]) if array.ndim > 3 else [],
-            )
-            for index, array in enumerate(cache.cache)
-        ]
-        return LayerLayout(RECURRENT, parts)
+        return LayerLayout(RECURRENT, [_part(i, array) for i, array in enumerate(cache.cache)])
 
     def nbytes(self, layer: LayerLayout, tokens: int, headroom: int, itemsize: int) -> int:
         """See ``CacheAdapter.nbytes``."""
-        return sum(part.row for part in layer.parts) * itemsize
+        return sum(part.row * part.rows for part in layer.parts) * itemsize
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> StatesBuffers:
         """See ``CacheAdapter.allocate``."""
@@ -54,7 +48,23 @@ class States:
 
     def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
         """See ``CacheAdapter.parts``."""
-        return [array[0].reshape(array.shape[1], 1, -1) for array in cache.cache]
+        return [
+            array[0].reshape(part.heads, part.rows, part.width)
+            for part, array in zip(layer.parts, cache.cache, strict=True)
+        ]
+
+
+def _part(index: int, array: mx.array) -> Part:
+    convolution = index == 0 and array.ndim == 3
+    return Part(
+        f"state{index}",
+        array.shape[1],
+        1 if convolution else prod(array.shape[2:]),
+        wire_dtype(array),  # type: ignore[arg-type]
+        by_token=False,
+        dims=list(array.shape[2:]) if array.ndim > 3 else [],
+        rows=array.shape[2] if convolution else 1,
+    )
 
 
 class StatesBuffers:
@@ -62,9 +72,11 @@ class StatesBuffers:
 
     def __init__(self, layer: LayerLayout) -> None:
         self._parts = layer.parts
-        self._shapes = [(1, part.heads, *(part.dims or [part.width])) for part in layer.parts]
+        self._shapes = [
+            (1, part.heads, *(part.dims or [part.rows * part.width])) for part in layer.parts
+        ]
         self._arrays = [
-            mx.zeros((part.heads, 1, part.width), CARRIERS[ITEMSIZE[part.dtype]])
+            mx.zeros((part.heads, part.rows, part.width), CARRIERS[ITEMSIZE[part.dtype]])
             for part in layer.parts
         ]
         mx.eval(self._arrays)

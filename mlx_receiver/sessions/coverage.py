@@ -112,7 +112,8 @@ class Coverage:
             return f"the model has {part.heads} KV heads"
         first = part.first(self._tokens)
         if header.token_start + header.tokens > first + part.tokens(self._tokens):
-            return f"the prompt has {self._tokens} tokens" if part.by_token else "it has no tokens"
+            has = f"the prompt has {self._tokens} tokens"
+            return has if part.by_token else f"it has {part.rows} rows and no tokens"
         if header.token_start < first:
             return f"the layer's window begins at token {first}"
         return ""

@@ -2,9 +2,9 @@
 
 A BLOCK is a rectangle of one part of one layer (``layout``): ``heads`` x ``tokens`` x ``width``,
 head-major and contiguous (``[heads, tokens, width]``), so that each head's rows land in the
-receiver's ``[1, heads, tokens, width]`` cache with one contiguous read a head. A part that is not
-indexed by token has one row a head. Blocks may arrive in any order, from any number of connections
-(one for each vLLM worker).
+receiver's ``[1, heads, tokens, width]`` cache with one contiguous read a head. Of a part that is
+not indexed by token, the header's tokens are its rows. Blocks may arrive in any order, from any
+number of connections (one for each vLLM worker).
 
 The first six bytes, MAGIC and the version, are the same in every version. How frames look on a
 protected ``tcp`` connection, ``transports/seal.py`` says.

@@ -38,7 +38,7 @@ MAX_PARTS: Final = 16
 
 
 class Part(msgspec.Struct, frozen=True):
-    """One array of a layer's cache: ``[heads, tokens, width]``, or ``[heads, 1, width]`` where
+    """One array of a layer's cache: ``[heads, tokens, width]``, or ``[heads, rows, width]`` where
     ``by_token`` is false and it describes the whole text (the state of a recurrent layer).
 
     ``dtype`` is that of the numbers that travel, and stand for ``scale`` times as much (in a cache
@@ -54,16 +54,17 @@ class Part(msgspec.Struct, frozen=True):
     window: _Count | None = None
     dims: Annotated[list[_Count], Meta(max_length=4)] = []
     scale: Annotated[float, Meta(gt=0, le=1e30)] = 1.0
+    rows: _Count = 1
 
     @property
     def row(self) -> int:
-        """Numbers of one token, or of the whole text."""
+        """Numbers of one token, or of one row of all heads where it is not by token."""
         return self.heads * self.width
 
     def tokens(self, prompt_tokens: int) -> int:
         """Rows of each head that a prompt has."""
         if not self.by_token:
-            return 1
+            return self.rows
         return min(prompt_tokens, self.window or prompt_tokens)
 
     def first(self, prompt_tokens: int) -> int:
@@ -259,7 +260,7 @@ def need(config: Mapping[str, Any], key: str) -> int:
 
 
 def _layer_differences(mine: LayerLayout, theirs: LayerLayout) -> list[str]:
-    fields = ["heads", "width", "by_token", "window", "dims"]
+    fields = ["heads", "width", "by_token", "window", "dims", "rows"]
     if (mine.kind, theirs.kind) == (FULL, WINDOW):
         fields.remove("window")
     elif mine.kind != theirs.kind:
@@ -287,8 +288,8 @@ def _layers(indexes: Sequence[int]) -> str:
 def merged(pieces: Sequence[Mapping[int, LayerLayout]]) -> CacheLayout:
     """The whole model's layout from what each worker holds, by the layer's place in the model.
 
-    A worker that holds heads 4 to 7 of a part says that it has 8. Raises ValueError when a layer is
-    missing.
+    A worker that holds heads 4 to 7 of a part says that it has 8, and so with rows. Raises
+    ValueError when a layer is missing.
     """
     layers: dict[int, LayerLayout] = {}
     for piece in pieces:
@@ -297,7 +298,7 @@ def merged(pieces: Sequence[Mapping[int, LayerLayout]]) -> CacheLayout:
             if len(other.parts) != len(layer.parts):
                 raise ValueError(f"{_layers([index])} is not the same in every worker")
             parts = [
-                max(pair, key=lambda part: part.heads)
+                max(pair, key=lambda part: (part.heads, part.rows))
                 for pair in zip(other.parts, layer.parts, strict=True)
             ]
             layers[index] = LayerLayout(layer.kind, parts)

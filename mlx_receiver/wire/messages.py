@@ -41,7 +41,8 @@ from msgspec import Meta
 #: and an Endpoint whether its receiver allows less.
 #: 4: equal layouts are not enough: Welcome names tokens whose cache is compared with the receiver's
 #: own before anything is handed off.
-#: 5: a part's numbers may be 8-bit floats, with a scale.
+#: 5: a part's numbers may be 8-bit floats, with a scale. One that is not indexed by token has rows:
+#: the states of convolutions have one for each channel, so that a worker can send its own.
 PROTOCOL_VERSION: Final = 5
 
 #: Largest control message accepted, in bytes: a prompt of a million tokens fits.

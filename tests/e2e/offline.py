@@ -19,13 +19,13 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     """One order."""
     from vllm import LLM
 
+    options = {"enforce_eager": True} | order.get("options", {})
     model = LLM(
         order["model"],
         dtype=order.get("dtype", "float32"),
         max_model_len=512,
         max_num_batched_tokens=64,
         max_num_seqs=8,
-        enforce_eager=True,
         disable_log_stats=False,
         kv_transfer_config={
             "kv_connector": "mac_decode",
@@ -37,7 +37,7 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
                 "stall_timeout": 20.0,
             },
         },
-        **order.get("options", {}),
+        **options,
     )
     try:
         until = time.monotonic() + (_CONNECT_SECONDS if order["receiver"] else 0.0)

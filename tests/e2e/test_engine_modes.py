@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -22,6 +23,9 @@ from tests.servers import Receiver, Server, Vllm, start_receiver, start_vllm
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.server
+
+#: Also what takes a minute more, see ``test_families``.
+ALL = bool(os.environ.get("MAC_DECODE_ALL_FAMILIES"))
 
 #: 40 blocks of 32 tokens, and prefills that take many steps, three at a time, and begin where there
 #: is no room for all of a prompt: blocks run out in their middle.
@@ -311,5 +315,37 @@ def test_tensor_parallel_workers(other: Receiver, tiny_llama_path: Path, logs: P
         assert decoded(other) - before == 4 * 23
         vllm.tokens([5, 6, 7], 3)
         assert vllm.metric("vllm:kv_cache_usage_perc") == 0
+    finally:
+        vllm.server.stop()
+
+
+@pytest.mark.skipif(not ALL, reason="it takes a minute (MAC_DECODE_ALL_FAMILIES=1)")
+def test_data_parallel_engines(other: Receiver, tiny_llama_path: Path, logs: Path) -> None:
+    """Each of them is a client of the one receiver."""
+    prompts = [prompt_of(n, 500 + n) for n in (33, 40, 100, 128, 150, 300)]
+    vllm = start_vllm(
+        tiny_llama_path,
+        logs / "dp.log",
+        receiver=other.address,
+        args=("--data-parallel-size", "2", "--max-num-batched-tokens", "256"),
+        env={"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    try:
+
+        def decoded_for(engine: int) -> float:
+            return vllm.metric("vllm:mac_decode_tokens_total", engine=str(engine))
+
+        def both() -> bool:
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(lambda n: vllm.tokens([n, 2, 3], 3), range(1, 5)))
+            return min(decoded_for(0), decoded_for(1)) > 0
+
+        assert eventually(both, 30), vllm.server.tail()
+        vllm.tokens([5, 6, 7], 3)
+        before = decoded(other)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            found = list(pool.map(lambda prompt: vllm.tokens(prompt, 24), prompts))
+        assert found == greedy(tiny_llama_path, prompts, 24)
+        assert decoded(other) - before == len(prompts) * 23
     finally:
         vllm.server.stop()

@@ -251,7 +251,7 @@ class Destination:
             if self._is_dead(span.session) or self._closing:
                 self._ring.settle()
                 break
-            sizes = [piece.rows * part.heads * part.row_bytes for part in layer.layout.parts]
+            sizes = [part.nbytes(piece.rows) for part in layer.layout.parts]
             try:
                 slot = self._ring.acquire(sum(sizes))
             except NoStaging as error:
@@ -267,14 +267,13 @@ class Destination:
             frames = []
             begin = 0
             for index, (part, size) in enumerate(zip(layer.layout.parts, sizes, strict=True)):
-                payload = _tokens(
-                    slot.memory[begin : begin + size],
-                    part.heads,
-                    (piece.low - piece.first) * part.row_bytes,
-                    (piece.high - piece.first) * part.row_bytes,
-                )
-                header = _header(job, layer.first_part + index, part, piece.low, piece.high)
-                frames.append((header, payload))
+                rows = slot.memory[begin : begin + size]
+                for low, place, count in piece.runs(part):
+                    payload = _tokens(
+                        rows, part.heads, low * part.row_bytes, (low + count) * part.row_bytes
+                    )
+                    header = _header(job, layer.first_part + index, part, place, place + count)
+                    frames.append((header, payload))
                 begin += size
             # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
             queued = self._ring.stream is not None and piece is pieces[-1]
@@ -336,6 +335,14 @@ class _Piece:
     low: int
     high: int
 
+    def runs(self, part: PagedPart) -> list[tuple[int, int, int]]:
+        """What of a part leaves: the row here, the token or row of the model's part, how many."""
+        if part.by_token:
+            return [(self.low - self.first, self.low, self.high - self.low)]
+        if part.runs is None:
+            return [(0, 0, part.rows)]
+        return [(run.first, run.place, run.count) for run in part.runs]
+
 
 def _header(job: Job, index: int, part: PagedPart, low: int, high: int) -> Header:
     return Header(
@@ -345,7 +352,7 @@ def _header(job: Job, index: int, part: PagedPart, low: int, high: int) -> Heade
         layer=job.layer.index,
         part=index,
         dtype=part.dtype,
-        head_start=job.layer.head_start,
+        head_start=job.layer.head(part),
         heads=part.heads,
         width=part.width,
         token_start=low,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -18,6 +19,7 @@ from vllm_mac_decode.worker.numbers import numbers_of
 from vllm_mac_decode.worker.paged_cache import AllocatedLayer, PagedAdapter, Readable
 from vllm_mac_decode.worker.paged_layout import PagedLayout, latent_update, layer_update, probe
 from vllm_mac_decode.worker.paged_states import PagedStates, states_of
+from vllm_mac_decode.worker.state_shards import shard_of
 
 logger = init_logger("vllm.mac_decode.kinds")
 
@@ -71,8 +73,12 @@ class RecurrentStates:
         """See ``PagedAdapter.readable``."""
         if type(layer.spec) is not MambaSpec:
             return None
-        states = states_of(layer.module, getattr(layer.spec, "mamba_type", None))
-        return Readable(RECURRENT, PagedStates.of(states, int(layer.spec.block_size)), states)
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        mamba_type = getattr(layer.spec, "mamba_type", None)
+        states = states_of(layer.module, mamba_type)
+        shard = shard_of(layer.module, states, mamba_type, rank, size)
+        paged = PagedStates.of(states, int(layer.spec.block_size), shard.runs)
+        return Readable(RECURRENT, paged, states, head_start=shard.head_start)
 
 
 def _widths(attention: Any, spec: Any) -> tuple[int, int]:

@@ -6,7 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+import torch
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.models.utils import extract_layer_index
 
 from mlx_receiver import plugins
@@ -28,10 +33,8 @@ if TYPE_CHECKING:
 def exported_layers(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, caches: dict[str, Any]
 ) -> dict[str, ExportedLayer]:
-    """This worker's layers by vLLM's layer name; empty if another worker exports the same heads.
-
-    Raises LayoutError when some layer cannot be exported.
-    """
+    """This worker's layers by vLLM's layer name, also those of which another worker sends the same
+    heads. Raises LayoutError when some layer cannot be exported."""
     groups = {
         name: (index, _spec(group.kv_cache_spec, name))
         for index, group in enumerate(kv_cache_config.kv_cache_groups)
@@ -46,6 +49,7 @@ def exported_layers(
         for name, cache in caches.items()
         if getattr(context[name], "kv_sharing_target_layer_name", None) is None
     }
+    places = _places(own, vllm_config)  # first of all: every stage of a pipeline must ask
     known = adapters()
     readable = {name: _readable(layer, known) for name, layer in own.items()}
     found = {name: one for name, one in readable.items() if one is not None}
@@ -55,21 +59,21 @@ def exported_layers(
         raise LayoutError(f"it has layers of the kinds {kinds}")
 
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    if size > 1 and not all(one.layout.parts[0].by_token for one in found.values()):
-        raise LayoutError("recurrent states are not exported under tensor parallelism")
     whole = any(one.replicated for one in found.values())
     heads_of_model = 1 if whole else vllm_config.model_config.get_total_num_kv_heads()
     replicas = max(1, size // max(1, heads_of_model))
-    if rank % replicas:
-        return {}
-    places = _places(found, vllm_config)
     layers = {}
     for name, one in found.items():
         group, spec = groups[name]
-        head_start = 0 if one.replicated else rank // replicas * one.layout.parts[0].heads
+        head_start, sends = one.head_start, True
+        if head_start is None:
+            if size > 1 and not one.layout.parts[0].by_token:
+                raise LayoutError(f"layer {name}: which part of it a worker has is not known")
+            head_start = 0 if one.replicated else rank // replicas * one.layout.parts[0].heads
+            sends = rank % replicas == 0
         layers[name] = ExportedLayer(
             places[name], one.cache, one.layout, head_start, one.kind, int(spec.block_size), group,
-            one.window,
+            one.window, sends=sends,
         )  # fmt: skip
     return _side_by_side(layers)
 
@@ -109,17 +113,25 @@ def _check(found: Readable, block_size: int) -> None:
 
 
 def _places(names: Iterable[str], config: VllmConfig) -> dict[str, int]:
-    """Each layer's place among those that have a cache.
+    """Each layer's place among those of the model that have a cache.
 
-    A stage of a pipeline does not know the others' layers: there every layer must have one. A
-    layer's second cache may go by a number behind all layers' (Falcon-H1).
+    A layer's second cache may go by a number behind all layers' (Falcon-H1).
     """
     total = config.model_config.hf_text_config.num_hidden_layers
     indexes = {name: int(extract_layer_index(name)) % total for name in names}
+    found = set(indexes.values())
     if config.parallel_config.pipeline_parallel_size > 1:
-        return indexes
-    order = {index: place for place, index in enumerate(sorted(set(indexes.values())))}
+        found = _of_all_stages(found)
+    order = {index: place for place, index in enumerate(sorted(found))}
     return {name: order[index] for name, index in indexes.items()}
+
+
+def _of_all_stages(indexes: set[int]) -> set[int]:
+    """What each stage of a pipeline found, together. All of them register their caches at once."""
+    group = get_pp_group()
+    stages: list[set[int]] = [set()] * group.world_size
+    torch.distributed.all_gather_object(stages, indexes, group=group.cpu_group)
+    return set().union(*stages)
 
 
 def _side_by_side(layers: dict[str, ExportedLayer]) -> dict[str, ExportedLayer]:

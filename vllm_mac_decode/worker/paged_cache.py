@@ -20,11 +20,23 @@ class LayoutError(Exception):
 
 
 @dataclass(frozen=True)
+class Run:
+    """Rows of this worker's part that follow each other in the model's, too: ``count`` of them from
+    ``first`` on, which are the model's from ``place`` on."""
+
+    first: int
+    place: int
+    count: int
+
+
+@dataclass(frozen=True)
 class PagedPart:
     """One array of a layer, as far as this worker holds it: ``[heads, tokens, width]``, or
-    ``[heads, 1, width]`` of the whole text where it is not ``by_token``.
+    ``[heads, rows, width]`` of the whole text where it is not ``by_token``.
 
     ``dtype`` is the wire's name of its numbers', ``dims`` and ``scale`` as in ``wire.layout.Part``.
+    Workers divide a part by its heads, or by its rows: then ``runs`` says which of its own this one
+    sends.
     """
 
     name: str
@@ -34,11 +46,24 @@ class PagedPart:
     by_token: bool = True
     dims: tuple[int, ...] = ()
     scale: float = 1.0
+    rows: int = 1
+    runs: tuple[Run, ...] | None = None
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of one head."""
         return self.width * ITEMSIZE[self.dtype]
+
+    @property
+    def rows_of_model(self) -> int:
+        """The model's rows, as far as what this worker sends reaches."""
+        if self.runs is None:
+            return self.rows
+        return max(run.place + run.count for run in self.runs)
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of so many tokens' rows, or of all rows where it is not by token."""
+        return self.heads * (tokens if self.by_token else self.rows) * self.row_bytes
 
 
 class PagedCache(Protocol):
@@ -55,7 +80,7 @@ class PagedCache(Protocol):
     def read(self, cache: Any, block_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Copy whole blocks into ``out``, uint8 ``[bytes]`` on the cache's device: part after
         part, each ``[heads, len(block_ids), block_size, width]``, or where it is not by token
-        ``[heads, width]`` of one block."""
+        ``[heads, rows, width]`` of one block."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +104,10 @@ class Readable:
     """How a layer is exported: as which ``kind``, and how its ``cache``, a tensor or several, is
     read.
 
-    With a ``window`` only the last so many tokens of a prompt are exported. ``replicated``: under
-    tensor parallelism every worker holds all of it, not some heads.
+    With a ``window`` only the last so many tokens of a prompt are exported. Under tensor
+    parallelism workers have equal shares of the heads, or are ``replicated``: every one holds all
+    of it. What is not by token says which part of the model's this worker has: by ``head_start``,
+    and its parts' ``runs``.
     """
 
     kind: str
@@ -88,6 +115,7 @@ class Readable:
     cache: Any
     window: int | None = None
     replicated: bool = False
+    head_start: int | None = None
 
 
 class PagedAdapter(Protocol):
@@ -107,7 +135,7 @@ class ExportedLayer:
     ``first_part`` is the number of its first part in the layer, ``head_start`` the model's index of
     the worker's first head (tensor parallelism), ``group`` the KV cache group whose blocks hold the
     layer's tokens, ``block_size`` of them each. With a ``window`` only the last so many tokens of a
-    prompt are exported.
+    prompt are exported. Where another worker ``sends`` the same heads, this one does not.
     """
 
     index: int
@@ -119,6 +147,7 @@ class ExportedLayer:
     group: int = 0
     window: int | None = None
     first_part: int = 0
+    sends: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -146,18 +175,24 @@ class ExportedLayer:
                 f"{type(error).__name__}: {error}"
             ) from error
 
+    def head(self, part: PagedPart) -> int:
+        """The model's index of the worker's first head of that part."""
+        return self.head_start if part.runs is None else 0
+
     def described(self) -> LayerLayout:
-        """For ``wire.layout.merged``: parts with as many heads as end with this worker's."""
+        """For ``wire.layout.merged``: parts with as many heads and rows as end with this
+        worker's."""
         parts = [
             Part(
                 part.name,
-                self.head_start + part.heads,
+                self.head(part) + part.heads,
                 part.width,
                 part.dtype,  # type: ignore[arg-type]
                 by_token=part.by_token,
                 window=self.window,
                 dims=list(part.dims),
                 scale=part.scale,
+                rows=part.rows_of_model,
             )
             for part in self.layout.parts
         ]

@@ -12,36 +12,48 @@ import numpy as np
 import torch
 from vllm.model_executor.layers.mamba import mamba_utils
 
-from vllm_mac_decode.worker.paged_cache import LayoutError, PagedPart
+from vllm_mac_decode.worker.paged_cache import LayoutError, PagedPart, Run
 from vllm_mac_decode.worker.paged_layout import bits
+from vllm_mac_decode.worker.state_shards import is_convolution
 
 
 @dataclass(frozen=True)
 class PagedStates:
-    """See ``PagedCache``; a layer's cache is a list of tensors ``[blocks, rows, ...]``."""
+    """See ``PagedCache``; a layer's cache is a list of tensors ``[blocks, heads, ...]``. A
+    convolution's channels are rows of its kept inputs."""
 
     block_size: int
     parts: Sequence[PagedPart]
 
     @classmethod
-    def of(cls, states: Sequence[torch.Tensor], block_size: int) -> PagedStates:
-        """Of these tensors; ``block_size`` is the scheduler's."""
-        parts = [
-            PagedPart(
-                f"state{index}",
-                state.shape[1],
-                prod(state.shape[2:]),
-                str(state.dtype).removeprefix("torch."),
-                by_token=False,
-                dims=tuple(state.shape[2:]) if state.dim() > 3 else (),
+    def of(
+        cls,
+        states: Sequence[torch.Tensor],
+        block_size: int,
+        runs: tuple[Run, ...] | None = None,
+    ) -> PagedStates:
+        """Of these tensors; ``block_size`` is the scheduler's, ``runs`` the convolution's channels
+        that this worker sends."""
+        parts = []
+        for index, state in enumerate(states):
+            convolution = is_convolution(index, state)
+            parts.append(
+                PagedPart(
+                    f"state{index}",
+                    state.shape[1],
+                    1 if convolution else prod(state.shape[2:]),
+                    str(state.dtype).removeprefix("torch."),
+                    by_token=False,
+                    dims=tuple(state.shape[2:]) if state.dim() > 3 else (),
+                    rows=state.shape[2] if convolution else 1,
+                    runs=runs if convolution else None,
+                )
             )
-            for index, state in enumerate(states)
-        ]
         return cls(block_size, parts)
 
     def read(self, cache: Any, block_ids: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PagedCache.read``."""
-        sizes = [part.heads * part.row_bytes for part in self.parts]
+        sizes = [part.nbytes(0) for part in self.parts]
         for state, target in zip(cache, out.split(sizes), strict=True):
             place = target.view(state.dtype).view(1, *state.shape[1:])
             if state.device.type == "cpu":

@@ -61,7 +61,7 @@ def sent(model: ModelCache, caches: list[Any], layout: CacheLayout | None = None
 def test_the_layout_says_what_a_row_is() -> None:
     (layer,) = ModelCache.of([states(1)]).layout.layers
     assert layer == LayerLayout("recurrent", [
-        Part("state0", 3, 10, "float32", False),
+        Part("state0", 3, 1, "float32", False, rows=10),
         Part("state1", 4, 30, "float32", False, dims=[5, 6]),
     ])  # fmt: skip
     turned = LayerLayout("recurrent", [layer.parts[0], Part("state1", 4, 30, "float32", False, dims=[6, 5])])  # fmt: skip # noqa: E501
@@ -69,6 +69,15 @@ def test_the_layout_says_what_a_row_is() -> None:
         "layer 0, state1: dims: [5, 6] here, [6, 5] there"
     ]
     assert CacheLayout([layer]).nbytes(5) == CacheLayout([layer]).nbytes(5000) == 4 * 150
+
+
+def test_only_a_convolution_has_a_row_for_each_channel() -> None:
+    """Mamba 1's other state has three dimensions, too: its workers divide the heads."""
+    cache = ArraysCache(2)
+    cache.cache = [mx.zeros((1, 3, 10)), mx.zeros((1, 10, 16))]
+    (layer,) = ModelCache.of([cache]).layout.layers
+    shapes = [(part.heads, part.rows, part.width) for part in layer.parts]
+    assert shapes == [(3, 10, 1), (10, 1, 16)]
 
 
 def test_what_arrives_is_what_is_decoded_from() -> None:
@@ -94,7 +103,7 @@ def test_each_part_is_decoded_in_its_own_dtype() -> None:
     model = ModelCache.of([states(6, mx.bfloat16)])
     assert [part.dtype for part in model.layout.layers[0].parts] == ["bfloat16", "float32"]
     there = [
-        Part("state0", 3, 10, "float32", False),
+        Part("state0", 3, 1, "float32", False, rows=10),
         Part("state1", 4, 30, "bfloat16", False, dims=[5, 6]),
     ]
     layout = CacheLayout([LayerLayout("recurrent", there)])

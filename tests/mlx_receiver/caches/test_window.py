@@ -163,3 +163,5 @@ def test_a_cache_that_keeps_the_first_tokens_is_another_kind() -> None:
 def test_a_part_without_tokens_has_no_window() -> None:
     state = Part("state", 3, 5, "float32", by_token=False)
     assert (state.tokens(100), state.first(100)) == (1, 0)
+    channels = Part("state", 3, 1, "float32", by_token=False, rows=10)
+    assert (channels.tokens(100), channels.first(100)) == (10, 0)

@@ -23,6 +23,7 @@ from mlx_receiver.transports.tcp import dial
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.layout import CacheLayout, LayerLayout
 from mlx_receiver.wire.messages import (
+    PROTOCOL_VERSION,
     Opened,
     Ping,
     Refused,
@@ -36,6 +37,7 @@ from tests.mlx_receiver.conftest import Prefill
 from tests.waiting import eventually
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
+LATER = PROTOCOL_VERSION + 1
 HEADS, TOKENS = slice(0, 2), slice(0, 17)
 
 
@@ -246,7 +248,7 @@ def test_a_session_id_in_use_is_refused(client: FakeVllm) -> None:
         ({"protocol": 99}, "version", "upgrade vllm-mac-decode on the receiver's machine"),
         ({"payload": b""}, "protocol", "introduction cannot be read"),
         ({"payload": b"\x81\xa1x\x01" * 50}, "protocol", "introduction cannot be read"),
-        ({"payload": b"\xc1", "protocol": 5}, "version", "wire protocol 5, this receiver 4"),
+        ({"payload": b"\xc1", "protocol": LATER}, "version", f"{LATER}, this receiver {LATER - 1}"),
     ],
 )
 def test_hellos_that_are_rejected(

@@ -122,7 +122,7 @@ def test_two_caches_of_a_layer() -> None:
     assert [part.name for part in first.parts] == ["0.state0", "0.state1", "1.keys"]
 
 
-def test_layers_without_a_cache_have_no_place() -> None:
+def test_layers_without_a_cache_have_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(
             dtype=torch.float32, hf_text_config=SimpleNamespace(num_hidden_layers=9)
@@ -131,8 +131,10 @@ def test_layers_without_a_cache_have_no_place() -> None:
     )
     names = [f"model.layers.{index}.mixer" for index in (7, 0, 2, 3)]
     assert list(_places(names, config).values()) == [3, 0, 1, 2]
+    # A stage of a pipeline asks the other ones.
     config.parallel_config.pipeline_parallel_size = 2
-    assert list(_places(names, config).values()) == [7, 0, 2, 3]
+    monkeypatch.setattr(worker_layers, "_of_all_stages", lambda own: own | {1, 5})
+    assert list(_places(names, config).values()) == [5, 0, 2, 3]
 
 
 def test_what_vllm_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +155,9 @@ def test_what_vllm_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(conv, two[0]) and state is two[1]
 
 
-@pytest.mark.parametrize(("rank", "exports"), [(0, True), (1, False)])
+@pytest.mark.parametrize(("rank", "sends"), [(0, True), (1, False)])
 def test_one_rank_sends_the_latent_that_all_have(
-    monkeypatch: pytest.MonkeyPatch, rank: int, exports: bool
+    monkeypatch: pytest.MonkeyPatch, rank: int, sends: bool
 ) -> None:
     from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
@@ -185,10 +187,8 @@ def test_one_rank_sends_the_latent_that_all_have(
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=["model.layers.0.attn"])
     caches = SimpleNamespace(kv_cache_groups=[group], num_blocks=4)
     found = worker_layers.exported_layers(config, caches, {"model.layers.0.attn": cache})  # type: ignore[arg-type]
-    if not exports:
-        assert found == {}
-        return
     (one,) = found.values()
+    assert one.sends is sends
     widths = [(part.name, part.heads, part.width) for part in one.layout.parts]
     assert widths == [("keys", 1, 512), ("values", 1, 64)]
     assert one.head_start == 0
