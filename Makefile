@@ -45,13 +45,14 @@ demo: install ## Hand one request from vLLM to MLX and show it (PROMPT, MODEL)
 	if [ -n "$$MODEL" ]; then set -- "$$@" --model "$$MODEL"; fi; \
 	exec "$(VENV)/bin/mac-decode" demo "$$@"
 
-lint: install ## Check style, types, who imports whom, and the tables of settings
+lint: install ## Check style, types, who imports whom, and the generated tables
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
 	"$(VENV)/bin/mypy"
 	"$(VENV)/bin/mypy" --platform darwin
 	"$(VENV)/bin/lint-imports"
 	"$(VENV)/bin/python" .ci/options.py
+	"$(VENV)/bin/python" -m bench.model_table
 
 wheel: install ## Build dist/ and try the wheel in a bare environment
 	"$(VENV)/bin/python" .ci/wheel.py

@@ -47,12 +47,22 @@ _EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate
 
 #: transformers' class, and what its configuration has beside the shared.
 FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "llama": ("Llama", _ROPE),
+    "qwen2": ("Qwen2", _ROPE | {"use_sliding_window": False}),
+    "qwen3": ("Qwen3", _ROPE),
     "mistral": ("Mistral", _ROPE | {"sliding_window": None}),
     "mistral-window": ("Mistral", _ROPE | {"sliding_window": WINDOW}),
     "mixtral": ("Mixtral", _ROPE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", _ROPE | _EXPERTS | {"norm_topk_prob": True}),
     "phi3": ("Phi3", _ROPE | {"sliding_window": None}),
     "glm4": ("Glm4", _ROPE | {"partial_rotary_factor": 0.5}),
+    "glm4_moe": (
+        "Glm4Moe",
+        _ROPE | {"partial_rotary_factor": 0.5, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                 "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1,
+                 "first_k_dense_replace": 1, "n_shared_experts": 1, "routed_scaling_factor": 1.0,
+                 "norm_topk_prob": True, "use_qk_norm": True, "attention_bias": True},
+    ),
     "granite": (
         "Granite",
         _ROPE | {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 1.0,
@@ -66,6 +76,12 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "exaone4": (
         "Exaone4",
         _ROPE | {"sliding_window": WINDOW, "sliding_window_pattern": "LLGL", "layer_types": _MIXED},
+    ),
+    "cohere2": (
+        "Cohere2",
+        _ROPE | {"sliding_window": WINDOW, "sliding_window_pattern": 4, "logit_scale": 0.5,
+                 "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+                 "tie_word_embeddings": True},
     ),
     "gpt_oss": (
         "GptOss",
@@ -121,6 +137,15 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
                  "shared_expert_intermediate_size": 64, "mlp_only_layers": [0, 1, 2],
                  "decoder_sparse_step": 1, "full_attention_interval": 2},
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        _ROPE | {"layer_types": ["linear_attention", "full_attention"] * 2,
+                 "linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_key_head_dim": 128,
+                 "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "num_experts": 4,
+                 "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+                 "shared_expert_intermediate_size": 64, "full_attention_interval": 2,
+                 "mamba_ssm_dtype": "float32"},
+    ),
     # Later layers read earlier ones' K and V.
     "gemma4": (
         "Gemma4",
@@ -128,6 +153,14 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
          "layer_types": ["sliding_attention", "full_attention"] * 3, "global_head_dim": 64,
          "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32,
          "tie_word_embeddings": True},
+    ),
+    "gemma3n": (
+        "Gemma3n",
+        {"sliding_window": WINDOW, "num_hidden_layers": 6, "num_kv_shared_layers": 2,
+         "layer_types": ["sliding_attention", "full_attention"] * 3, "laurel_rank": 16,
+         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0, 0.0],
+         "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32,
+         "altup_num_inputs": 3, "tie_word_embeddings": True},
     ),
     # A latent and a rotated key instead of K and V.
     "deepseek_v3": (
@@ -147,6 +180,31 @@ def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **othe
     import torch
     import transformers
 
+    config = _configuration(family, others)
+    model = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(config)
+    _randomise(model, torch.Generator().manual_seed(seed))
+    if family in ("gemma4", "gemma3n"):  # they multiply them by as much
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(config.hidden_size**-0.5)
+    save(model, path, dtype)
+    spell_for_mlx(path)
+    if family == "gpt_oss":
+        _write_experts_for_mlx(path)
+    if family in ("gemma3n", "qwen3_5_moe"):
+        _write_composite_for_mlx(family, path)
+    return path
+
+
+def configuration(family: str) -> dict[str, Any]:
+    """What ``write`` writes into ``config.json``, of what decides a cache's shape."""
+    config = _configuration(family, {}).to_dict()
+    _spell(config)
+    return config
+
+
+def _configuration(family: str, others: dict[str, Any]) -> Any:
+    import transformers
+
     name, own = FAMILIES[family]
     config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(
         transformers, f"{name}Config"
@@ -155,17 +213,7 @@ def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **othe
     settings = copy.deepcopy({**_SHARED, **own, **others})
     if family == "gemma3" and "layer_types" not in others:
         settings["layer_types"] = own["layer_types"] * 2
-    config = config_class(**settings)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    _randomise(model, torch.Generator().manual_seed(seed))
-    if family == "gemma4":  # it multiplies them by as much
-        with torch.no_grad():
-            model.model.embed_tokens.weight.mul_(config.hidden_size**-0.5)
-    save(model, path, dtype)
-    spell_for_mlx(path)
-    if family == "gpt_oss":
-        _write_experts_for_mlx(path)
-    return path
+    return config_class(**settings)
 
 
 def _randomise(model: Any, generator: Any) -> None:
@@ -188,10 +236,17 @@ def spell_for_mlx(path: Path) -> None:
     """mlx-lm reads the older spelling of rotary parameters, which the hub's files have."""
     file = path / "config.json"
     config = json.loads(file.read_text())
+    _spell(config)
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _spell(config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or {}
     if config["model_type"] == "gemma4_text":  # mlx-lm reads what the hub has of it
-        config["global_head_dim"] = config["per_layer_config"]["1"]["head_dim"]
-        file.write_text(json.dumps(config, indent=2) + "\n")
+        full = config["per_layer_config"]["1"]
+        config["global_head_dim"] = full["head_dim"]
+        if "num_key_value_heads" in full:
+            config["num_global_key_value_heads"] = full["num_key_value_heads"]
         return
     if any(isinstance(value, dict) for value in rope.values()):
         full, local = rope.get("full_attention"), rope.get("sliding_attention")
@@ -211,12 +266,11 @@ def spell_for_mlx(path: Path) -> None:
         config["layer_types"] = [names.get(kind, kind) for kind in config["layer_types"]]
     if "num_local_experts" in config:
         config.setdefault("num_experts", config["num_local_experts"])
-    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def for_mlx(family: str, path: Path) -> Path:
     """The folder that mlx-lm loads, of the one that was written."""
-    return path / "mlx" if family == "gpt_oss" else path
+    return path / "mlx" if family in ("gpt_oss", "gemma3n", "qwen3_5_moe") else path
 
 
 def _write_experts_for_mlx(path: Path) -> None:
@@ -242,3 +296,43 @@ def _write_experts_for_mlx(path: Path) -> None:
     save_file(weights, path / "mlx" / "model.safetensors", metadata={"format": "pt"})
     for file in ("config.json", *TOKENIZER_FILES):
         shutil.copyfile(path / file, path / "mlx" / file)
+
+
+def _write_composite_for_mlx(family: str, path: Path) -> None:
+    """mlx-lm reads these as they are published: the language part inside a model that also sees."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((path / "config.json").read_text())
+    weights = load_file(path / "model.safetensors")
+    if family == "gemma3n":  # layers that read another's K and V have projections, too
+        count = config["num_hidden_layers"]
+        for layer in range(count - config["num_kv_shared_layers"], count):
+            for name in ("k_norm", "k_proj", "v_proj"):
+                unused = weights[f"model.layers.0.self_attn.{name}.weight"].clone()
+                weights[f"model.layers.{layer}.self_attn.{name}.weight"] = unused
+    else:
+        _fuse_experts(weights, config)
+    weights = {
+        name.replace("model.", "model.language_model.", 1): value for name, value in weights.items()
+    }
+    (path / "mlx").mkdir()
+    save_file(weights, path / "mlx" / "model.safetensors", metadata={"format": "pt"})
+    composite = {"model_type": family, "text_config": config}
+    (path / "mlx" / "config.json").write_text(json.dumps(composite, indent=2) + "\n")
+    for file in TOKENIZER_FILES:
+        shutil.copyfile(path / file, path / "mlx" / file)
+
+
+def _fuse_experts(weights: dict[str, Any], config: dict[str, Any]) -> None:
+    """Each layer's experts as one array, ``[experts, out, in]``, gate before up."""
+    import torch
+
+    for layer in range(config["num_hidden_layers"]):
+        place = f"model.layers.{layer}.mlp.experts"
+        places = [f"{place}.{number}" for number in range(config["num_experts"])]
+        gate, up, down = (
+            torch.stack([weights.pop(f"{one}.{part}_proj.weight") for one in places])
+            for part in ("gate", "up", "down")
+        )
+        weights[f"{place}.gate_up_proj"] = torch.cat((gate, up), dim=1)
+        weights[f"{place}.down_proj"] = down

@@ -114,6 +114,7 @@ def load_model(
     from mlx_receiver.caches.local import LocalCache
     from mlx_receiver.caches.model import ModelCache, UnknownCache
     from mlx_receiver.decode.rope import unround_yarn
+    from mlx_receiver.decode.windows import as_vllm_has_them
 
     _check_memory(source, dtype)
     if source.of_hub:
@@ -123,7 +124,8 @@ def load_model(
             raise ModelError(str(error)) from None
         _check_memory(source, dtype)
     try:
-        model, _ = mlx_load(source.path, lazy=True)
+        changes = as_vllm_has_them(source.config)
+        model, _ = mlx_load(source.path, lazy=True, model_config=changes)
         unround_yarn(model, source.config)
         if dtype != "auto":
             model.set_dtype(mlx_dtype(dtype))

@@ -1,0 +1,153 @@
+"""One family's prompts through vLLM and a receiver, beside what MLX alone says: for the tests and
+for ``bench/parity_cpu.py``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from tests.conftest import cached_family
+from tests.families import WINDOW, for_mlx, write
+from tests.servers import Receiver, start_receiver
+
+OUTPUT: Final = 24
+#: Shorter than a window, at its edges, longer; one that vLLM prefills in chunks.
+LENGTHS: Final = (30, WINDOW - 1, WINDOW, WINDOW + 1, 100, 200)
+PROMPTS: Final = [
+    [1 + (7 * i + 3 * n) % 500 for i in range(length)] for n, length in enumerate(LENGTHS)
+]
+
+#: vLLM 0.32's CPU kernel rotates queries and keys of three dimensions wrongly, as these models pass
+#: them (``docs/models.md``); PyTorch does not.
+NATIVE_ROTATION: Final = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+OPTIONS: Final = {"lfm2": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION}
+
+#: Families whose CPU kernels know bf16 only: tokens may differ where two are nearly as likely.
+IN_BF16: Final = ("qwen3_next", "qwen3_5_moe")
+
+
+class Offline:
+    """vLLM in a process of its own, with one model after the other."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.offline"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        )  # fmt: skip
+        self.log = log
+
+    def run(self, **order: Any) -> dict[str, Any]:
+        """See ``tests.e2e.offline``."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        assert "error" not in answer, (answer, self.log.read_text()[-3000:])
+        return answer
+
+    def said(self) -> str:
+        """What the connector's log has."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        ours = ("link.py", "fleet.py", "answers.py", "handoffs.py", "connector.py", "exporter.py")
+        return "\n".join([line for line in lines if any(name in line for name in ours)][-20:])
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._log.close()
+
+
+@dataclass
+class Outcome:
+    """What a family's prompts gave. Tokens are lists for each prompt, of ``OUTPUT``."""
+
+    #: The folder that vLLM loaded.
+    model: Path
+    by_mlx_alone: list[list[int]]
+    tokens: list[list[int]]
+    #: Tokens that the receiver decoded; all but the first of each prompt if every one was handed
+    #: off.
+    handed_off: int
+    #: The receiver's ``/handoffs``, its proof and its log.
+    handoffs: list[dict[str, Any]]
+    proof: str
+    log: str
+
+    @property
+    def wanted(self) -> int:
+        """``handed_off`` where nothing was decoded by vLLM."""
+        return len(PROMPTS) * (OUTPUT - 1)
+
+
+def by_mlx_alone(receiver: Receiver, prompt: list[int]) -> list[int]:
+    """The receiver's own greedy tokens, through its API."""
+    body = {"prompt": prompt, "max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True,
+            "return_token_ids": True}  # fmt: skip
+    answer = httpx.post(f"{receiver.url}/v1/completions", json=body)
+    tokens: list[int] = answer.json()["choices"][0]["token_ids"]
+    return tokens
+
+
+def _proof(log: str) -> str:
+    """What the last comparison gave, as the receiver logs it."""
+    found = re.findall(r"\d+ layers compared, .*", log)
+    return found[-1] if found else ""
+
+
+def hand_off(
+    family: str,
+    offline: Offline,
+    folder: Path,
+    options: dict[str, Any] | None = None,
+    **others: Any,
+) -> Outcome:
+    """All prompts at once; again where a busy machine let some responses go on locally.
+
+    Writes the receiver's log into ``folder``. ``options`` are vLLM's, ``others`` go to a model's
+    configuration that is written anew.
+    """
+    dtype = "bfloat16" if family in IN_BF16 else "float32"
+    if family in IN_BF16:
+        model = write(family, folder / "model", dtype, **others)
+    else:
+        model = cached_family(family)
+    receiver = start_receiver(for_mlx(family, model), folder / "receiver.log")
+    try:
+        alone = [by_mlx_alone(receiver, prompt) for prompt in PROMPTS]
+        for _ in range(3):
+            answer = offline.run(
+                model=str(model),
+                receiver=receiver.address,
+                prompts=PROMPTS,
+                tokens=OUTPUT,
+                dtype=dtype,
+                options=OPTIONS.get(family, {}) if options is None else options,
+            )
+            receiver.assert_idle()
+            outcome = Outcome(
+                model,
+                alone,
+                answer["tokens"],
+                int(answer["handed_off"]),
+                httpx.get(f"{receiver.url}/handoffs").json(),
+                _proof(log := receiver.server.log.read_text()),
+                log,
+            )
+            refused = "do not compute the same cache" in outcome.log
+            wrong = family not in IN_BF16 and outcome.tokens != alone
+            if outcome.handed_off == outcome.wanted or refused or wrong:
+                break
+        return outcome
+    finally:
+        receiver.server.stop()

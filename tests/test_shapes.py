@@ -1,0 +1,89 @@
+"""Sizes that the documents compute are those of caches that were handed off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.lab import RESULTS
+from bench.model_table import KEPT, LENGTHS, pages
+from bench.published import PUBLISHED
+from bench.shapes import fixed_bytes, layout_of, token_bytes, wire_dtypes
+from mlx_receiver.decode.model import find_model, load_model
+from mlx_receiver.wire.layout import CacheLayout
+from tests.conftest import cached_family
+from tests.families import FAMILIES, configuration, for_mlx, write
+
+pytest.importorskip("torch", reason="transformers makes the families' models with it")
+
+RUNS = json.loads((RESULTS / "parity_families_cpu.json").read_text())["rows"]
+
+
+def of_family(family: str, dtype: str = "float32") -> CacheLayout:
+    config = configuration(family)
+    return layout_of(config, *wire_dtypes(config, dtype))
+
+
+#: The first has other caches on both sides; of the second's states no published size is computed.
+OTHERS = ("mistral-window", "jamba")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in OTHERS])
+def test_the_layout_is_what_mlx_allocates(family: str) -> None:
+    layout = of_family(family)
+    loaded = load_model(find_model(str(for_mlx(family, cached_family(family)))))
+    assert not loaded.local
+    assert loaded.cache.layout.differences(layout) == []
+    assert layout.differences(loaded.cache.layout) == []
+
+
+def test_keys_that_are_values_are_kept_twice(tmp_path: Path) -> None:
+    """As in Gemma 4's larger models, whose layers of full attention have other heads, too."""
+    others = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0}
+    model = write("gemma4", tmp_path / "model", **others)
+    layout = layout_of(json.loads((model / "config.json").read_text()), "float32", "float32")
+    assert [part.row for part in layout.layers[1].parts] == [64, 64]
+    assert load_model(find_model(str(model))).cache.layout.differences(layout) == []
+
+
+@pytest.mark.parametrize("row", RUNS, ids=[row["family"] for row in RUNS])
+def test_as_many_bytes_came(row: dict[str, Any]) -> None:
+    """What the receiver counted for each prompt, in every recorded run."""
+    layout = of_family(row["family"], row["dtype"])
+    for run in row["runs"]:
+        assert run["kv_bytes"]
+        for tokens, nbytes in run["kv_bytes"].items():
+            assert layout.nbytes(int(tokens)) == nbytes
+
+
+@pytest.mark.parametrize("model", PUBLISHED, ids=[model.name for model in PUBLISHED])
+def test_a_long_prompt_is_so_many_bytes_a_token_and_some_once(model: Any) -> None:
+    layout = layout_of(model.config, *wire_dtypes(model.config, "bfloat16"))
+    assert fixed_bytes(layout) + LENGTHS[-1] * token_bytes(layout) == layout.nbytes(LENGTHS[-1])
+
+
+#: Others' figures for these models: one token's K and V of all layers, in bf16.
+@pytest.mark.parametrize(
+    ("name", "nbytes"),
+    [("Llama-3.1-8B", 131_072), ("DeepSeek-V3", 61 * 576 * 2), ("Granite-4.0-H-Small", 16_384)],
+)
+def test_known_sizes(name: str, nbytes: int) -> None:
+    (model,) = [model for model in PUBLISHED if model.name == name]
+    layout = layout_of(model.config, *wire_dtypes(model.config, "bfloat16"))
+    assert token_bytes(layout) == nbytes
+
+
+def test_every_family_has_a_row() -> None:
+    types = [kind for kinds in KEPT.values() for kind in kinds]
+    assert len(types) == len(set(types))
+    assert {model.model_type for model in PUBLISHED} <= set(types)
+    named = {name.removesuffix("_text") for name in types}
+    assert set(FAMILIES) - {"mistral-window"} <= named
+
+
+def test_the_pages_have_them() -> None:
+    for _, text, wanted in pages(RESULTS):
+        assert text == wanted
