@@ -110,9 +110,9 @@ def _states(c: Mapping[str, Any], dtype: str, state_dtype: str) -> LayerLayout:
 
 
 def _recurrent(
-    rows: int, mixed: int, dtype: str, state: list[int], state_dtype: str
+    inputs: int, mixed: int, dtype: str, state: list[int], state_dtype: str
 ) -> LayerLayout:
-    parts = [Part("state0", rows, mixed, dtype, by_token=False)]  # type: ignore[arg-type]
+    parts = [Part("state0", inputs, 1, dtype, by_token=False, rows=mixed)]  # type: ignore[arg-type]
     if state:
         heads, width, depth = state
         dims = [width, depth]
