@@ -33,6 +33,7 @@ KEPT = {
     ),
     "K and V, or a window's": ("gpt_oss", "gemma3_text", "olmo3", "exaone4", "cohere2"),
     "the same; some layers read an earlier one's": ("gemma4_text", "gemma3n"),
+    "K and V, or a chunk's": ("llama4",),
     "a latent and a rotated key (MLA)": ("deepseek_v3",),
     "a Mamba 2 state, or K and V": ("nemotron_h", "granitemoehybrid"),
     "both": ("falcon_h1",),

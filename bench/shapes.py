@@ -19,6 +19,7 @@ from mlx_receiver.wire.layout import (
     LayerLayout,
     Part,
     beside,
+    chunked,
     need,
     text_config,
     windowed,
@@ -50,6 +51,8 @@ def layout_of(config: Mapping[str, Any], dtype: str, state_dtype: str) -> CacheL
             continue
         if kind in _RECURRENT:
             layers.append(_states(c, dtype, state_dtype))
+        elif kind == "chunked_attention":
+            layers.append(chunked(_attention(c, dtype, False), need(c, "attention_chunk_size")))
         elif kind == "sliding_attention":
             window = need(c, "sliding_window") + (c.get("model_type") == "cohere2")
             layers.append(windowed(_attention(c, dtype, False), window))

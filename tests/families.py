@@ -20,6 +20,8 @@ GENERATOR_VERSION: Final = 10
 
 VOCABULARY: Final = 512
 WINDOW: Final = 48
+#: A multiple of vLLM's blocks.
+CHUNK: Final = 64
 
 _SHARED: Final[dict[str, Any]] = {
     "bos_token_id": 1,
@@ -44,6 +46,9 @@ _YARN: Final = {
 #: A pattern that is not the same from the front and from the back.
 _MIXED: Final = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+#: mlx-lm reads these as they are published: the language part inside a model that also sees.
+_COMPOSITE: Final = ("gemma3n", "qwen3_5_moe", "llama4")
 
 #: transformers' class, and what its configuration has beside the shared.
 FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -154,6 +159,13 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
          "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32,
          "tie_word_embeddings": True},
     ),
+    "llama4": (
+        "Llama4",
+        _ROPE
+        | {"attention_chunk_size": CHUNK, "num_local_experts": 2, "num_experts_per_tok": 1,
+           "interleave_moe_layer_step": 2, "intermediate_size_mlp": 128, "use_qk_norm": True,
+           "attn_temperature_tuning": True, "floor_scale": 64, "attn_scale": 0.1},
+    ),
     "gemma3n": (
         "Gemma3n",
         {"sliding_window": WINDOW, "num_hidden_layers": 6, "num_kv_shared_layers": 2,
@@ -190,7 +202,7 @@ def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **othe
     spell_for_mlx(path)
     if family == "gpt_oss":
         _write_experts_for_mlx(path)
-    if family in ("gemma3n", "qwen3_5_moe"):
+    if family in _COMPOSITE:
         _write_composite_for_mlx(family, path)
     return path
 
@@ -270,7 +282,7 @@ def _spell(config: dict[str, Any]) -> None:
 
 def for_mlx(family: str, path: Path) -> Path:
     """The folder that mlx-lm loads, of the one that was written."""
-    return path / "mlx" if family in ("gpt_oss", "gemma3n", "qwen3_5_moe") else path
+    return path / "mlx" if family in ("gpt_oss", *_COMPOSITE) else path
 
 
 def _write_experts_for_mlx(path: Path) -> None:
@@ -299,7 +311,7 @@ def _write_experts_for_mlx(path: Path) -> None:
 
 
 def _write_composite_for_mlx(family: str, path: Path) -> None:
-    """mlx-lm reads these as they are published: the language part inside a model that also sees."""
+    """See ``_COMPOSITE``."""
     from safetensors.torch import load_file, save_file
 
     config = json.loads((path / "config.json").read_text())
@@ -310,11 +322,16 @@ def _write_composite_for_mlx(family: str, path: Path) -> None:
             for name in ("k_norm", "k_proj", "v_proj"):
                 unused = weights[f"model.layers.0.self_attn.{name}.weight"].clone()
                 weights[f"model.layers.{layer}.self_attn.{name}.weight"] = unused
-    else:
+    elif family == "qwen3_5_moe":
         _fuse_experts(weights, config)
-    weights = {
-        name.replace("model.", "model.language_model.", 1): value for name, value in weights.items()
-    }
+    if family == "llama4":
+        config.setdefault("rope_scaling", None)
+        weights = {f"language_model.{name}": value for name, value in weights.items()}
+    else:
+        weights = {
+            name.replace("model.", "model.language_model.", 1): value
+            for name, value in weights.items()
+        }
     (path / "mlx").mkdir()
     save_file(weights, path / "mlx" / "model.safetensors", metadata={"format": "pt"})
     composite = {"model_type": family, "text_config": config}

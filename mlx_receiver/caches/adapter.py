@@ -102,6 +102,8 @@ class CacheAdapter(Protocol):
     #: ``LayerLayout.kind``.
     kind: str
 
+    # ``batched = False`` may say that mlx-lm cannot decode several such caches in one step.
+
     def layout(self, cache: Any) -> LayerLayout | None:
         """The layout of a cache that mlx-lm made and that holds a token; None for another
         kind's."""

@@ -107,6 +107,11 @@ class ModelCache:
         """From what mlx-lm made for the model, once it holds a token. Raises UnknownCache."""
         return cls(CacheLayout([_layer(index, cache) for index, cache in enumerate(caches)]))
 
+    @property
+    def batched(self) -> bool:
+        """Whether several such caches can be decoded in one step."""
+        return all(getattr(adapter, "batched", True) for adapter in self._adapters)
+
     def nbytes(self, tokens: int, headroom: int, itemsize: int) -> int:
         """Bytes of a session's memory."""
         return sum(
@@ -139,11 +144,12 @@ def adapters() -> list[CacheAdapter]:
 
 def builtin_adapters() -> list[CacheAdapter]:
     """Those that come with this package."""
+    from mlx_receiver.caches.chunk import ChunkKV
     from mlx_receiver.caches.plain import PlainKV
     from mlx_receiver.caches.states import States
     from mlx_receiver.caches.window import WindowKV
 
-    return [PlainKV(), WindowKV(), States()]
+    return [PlainKV(), WindowKV(), ChunkKV(), States()]
 
 
 def known_layout(cache: Any) -> LayerLayout | None:

@@ -6,6 +6,7 @@ Everything here runs on the decoding thread.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -51,6 +52,8 @@ class Batch:
         self._rows = rows
         self._model = Float32Logits(loaded.model)
         self._active: dict[int, Job] = {}
+        #: Rows whose caches mlx-lm cannot batch: they are decoded one after the other.
+        self._lone: list[Row] = []
         self._generator = self._make_generator()
 
     def _make_generator(self) -> BatchGenerator:
@@ -66,12 +69,12 @@ class Batch:
         )
 
     def __len__(self) -> int:
-        return len(self._active)
+        return len(self._active) + len(self._lone)
 
     @property
     def jobs(self) -> list[Job]:
         """The jobs in it."""
-        return list(self._active.values())
+        return [*self._active.values(), *(row.job for row in self._lone)]
 
     @property
     def bytes_per_token(self) -> int:
@@ -82,14 +85,14 @@ class Batch:
         """Whether there is a row for the job, and not too much to prefill before it."""
         if len(self) >= self._rows:
             return False
-        prefills = sum(other.prefills and not other.shown for other in self._active.values())
+        prefills = sum(other.prefills and not other.shown for other in self.jobs)
         return not job.prefills or prefills < _MAX_PREFILLS
 
     def fits(self, job: Job, nbytes: int | None) -> bool:
         """Whether with the job the batch, in which every row is as long as the longest, stays
         within ``nbytes``."""
         if not self._active or nbytes is None:
-            return True
+            return True  # rows that are decoded one after the other are as long as they are
         longest = max(len(other.prompt_token_ids) + other.outputs for other in [*self.jobs, job])
         return (len(self) + 1) * self._loaded.cache.layout.nbytes(longest) <= nbytes
 
@@ -120,6 +123,9 @@ class Batch:
         """Let the row join."""
         job = row.job
         assert job.sampler is not None
+        if not self._loaded.cache.batched:
+            self._lone.append(row)
+            return
         (uid,) = self._generator.insert(
             [row.new],
             max_tokens=[_NEVER],
@@ -132,6 +138,10 @@ class Batch:
 
     def step(self) -> list[tuple[Job, int]]:
         """Each running job's next token, and a chunk of the prefills. Raises what MLX raises."""
+        if self._lone:
+            return [
+                (row.job, self.decode_alone(row)) for row in self._lone if not self._prefill(row)
+            ]
         generator = self._generator
         counters = generator._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
@@ -139,6 +149,20 @@ class Batch:
         _, responses = generator.next()
         self._choose_chunk(counters.prompt_tokens - tokens, counters.prompt_time - seconds)
         return [(self._active[response.uid], response.token) for response in responses]
+
+    def _prefill(self, row: Row) -> bool:
+        """A chunk of what comes before the row's last token, if there is anything left of that."""
+        chunk = row.new[: min(self._generator.prefill_step_size, len(row.new) - 1)]
+        if not chunk:
+            return False
+        began = time.perf_counter()
+        with mx.stream(generation_stream):
+            self._model(mx.array([chunk]), cache=row.caches)  # its logits are never computed
+            mx.eval([cache.state for cache in row.caches])
+        row.held += chunk
+        row.new = row.new[len(chunk) :]
+        self._choose_chunk(len(chunk), time.perf_counter() - began)
+        return True
 
     def _compute_tokens(self) -> None:
         """Let the tokens of the step that is under way be ready when it ends.
@@ -163,18 +187,21 @@ class Batch:
 
     def remove(self, jobs: list[Job]) -> list[Job]:
         """Take out the jobs; returns those that were in it."""
+        lone = [row for row in self._lone if row.job in jobs]
+        self._lone = [row for row in self._lone if row.job not in jobs]
         rows = {uid: job for uid, job in self._active.items() if job in jobs}
         if rows:
             with mx.stream(generation_stream):
                 self._generator.remove(list(rows))
             for uid in rows:
                 del self._active[uid]
-        return list(rows.values())
+        return [*rows.values(), *(row.job for row in lone)]
 
     def restart(self) -> list[Job]:
         """Begin anew, without rows, after a step that failed; returns the jobs that were in it."""
         jobs = self.jobs
         self._active.clear()
+        self._lone.clear()
         # A generator raises MLX's wired limit and puts it back when it ends: before the next one.
         self.close()
         self._generator = self._make_generator()

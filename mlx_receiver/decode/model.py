@@ -113,7 +113,7 @@ def load_model(
     from mlx_receiver.caches.adapter import mlx_dtype
     from mlx_receiver.caches.local import LocalCache
     from mlx_receiver.caches.model import ModelCache, UnknownCache
-    from mlx_receiver.decode.rope import unround_yarn
+    from mlx_receiver.decode.rope import halve_pairs, unround_yarn
     from mlx_receiver.decode.windows import as_vllm_has_them
 
     _check_memory(source, dtype)
@@ -127,6 +127,7 @@ def load_model(
         changes = as_vllm_has_them(source.config)
         model, _ = mlx_load(source.path, lazy=True, model_config=changes)
         unround_yarn(model, source.config)
+        halve_pairs(model, source.config)
         if dtype != "auto":
             model.set_dtype(mlx_dtype(dtype))
         total = len(model.layers)

@@ -48,3 +48,35 @@ def _frequencies(
     ramp = mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / max(high - low, 0.001), 0, 1)
     own = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
     return 1.0 / ((1.0 - ramp) / own + ramp / (factor * own))
+
+
+def halve_pairs(model: Any, config: Mapping[str, Any]) -> int:
+    """Let Llama 4 rotate number ``i`` of a head with number ``i + head_dim / 2``, and not with its
+    neighbour: vLLM does, with the weights of queries and keys in another order (its ``llama4.py``,
+    ``permute_qk_weight_for_rotary``), and its cache has the keys in that order.
+
+    The scores are the same. Returns how many layers were changed.
+    """
+    c = text_config(config)
+    if not str(c.get("model_type")).startswith("llama4"):
+        return 0
+    changed = 0
+    for layer in model.layers:
+        attention = layer.self_attn
+        for projection, heads in (
+            (attention.q_proj, attention.n_heads),
+            (attention.k_proj, attention.n_kv_heads),
+        ):
+            # Rows are outputs, also those of quantised weights, their scales and biases.
+            for name, array in projection.parameters().items():
+                setattr(projection, name, _even_then_odd(array, heads))
+        if attention.use_rope:
+            attention.rope.traditional = False
+        changed += 1
+    return changed
+
+
+def _even_then_odd(rows: mx.array, heads: int) -> mx.array:
+    """``[heads * head_dim, ...]`` with each head's even rows before its odd ones."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return mx.swapaxes(pairs, 1, 2).reshape(rows.shape)

@@ -98,8 +98,8 @@ class Proofs:
 def proof_prompt(layout: CacheLayout, vocab_size: int, context: int) -> list[int]:
     """Tokens to compare with: from all over the vocabulary, always the same ones, and long enough
     to fill a short window."""
-    windows = [part.window for layer in layout.layers for part in layer.parts if part.window]
-    shortest = min(windows, default=0)
+    windows = [part.window or part.chunk for layer in layout.layers for part in layer.parts]
+    shortest = min(filter(None, windows), default=0)
     length = 64 + (shortest if shortest <= 256 else 0)
     # Knuth's multiplier spreads any few numbers over their range.
     return [2654435761 * (n + 1) % (1 << 32) % vocab_size for n in range(min(length, context - 2))]

@@ -22,10 +22,11 @@ ITEMSIZE: Final = {
 
 _Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3", "float8_e5m2", "int8"]
 
-#: The kind whose layers hold K and V of every token, the one of the last tokens only, and the one
-#: that holds states of the whole text.
+#: The kind whose layers hold K and V of every token, the one of the last tokens only, the one of
+#: those in the last token's chunk, and the one that holds states of the whole text.
 FULL: Final = "full"
 WINDOW: Final = "window"
+CHUNK: Final = "chunk"
 RECURRENT: Final = "recurrent"
 KEYS: Final = "keys"
 VALUES: Final = "values"
@@ -43,7 +44,8 @@ class Part(msgspec.Struct, frozen=True):
 
     ``dtype`` is that of the numbers that travel, and stand for ``scale`` times as much (in a cache
     of 8-bit floats). Of a part with a ``window`` only the last so many tokens of a prompt are kept,
-    and travel. ``dims``: what a row of ``width`` numbers is an array of, if not simply that.
+    and travel; of one with a ``chunk`` those behind the last multiple of it. ``dims``: what a row
+    of ``width`` numbers is an array of, if not simply that.
     """
 
     name: _Name
@@ -55,6 +57,7 @@ class Part(msgspec.Struct, frozen=True):
     dims: Annotated[list[_Count], Meta(max_length=4)] = []
     scale: Annotated[float, Meta(gt=0, le=1e30)] = 1.0
     rows: _Count = 1
+    chunk: _Count | None = None
 
     @property
     def row(self) -> int:
@@ -63,13 +66,15 @@ class Part(msgspec.Struct, frozen=True):
 
     def tokens(self, prompt_tokens: int) -> int:
         """Rows of each head that a prompt has."""
-        if not self.by_token:
-            return self.rows
-        return min(prompt_tokens, self.window or prompt_tokens)
+        return prompt_tokens - self.first(prompt_tokens) if self.by_token else self.rows
 
     def first(self, prompt_tokens: int) -> int:
         """The token of the first of those rows."""
-        return prompt_tokens - self.tokens(prompt_tokens) if self.by_token else 0
+        if not self.by_token:
+            return 0
+        if self.chunk is not None:
+            return (prompt_tokens - 1) // self.chunk * self.chunk
+        return max(0, prompt_tokens - (self.window or prompt_tokens))
 
 
 class LayerLayout(msgspec.Struct, frozen=True):
@@ -116,15 +121,14 @@ class CacheLayout(msgspec.Struct, frozen=True):
 
     def limit(self, other: CacheLayout) -> int | None:
         """The longest text of which both caches hold the same, None if there is no end to that:
-        where the other side's attention has a window and this side's has none."""
+        where the other side's attention has a window or chunks, and this side's has none."""
         windows = [
-            part.window
+            part.window or part.chunk
             for mine, theirs in zip(self.layers, other.layers, strict=False)
-            if (mine.kind, theirs.kind) == (FULL, WINDOW)
+            if mine.kind == FULL and theirs.kind in (WINDOW, CHUNK)
             for part in theirs.parts
-            if part.window is not None
         ]
-        return min(windows, default=None)
+        return min(filter(None, windows), default=None)
 
     def differences(self, other: CacheLayout) -> list[str]:
         """What differs, one "layers, part: field: mine here, theirs there" line for each.
@@ -172,6 +176,11 @@ def windowed(layer: LayerLayout, window: int) -> LayerLayout:
     """A layer of plain K and V that keeps the last ``window`` tokens only."""
     parts = [msgspec.structs.replace(part, window=window) for part in layer.parts]
     return LayerLayout(WINDOW, parts)
+
+
+def chunked(layer: LayerLayout, chunk: int) -> LayerLayout:
+    """A layer of plain K and V whose tokens attend to their own ``chunk`` of the text only."""
+    return LayerLayout(CHUNK, [msgspec.structs.replace(part, chunk=chunk) for part in layer.parts])
 
 
 def beside(caches: Sequence[LayerLayout]) -> LayerLayout:
@@ -260,9 +269,9 @@ def need(config: Mapping[str, Any], key: str) -> int:
 
 
 def _layer_differences(mine: LayerLayout, theirs: LayerLayout) -> list[str]:
-    fields = ["heads", "width", "by_token", "window", "dims", "rows"]
-    if (mine.kind, theirs.kind) == (FULL, WINDOW):
-        fields.remove("window")
+    fields = ["heads", "width", "by_token", "window", "chunk", "dims", "rows"]
+    if mine.kind == FULL and theirs.kind in (WINDOW, CHUNK):
+        fields = [field for field in fields if field not in ("window", "chunk")]
     elif mine.kind != theirs.kind:
         return [f"kind: {mine.kind} here, {theirs.kind} there"]
     names = [[part.name for part in layer.parts] for layer in (mine, theirs)]

@@ -28,7 +28,11 @@ PROMPTS: Final = [
 #: vLLM 0.32's CPU kernel rotates queries and keys of three dimensions wrongly, as these models pass
 #: them (``docs/models.md``); PyTorch does not.
 NATIVE_ROTATION: Final = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
-OPTIONS: Final = {"lfm2": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION}
+#: A chunk must be of whole blocks.
+OPTIONS: Final = {
+    "lfm2": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION,
+    "llama4": {"block_size": 32},
+}  # fmt: skip
 
 #: Families whose CPU kernels know bf16 only: tokens may differ where two are nearly as likely.
 IN_BF16: Final = ("qwen3_next", "qwen3_5_moe")

@@ -291,9 +291,7 @@ class Destination:
             if span.end == span.prompt_tokens:
                 yield _Piece(self._tensor_blocks(span, layer)[-1:], 1, 0, 0, 1)
             return
-        start = span.start
-        if layer.window is not None:
-            start = max(start, span.prompt_tokens - layer.window)
+        start = max(span.start, layer.first(span.prompt_tokens))
         if start >= span.end:
             return
         ids = self._tensor_blocks(span, layer)

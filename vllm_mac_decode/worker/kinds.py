@@ -8,18 +8,23 @@ from typing import Any
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
 
-from mlx_receiver.wire.layout import FULL, RECURRENT, WINDOW
+from mlx_receiver.wire.layout import CHUNK, FULL, RECURRENT, WINDOW
 from vllm_mac_decode.worker.numbers import numbers_of
 from vllm_mac_decode.worker.paged_cache import AllocatedLayer, PagedAdapter, Readable
 from vllm_mac_decode.worker.paged_layout import PagedLayout, latent_update, layer_update, probe
 from vllm_mac_decode.worker.paged_states import PagedStates, states_of
 from vllm_mac_decode.worker.state_shards import shard_of
+
+_ATTENTION = (
+    FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec, MLAAttentionSpec,
+)  # fmt: skip
 
 logger = init_logger("vllm.mac_decode.kinds")
 
@@ -30,8 +35,8 @@ def builtin_adapters() -> list[PagedAdapter]:
 
 
 class AttentionKV:
-    """See ``PagedAdapter``: K and V of all tokens or of a window's, or a latent and a rotated key
-    (MLA), wherever in a block the backend puts them (``paged_layout.probe``)."""
+    """See ``PagedAdapter``: K and V of all tokens, of a window's or a chunk's, or a latent and a
+    rotated key (MLA), wherever in a block the backend puts them (``paged_layout.probe``)."""
 
     def __init__(self) -> None:
         """Layers of one form are probed once."""
@@ -41,9 +46,7 @@ class AttentionKV:
         """See ``PagedAdapter.readable``."""
         spec, attention, cache = layer.spec, layer.module, layer.cache
         # A subclass may keep anything.
-        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec):
-            return None
-        if getattr(spec, "attention_chunk_size", None) is not None:
+        if type(spec) not in _ATTENTION:
             return None
         latent = isinstance(spec, MLAAttentionSpec)
         heads = 1 if latent else attention.num_kv_heads
@@ -61,9 +64,10 @@ class AttentionKV:
             )
             logger.debug("layout of %s: %s", layer.name, self._known[key])
         window = getattr(spec, "sliding_window", None)
-        kind = FULL if window is None else WINDOW
+        chunk = getattr(spec, "attention_chunk_size", None)
+        kind = CHUNK if chunk is not None else FULL if window is None else WINDOW
         layout = replace(self._known[key], numbers=numbers)  # a scale is each layer's own
-        return Readable(kind, layout, cache, window, replicated=latent)
+        return Readable(kind, layout, cache, window, chunk, replicated=latent)
 
 
 class RecurrentStates:

@@ -73,7 +73,7 @@ def exported_layers(
             sends = rank % replicas == 0
         layers[name] = ExportedLayer(
             places[name], one.cache, one.layout, head_start, one.kind, int(spec.block_size), group,
-            one.window, sends=sends,
+            one.window, sends=sends, chunk=one.chunk,
         )  # fmt: skip
     return _side_by_side(layers)
 
@@ -104,7 +104,9 @@ def _readable(layer: AllocatedLayer, known: Iterable[PagedAdapter]) -> Readable 
 def _check(found: Readable, block_size: int) -> None:
     """Raise ValueError for what cannot be exported."""
     layout = found.layout
-    layer = ExportedLayer(0, found.cache, layout, 0, found.kind, block_size, window=found.window)
+    layer = ExportedLayer(
+        0, found.cache, layout, 0, found.kind, block_size, window=found.window, chunk=found.chunk
+    )
     checked(layer.described())
     if len({part.by_token for part in layout.parts}) > 1:
         raise ValueError("some of its parts have rows for tokens and some have not")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -104,7 +105,8 @@ class Readable:
     """How a layer is exported: as which ``kind``, and how its ``cache``, a tensor or several, is
     read.
 
-    With a ``window`` only the last so many tokens of a prompt are exported. Under tensor
+    With a ``window`` only the last so many tokens of a prompt are exported, with a ``chunk`` those
+    behind the last multiple of it. Under tensor
     parallelism workers have equal shares of the heads, or are ``replicated``: every one holds all
     of it. What is not by token says which part of the model's this worker has: by ``head_start``,
     and its parts' ``runs``.
@@ -114,6 +116,7 @@ class Readable:
     layout: PagedCache
     cache: Any
     window: int | None = None
+    chunk: int | None = None
     replicated: bool = False
     head_start: int | None = None
 
@@ -134,8 +137,8 @@ class ExportedLayer:
 
     ``first_part`` is the number of its first part in the layer, ``head_start`` the model's index of
     the worker's first head (tensor parallelism), ``group`` the KV cache group whose blocks hold the
-    layer's tokens, ``block_size`` of them each. With a ``window`` only the last so many tokens of a
-    prompt are exported. Where another worker ``sends`` the same heads, this one does not.
+    layer's tokens, ``block_size`` of them each; ``window`` and ``chunk`` as in ``Readable``. Where
+    another worker ``sends`` the same heads, this one does not.
     """
 
     index: int
@@ -148,6 +151,7 @@ class ExportedLayer:
     window: int | None = None
     first_part: int = 0
     sends: bool = True
+    chunk: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +168,14 @@ class ExportedLayer:
     def split(self) -> int:
         """Blocks of the tensor that are one of the scheduler's."""
         return self.block_size // self.layout.block_size
+
+    @cached_property
+    def _part(self) -> Part:
+        return self.described().parts[0]
+
+    def first(self, prompt_tokens: int) -> int:
+        """The first token that leaves, of a prompt of so many."""
+        return self._part.first(prompt_tokens)
 
     def read(self, block_ids: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PagedCache.read``. Raises RuntimeError naming who cannot."""
@@ -190,6 +202,7 @@ class ExportedLayer:
                 part.dtype,  # type: ignore[arg-type]
                 by_token=part.by_token,
                 window=self.window,
+                chunk=self.chunk,
                 dims=list(part.dims),
                 scale=part.scale,
                 rows=part.rows_of_model,
