@@ -91,7 +91,7 @@ class Coverage:
                 first = part.first(self._tokens)
                 return (
                     f"layer {layer}, {part.name}, head {head}, "
-                    f"tokens {first + token}..{first + last} "
+                    f"{'tokens' if part.by_token else 'rows'} {first + token}..{first + last} "
                     f"({self.absent} of {self._total} cells are missing)"
                 )
         return ""

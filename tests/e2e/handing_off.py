@@ -122,7 +122,7 @@ def hand_off(
     configuration that is written anew.
     """
     dtype = "bfloat16" if family in IN_BF16 else "float32"
-    if family in IN_BF16:
+    if family in IN_BF16 or others:
         model = write(family, folder / "model", dtype, **others)
     else:
         model = cached_family(family)

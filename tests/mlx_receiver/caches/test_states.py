@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,8 @@ import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
 from mlx_receiver.caches.model import ModelCache, UnknownCache
+from mlx_receiver.sessions.coverage import Coverage
+from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.layout import CacheLayout, LayerLayout, Part, beside, sides
 
 TOKENS = 11
@@ -78,6 +81,22 @@ def test_only_a_convolution_has_a_row_for_each_channel() -> None:
     (layer,) = ModelCache.of([cache]).layout.layers
     shapes = [(part.heads, part.rows, part.width) for part in layer.parts]
     assert shapes == [(3, 10, 1), (10, 1, 16)]
+
+
+def test_workers_may_send_some_channels_each() -> None:
+    coverage = Coverage(ModelCache.of([states(1)]).layout, TOKENS)
+    assert coverage.absent == 3 * 10 + 4
+    conv = Header(Kind.BLOCK, 1, 0, dtype="float32", heads=3, width=1, tokens=6)
+    assert not coverage.wrong(conv)
+    assert coverage.arrived(coverage.at(conv)) == 18
+    state = Header(Kind.BLOCK, 1, 0, part=1, dtype="float32", heads=4, width=30, tokens=1)
+    coverage.arrived(coverage.at(state))
+    assert coverage.missing() == "layer 0, state0, head 0, rows 6..9 (12 of 34 cells are missing)"
+    rest = replace(conv, token_start=6, tokens=4)
+    assert coverage.wrong(replace(rest, tokens=5)) == "it has 10 rows and no tokens"
+    assert not coverage.wrong(rest)
+    coverage.arrived(coverage.at(rest))
+    assert coverage.absent == 0 and not coverage.missing()
 
 
 def test_what_arrives_is_what_is_decoded_from() -> None:
