@@ -34,6 +34,7 @@ __all__ = [
     "hookimpl",
     "manager",
     "named",
+    "packages",
     "transport",
     "transports",
 ]
@@ -41,6 +42,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PROJECT = "mac_decode"
+_OWN = "vllm-mac-decode"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -95,6 +97,12 @@ def added(hook: str, attribute: str) -> list[Any]:
         else:
             found += items
     return found
+
+
+def packages() -> list[str]:
+    """The other packages that are installed for a hook, each with its version."""
+    distributions = [entry.dist for entry in entry_points(group=PROJECT)]
+    return sorted({f"{d.name} {d.version}" for d in distributions if d and d.name != _OWN})
 
 
 def named(item: Any) -> str:

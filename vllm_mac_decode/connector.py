@@ -25,8 +25,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
+from mlx_receiver import plugins
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import merged
+from mlx_receiver.wire.messages import MAX_NAME
 from mlx_receiver.wire.signature import signature_from_config
 from vllm_mac_decode import settings
 from vllm_mac_decode.engine import adapter, weights
@@ -248,7 +250,7 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             signature,
             layout,
             client=uuid.uuid4().hex,
-            engine=f"vllm {vllm_version}",
+            engine=", ".join([f"vllm {vllm_version}", *plugins.packages()])[:MAX_NAME],
             model=model,
             weights=weights.precision(self._vllm_config),
             fingerprint=weights.fingerprint(self._vllm_config),

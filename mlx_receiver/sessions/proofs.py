@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from mlx_receiver import plugins
 from mlx_receiver.decode.jobs import Verdict
 from mlx_receiver.wire import fingerprint
 from mlx_receiver.wire.handshake import Introduction
@@ -42,7 +43,9 @@ class Proofs:
         weights = fingerprint.of_folder(model)
         # Unknown weights may be others at the next start.
         known = weights or uuid.uuid4().hex
-        self._own = [known, dtype, PROTOCOL_VERSION, *map(_version, _PACKAGES)]
+        self._own = [
+            known, dtype, PROTOCOL_VERSION, *map(_version, _PACKAGES), *plugins.packages(),
+        ]  # fmt: skip
         self._lasting = bool(weights)
         self._lock = threading.Lock()
         self._known: dict[str, Verdict] = {}

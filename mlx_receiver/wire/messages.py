@@ -100,6 +100,9 @@ MAX_STOP_TOKENS: Final = 1024
 MAX_LOGIT_BIAS: Final = 8192
 #: Tokens of a prompt whose cache is compared.
 MAX_PROOF_TOKENS: Final = 1024
+#: Longest name of something, in characters.
+MAX_NAME: Final = 1024
+
 #: Longest text of a reason or name, in characters.
 MAX_TEXT: Final = 4096
 
@@ -114,7 +117,7 @@ SessionId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT, extra={"index": "vocabulary"})]
 #: JSON's and msgpack's numbers; minus infinity is a token that cannot come.
 Logprob = Annotated[float, Meta(le=1e-3, extra={"infinite": True})]
-Name = Annotated[str, Meta(max_length=1024)]
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 
 

@@ -19,7 +19,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from tests.conftest import free_port
-from tests.mlx_alone import _model
+from tests.mlx_alone import _model, greedy
 from tests.rounding import rounded
 from tests.servers import Receiver, Vllm, metric, start_receiver, start_vllm
 from tests.waiting import eventually
@@ -105,6 +105,7 @@ def test_tokens_are_those_of_mlx_with_the_same_cache(
 ) -> None:
     vllm, receiver, _ = served
     expected = [by_mlx_alone(tiny_llama_path, prompt) for prompt in PROMPTS]
+    assert expected != greedy(tiny_llama_path, PROMPTS, OUTPUT), "rounding changes nothing"
     receiver.assert_idle()
     decoded = receiver.metric("mlx_receiver_decoded_tokens_total")
     arrived = receiver.metric("mlx_receiver_kv_bytes_total")
@@ -122,7 +123,10 @@ def test_tokens_are_those_of_mlx_with_the_same_cache(
 @pytest.mark.server
 def test_each_side_says_what_it_has_to_do_with(served: tuple[Vllm, Receiver, Receiver]) -> None:
     vllm, receiver, without = served
-    assert "4 layers compared, at most" in receiver.server.log.read_text()
+    said = receiver.server.log.read_text()
+    assert "4 layers compared, at most" in said
+    # A proof is of these versions.
+    assert re.search(r"\(vllm [\d.+cpu]+, broken 1\.0, mac-decode-int8 1\.0\) connected", said)
     assert metric(without.url, "mlx_receiver_decoded_tokens_total") == 0
     wanted = "layers 0..3, kind: full here, int8 there"
     assert eventually(lambda: wanted in vllm.server.log.read_text())
