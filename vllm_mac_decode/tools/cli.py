@@ -152,6 +152,40 @@ def check(
         ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality",
+            help="Instead: ask a vLLM and a receiver that run already how good a handed-off text "
+            "is, compared with each of them alone.",
+        ),
+    ] = False,
+    quality_text: Annotated[
+        list[Path] | None,
+        typer.Option(help="--quality along this text (UTF-8), can be repeated. Default: ours."),
+    ] = None,
+    quality_seconds: Annotated[
+        float, typer.Option(min=1, help="--quality measures for no longer.")
+    ] = 300,
+    vllm: Annotated[
+        str, typer.Option(envvar="MAC_DECODE_VLLM", help="vLLM's URL, for --quality.")
+    ] = "http://127.0.0.1:8000",
+    receiver_http: Annotated[
+        str,
+        typer.Option(
+            envvar="MAC_DECODE_RECEIVER_HTTP",
+            help="The receiver's HTTP address, for --quality. Default: port 7791 of --receiver.",
+        ),
+    ] = "",
+    vllm_api_key: Annotated[
+        str, typer.Option(envvar="VLLM_API_KEY", help="vLLM's --api-key.", show_default=False)
+    ] = "",
+    receiver_http_api_key: Annotated[
+        str,
+        typer.Option(
+            envvar="MLX_RECEIVER_API_KEY", help="The receiver's --api-key.", show_default=False
+        ),
+    ] = "",
     **given: str,
 ) -> None:
     """Say whether this machine is ready to hand requests off, and if not, what to do.
@@ -164,6 +198,20 @@ def check(
 
     from vllm_mac_decode.tools.check import Report, run_checks
 
+    if quality or quality_text:
+        from vllm_mac_decode.tools.quality import command
+
+        keys = (vllm_api_key, receiver_http_api_key)
+        try:
+            options = command.options(
+                vllm, receiver_http, given["receiver"], keys, quality_text or [], quality_seconds
+            )
+        except (SettingsError, ValueError) as error:
+            _give_up(str(error), 2)
+        try:
+            raise typer.Exit(command.run(options, as_json))
+        except (command.BenchError, OSError) as error:
+            _give_up(str(error))
     try:
         settings = load(given)
     except SettingsError as error:

@@ -1,0 +1,135 @@
+"""What ``mac-decode check --quality`` says of real models in several precisions on the Mac's side.
+
+vLLM serves the model in bfloat16. Each receiver has it as ``mlx_lm.convert`` quantises it (groups
+of 64), or unquantised. All MLX arithmetic is in float32, since on a CPU that is the fast one: the
+quantised weights are written out as the float32 numbers that they stand for, which are those that
+MLX's quantised product multiplies with. The proof is left out: it would take those copies for
+other weights (``bench.proof`` has what it says of quantised ones). Nothing here depends on how fast
+the machine is.
+
+    python -m bench.quality smollm2            # SmolLM2-135M-Instruct
+    python -m bench.quality gemma              # Gemma-3-270M, 230 MB of packages
+    python -m bench.quality smollm2 --again    # a second run, in new processes, beside the first
+
+Each adds its rows to bench/results/quality.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import msgspec
+from mlx.utils import tree_flatten
+from mlx_lm import convert
+from mlx_lm.utils import dequantize_model, load_model
+
+from bench.gemma import fetch_gemma
+from bench.lab import RESULTS, record, save
+from tests.conftest import free_port
+from tests.servers import Vllm, start_receiver, start_vllm
+from vllm_mac_decode.tools.demo.model import fetch_smollm2
+from vllm_mac_decode.tools.quality.measure import Options, measure
+
+MODELS = {"smollm2": fetch_smollm2, "gemma": fetch_gemma}
+#: Bits of the Mac's weights; 16: those that vLLM has.
+BITS = (16, 8, 4)
+
+
+def written(model: Path, bits: int, folder: Path) -> Path:
+    """The model with weights of so many bits, as float32 numbers."""
+    if bits == 16:
+        return model
+    quantised = folder.with_name(f"{folder.name}-quantised")
+    convert(str(model), mlx_path=str(quantised), quantize=True, q_bits=bits)
+    made, config = load_model(quantised)
+    made.set_dtype(mx.float32)
+    dequantize_model(made)
+    weights = dict(tree_flatten(made.parameters()))
+    mx.eval(weights)
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    for name in ("quantization", "quantization_config"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    for file in quantised.iterdir():
+        if not (".safetensors" in file.name or (folder / file.name).exists()):
+            shutil.copy(file, folder)
+    shutil.rmtree(quantised)
+    return folder
+
+
+def row(
+    vllm: Vllm, model: Path, bits: int, port: int, scratch: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One receiver, in the place of the one before."""
+    folder = written(model, bits, scratch / f"{model.name}-{bits}bit")
+    log = scratch / f"receiver-{bits}.log"
+    receiver = start_receiver(folder, log, port=port, args=("--kv-memory", "256MiB"))
+    try:
+        vllm.wait_connected(receiver, 60)
+        found = measure(
+            Options(
+                vllm.url,
+                receiver.url,
+                positions=options.positions,
+                responses=options.responses,
+                seconds=options.seconds,
+            ),
+            lambda what, done: None,
+        )
+    finally:
+        receiver.server.stop()
+    return {"bits": bits} | json.loads(msgspec.json.encode(found))
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each precision, with a vLLM of its own."""
+    model, port = MODELS[options.model](), free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        vllm = start_vllm(
+            model,
+            scratch / "vllm.log",
+            receiver=f"127.0.0.1:{port}",
+            args=("--dtype", "bfloat16"),
+            env={"MAC_DECODE_PROOF": "false"},
+        )
+        rows = []
+        try:
+            for bits in options.bits:
+                rows.append(row(vllm, model, bits, port, scratch, options))
+                print(json.dumps(rows[-1]), flush=True)
+        finally:
+            vllm.server.stop()
+    return rows
+
+
+def main() -> None:
+    """Measure and add."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=sorted(MODELS))
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--positions", type=int, default=60)
+    parser.add_argument("--responses", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+    options = parser.parse_args()
+    number = 2 if options.again else 1
+    result = record("a hand-off's next-token distributions against each engine alone")
+    before = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    rows = [{"of": options.model, "run": number} | found for found in run(options)]
+    new = {(r["of"], r["run"], r["bits"]) for r in rows}
+    kept = [r for r in before if (r["of"], r["run"], r["bits"]) not in new]
+    result["rows"] = sorted([*kept, *rows], key=lambda r: (r["of"], -r["bits"], r["run"]))
+    save(result, options.out)
+
+
+if __name__ == "__main__":
+    main()

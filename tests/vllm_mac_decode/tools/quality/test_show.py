@@ -1,0 +1,72 @@
+"""The table, and the users' texts."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vllm_mac_decode.settings import SettingsError
+from vllm_mac_decode.tools.quality import command, texts
+from vllm_mac_decode.tools.quality.figures import Spot, figures, verdict
+from vllm_mac_decode.tools.quality.measure import Quality
+from vllm_mac_decode.tools.quality.show import table
+
+EVEN, SKEWED = ({0: math.log(p), 1: math.log(1 - p)} for p in (0.5, 0.8))
+
+
+def test_the_table_has_every_figure() -> None:
+    spots = [Spot(0, EVEN, SKEWED, EVEN)] * 4
+    found = figures(spots, with_perplexity=True)
+    quality = Quality(
+        model="org/M",
+        receiver_model="M-4bit",
+        receiver_dtype="bfloat16",
+        texts={"prose": 90},
+        whole=True,
+        seconds=1.0,
+        text=found,
+        responses=figures(spots[:2], with_perplexity=False),
+        finding=verdict(found),
+    )
+    console = Console(file=io.StringIO(), width=140)
+    console.print(table(quality))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "org/M by vLLM, M-4bit (bfloat16) by the Mac" in shown
+    assert "the texts, 4 positions" in shown
+    assert "own responses, 2 tokens" in shown
+    assert "0.193" in shown  # 0.8 ln 1.6 + 0.2 ln 0.4
+    assert shown.count("100.0%") == 12
+    assert "2.000, +0.750" in shown
+    assert "2.000, +0.000" in shown
+
+
+def test_texts_are_called_by_their_files(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for file in ("notes.txt", "a/notes.txt"):
+        (tmp_path / file).write_text(file)
+    found = texts.read([tmp_path / "notes.txt", tmp_path / "a" / "notes.txt"])
+    assert found == {"notes.txt": "notes.txt", "notes.txt (2)": "a/notes.txt"}
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(ValueError, match="is empty"):
+        texts.read([tmp_path / "empty"])
+
+
+def test_the_receivers_http_port_is_beside_its_control_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MAC_DECODE_RECEIVER", raising=False)
+
+    def where(receiver: str, http: str = "") -> str:
+        return command.options("v", http, receiver, ("", ""), [], 1).receiver_http
+
+    assert where("") == "http://127.0.0.1:7791"
+    assert where("mac.local:9000") == "http://mac.local:7791"
+    assert where("[fe80::1]:7790") == "http://[fe80::1]:7791"
+    assert where("mac.local", "http://mac.local:1") == "http://mac.local:1"
+    with pytest.raises(SettingsError):
+        where("mac:port")
