@@ -6,6 +6,7 @@ the first token that differs is reported, with MLX's margin between its two best
 
     python -m bench.parity_gpu
     python -m bench.parity_gpu --models FOLDER ...   # small models of other families
+    python -m bench.parity_gpu --kv-cache-dtype fp8  # where tokens need not be equal: see the proof
 """
 
 from __future__ import annotations
@@ -83,10 +84,11 @@ def compare(got: list[int], alone: list[Any]) -> dict[str, Any]:
     return {"equal": True}
 
 
-def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
+def one(backend: str, dtype: str, kv: str, out: Path) -> dict[str, Any]:
     """One engine, all prompts, each three times: fresh, a full prefix hit, a longer one.
 
-    ``backend`` may be a model's folder instead: then it is the one that vLLM chooses.
+    ``backend`` may be a model's folder instead: then it is the one that vLLM chooses. ``kv``:
+    vLLM's ``--kv-cache-dtype``.
     """
     import torch
 
@@ -108,6 +110,7 @@ def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
             model, True, receiver.address, dtype=dtype,
             max_model_len=longest, max_num_batched_tokens=512, max_num_seqs=8,
             gpu_memory_utilization=0.2, kv_cache_memory_bytes=1 << 30, disable_log_stats=True,
+            kv_cache_dtype=kv,
             **options,
         )  # fmt: skip
         receiver.wait(120)
@@ -133,6 +136,7 @@ def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
         "backend": "auto" if Path(backend).is_dir() else backend,
         "model": config["model_type"],
         "dtype": dtype,
+        "kv_cache_dtype": kv,
         "equal": sum(row["equal"] for row in rows),
         "of": len(rows),
         "vllm_alone_equal": sum(vllm_rows),
@@ -144,10 +148,10 @@ def one(backend: str, dtype: str, out: Path) -> dict[str, Any]:
     }
 
 
-def process(backend: str, dtype: str, out: Path) -> dict[str, Any]:
+def process(backend: str, dtype: str, kv: str, out: Path) -> dict[str, Any]:
     """``one`` in a process of its own: a row, or what it ended with."""
     part = out.with_suffix(f".{Path(backend).name}.{dtype}.json")
-    again = ["-m", "bench.parity_gpu", "--one", backend, dtype, "--out", str(part)]
+    again = ["-m", "bench.parity_gpu", "--one", backend, dtype, kv, "--out", str(part)]
     log = part.with_suffix(".engine.log")
     with log.open("wb") as file:
         code = subprocess.run(
@@ -165,7 +169,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "parity_gpu.json")
     parser.add_argument("--models", type=Path, nargs="+", default=[])
     parser.add_argument("--dtype", default="float32", help="of --models")
-    parser.add_argument("--one", nargs=2, metavar=("BACKEND", "DTYPE"))
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--one", nargs=3, metavar=("BACKEND", "DTYPE", "KV"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.one:
@@ -178,8 +183,9 @@ def main() -> None:
     )
     result["rows"] = []
     rows = [(str(model.resolve()), options.dtype) for model in options.models] or ROWS
+    kv = options.kv_cache_dtype
     with ThreadPoolExecutor(len(rows)) as pool:
-        for row in pool.map(lambda pair: process(*pair, options.out), rows):
+        for row in pool.map(lambda pair: process(*pair, kv, options.out), rows):
             if "gpu" in row:
                 result["machine"]["gpu"] = row.pop("gpu")
             result["rows"].append(row)
