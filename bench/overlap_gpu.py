@@ -62,7 +62,7 @@ def write_model(folder: Path, dtype: str, **shape: Any) -> None:
     import torch
     from safetensors.torch import save_file
 
-    if (folder / "model.safetensors.index.json").exists():
+    if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = SHAPE_8B | {"torch_dtype": dtype} | shape

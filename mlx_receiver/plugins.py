@@ -72,14 +72,15 @@ def manager() -> pluggy.PluginManager:
     plugins = pluggy.PluginManager(PROJECT)
     plugins.add_hookspecs(Specifications)
     for entry in entry_points(group=PROJECT):
+        package = f" ({entry.dist.name})" if entry.dist is not None else ""
+        name = f"{entry.name}{package}"  # another package may call its own the same
         # What another package does when it is imported must end neither engine.
         try:
-            plugins.register(entry.load(), name=entry.name)
-        except Exception as error:
-            if plugins.has_plugin(entry.name):
-                plugins.unregister(name=entry.name)
-            package = f" ({entry.dist.name})" if entry.dist is not None else ""
-            blame(f"{entry.name}{package}", "cannot be loaded", error)
+            plugins.register(entry.load(), name=name)
+        except (Exception, SystemExit) as error:
+            if plugins.has_plugin(name):
+                plugins.unregister(name=name)
+            blame(name, "cannot be loaded", error)
     return plugins
 
 
@@ -92,7 +93,7 @@ def added(hook: str, attribute: str) -> list[Any]:
             items = list(implementation.function())
             for item in items:
                 getattr(item, attribute)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             blame(implementation.plugin_name, f"cannot answer {hook}", error)
         else:
             found += items
@@ -110,7 +111,7 @@ def named(item: Any) -> str:
     return f"{type(item).__module__}.{type(item).__qualname__}"
 
 
-def blame(who: str, what: str, error: Exception) -> None:
+def blame(who: str, what: str, error: BaseException) -> None:
     """Say, once, that a plugin does not work."""
     _say(f"the plugin {who} {what} and is left out: {type(error).__name__}: {error}")
 

@@ -128,11 +128,12 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         """Find out how to read the caches, and start the exporter. Never raises."""
         try:
             layers = exported_layers(self._vllm_config, self._kv_cache_config, kv_caches)
+            report = WorkerReport(layers=described(list(layers.values())))
             sent = {name: layer for name, layer in layers.items() if layer.sends}
             if sent:
                 self._early = updates_before_hook(self._vllm_config, sent)
                 self._exporter = Exporter(sent, self._settings, self._ledger)
-            self._report = WorkerReport(layers=described(list(layers.values())))
+            self._report = report
         except (LayoutError, ValueError) as error:
             self._report = WorkerReport(str(error))
         except Exception as error:

@@ -37,7 +37,10 @@ def numbers(array: mx.array, part: Part, dtype: mx.Dtype) -> mx.array:
     """What has arrived of ``part``, an array of ``CARRIERS``, in the ``dtype`` that it is decoded
     in. Without a copy where that is the dtype in which it travels."""
     if part.dtype in _DTYPES:
-        return array.view(_DTYPES[part.dtype]).astype(dtype)
+        found = array.view(_DTYPES[part.dtype])
+        if part.scale != 1.0:
+            found = found.astype(mx.float32) * part.scale
+        return found.astype(dtype)
     # 8-bit floats are few enough to look each up: exactly what vLLM's attention reads.
     return mx.array(_float8(part.dtype) * np.float32(part.scale)).astype(dtype)[array]
 
@@ -102,7 +105,7 @@ class CacheAdapter(Protocol):
     #: ``LayerLayout.kind``.
     kind: str
 
-    # ``batched = False`` may say that mlx-lm cannot decode several such caches in one step.
+    # One may say ``batched = False``: mlx-lm cannot decode several such caches in one step.
 
     def layout(self, cache: Any) -> LayerLayout | None:
         """The layout of a cache that mlx-lm made and that holds a token; None for another

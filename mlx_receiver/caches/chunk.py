@@ -3,7 +3,7 @@ those of their own chunk only (Llama 4)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
 from mlx_lm.models.cache import ChunkedKVCache
@@ -11,6 +11,9 @@ from mlx_lm.models.cache import ChunkedKVCache
 from mlx_receiver.caches.cuda_staging import staging
 from mlx_receiver.caches.plain import STEP, PlainKVBuffers, capacity, keys_and_values
 from mlx_receiver.wire.layout import CHUNK, LayerLayout, chunked
+
+#: Tokens of a prompt that are computed in one step, at most (``decode/batch.py``).
+_AT_ONCE: Final = 2048
 
 
 class ChunkKV:
@@ -26,9 +29,9 @@ class ChunkKV:
         return chunked(keys_and_values(cache), cache.chunk_size)
 
     def nbytes(self, layer: LayerLayout, tokens: int, headroom: int, itemsize: int) -> int:
-        """See ``CacheAdapter.nbytes``. mlx-lm keeps a chunk's worth of tokens, and grows by a step
+        """See ``CacheAdapter.nbytes``. mlx-lm keeps a chunk's worth of tokens, and adds what comes
         before it drops what is more."""
-        rows = min(capacity(tokens, headroom), capacity(_chunk(layer), 2 * STEP))
+        rows = min(capacity(tokens, headroom), capacity(_chunk(layer), _AT_ONCE + STEP))
         return rows * sum(part.row for part in layer.parts) * itemsize
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> PlainKVBuffers:

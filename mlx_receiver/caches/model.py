@@ -13,6 +13,7 @@ from mlx_receiver import plugins
 from mlx_receiver.caches.adapter import CacheAdapter, LayerBuffers, Rows, mlx_dtype
 from mlx_receiver.caches.side_by_side import SideBySide
 from mlx_receiver.wire.layout import CacheLayout, LayerLayout, beside, checked
+from mlx_receiver.wire.messages import E_INTERNAL, WireError
 
 
 class UnknownCache(Exception):
@@ -113,11 +114,17 @@ class ModelCache:
         return all(getattr(adapter, "batched", True) for adapter in self._adapters)
 
     def nbytes(self, tokens: int, headroom: int, itemsize: int) -> int:
-        """Bytes of a session's memory."""
-        return sum(
-            count * adapter.nbytes(layer, tokens, headroom, itemsize)
-            for adapter, layer, count in self._groups
-        )
+        """Bytes of a session's memory. Raises WireError (``internal``) where an adapter fails."""
+        try:
+            return sum(
+                count * int(adapter.nbytes(layer, tokens, headroom, itemsize))
+                for adapter, layer, count in self._groups
+            )
+        except Exception as error:
+            raise WireError(
+                E_INTERNAL,
+                f"how much memory {tokens} tokens take is not known: {error}",
+            ) from error
 
     def allocate(self, layout: CacheLayout, tokens: int, headroom: int) -> CacheBuffers:
         """Memory for a client's ``layout``, which differs from this model's in dtypes, and in

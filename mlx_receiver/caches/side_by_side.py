@@ -20,6 +20,7 @@ class SideBySide:
     def __init__(self, members: Sequence[CacheAdapter]) -> None:
         self._members = members
         self.kind = "+".join(member.kind for member in members)
+        self.batched = all(getattr(member, "batched", True) for member in members)
 
     def layout(self, cache: Any) -> LayerLayout | None:
         """See ``CacheAdapter.layout``."""

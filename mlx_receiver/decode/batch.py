@@ -139,9 +139,10 @@ class Batch:
     def step(self) -> list[tuple[Job, int]]:
         """Each running job's next token, and a chunk of the prefills. Raises what MLX raises."""
         if self._lone:
-            return [
-                (row.job, self.decode_alone(row)) for row in self._lone if not self._prefill(row)
-            ]
+            # One prompt at a time, so that the others need not wait for several chunks.
+            prefilled = next((row for row in self._lone if self._prefill(row)), None)
+            ready = [row for row in self._lone if row is not prefilled and len(row.new) == 1]
+            return [(row.job, self.decode_alone(row)) for row in ready]
         generator = self._generator
         counters = generator._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time

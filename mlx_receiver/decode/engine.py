@@ -291,7 +291,11 @@ class DecodeEngine:
         if tokens:
             self._metrics.decode_step_seconds.observe(time.perf_counter() - began)
         over = self._deliver(tokens)
-        full = [job for job, _ in tokens if job not in over and not _has_room(job)]
+        try:
+            full = [job for job, _ in tokens if job not in over and not _has_room(job)]
+        except Exception as error:
+            self._restart(batch, error)
+            full = []
         self._remove(batch, [*over, *full])
         for job in full:
             self._fail(job, E_CAPACITY, "the KV memory is full (--kv-memory)")

@@ -272,6 +272,10 @@ def _layer_differences(mine: LayerLayout, theirs: LayerLayout) -> list[str]:
     fields = ["heads", "width", "by_token", "window", "chunk", "dims", "rows"]
     if mine.kind == FULL and theirs.kind in (WINDOW, CHUNK):
         fields = [field for field in fields if field not in ("window", "chunk")]
+        for part in theirs.parts:
+            has = (part.window is not None, part.chunk is not None)
+            if has != (theirs.kind == WINDOW, theirs.kind == CHUNK):
+                return [f"{part.name}: window and chunk do not fit the kind {theirs.kind}"]
     elif mine.kind != theirs.kind:
         return [f"kind: {mine.kind} here, {theirs.kind} there"]
     names = [[part.name for part in layer.parts] for layer in (mine, theirs)]
@@ -294,17 +298,22 @@ def _layers(indexes: Sequence[int]) -> str:
     return f"layers {', '.join(map(str, indexes))}"
 
 
+def _without_counts(layer: LayerLayout) -> LayerLayout:
+    parts = [msgspec.structs.replace(part, heads=1, rows=1) for part in layer.parts]
+    return LayerLayout(layer.kind, parts)
+
+
 def merged(pieces: Sequence[Mapping[int, LayerLayout]]) -> CacheLayout:
     """The whole model's layout from what each worker holds, by the layer's place in the model.
 
     A worker that holds heads 4 to 7 of a part says that it has 8, and so with rows. Raises
-    ValueError when a layer is missing.
+    ValueError when a layer is missing, or when workers say different things of it.
     """
     layers: dict[int, LayerLayout] = {}
     for piece in pieces:
         for index, layer in piece.items():
             other = layers.setdefault(index, layer)
-            if len(other.parts) != len(layer.parts):
+            if _without_counts(other) != _without_counts(layer):
                 raise ValueError(f"{_layers([index])} is not the same in every worker")
             parts = [
                 max(pair, key=lambda part: (part.heads, part.rows))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +71,22 @@ def test_an_unknown_transport_names_those_that_exist(tiny_llama_path: Path) -> N
             receiver.start()
     finally:
         receiver.stop()
+
+
+@pytest.mark.parametrize("module", ["import no_such_module", "import sys; sys.exit('no licence')"])
+def test_a_package_that_calls_its_own_as_ours_takes_nothing_away(
+    module: str, tmp_path: Path
+) -> None:
+    (tmp_path / "another.py").write_text(module)
+    metadata = tmp_path / "another-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[mac_decode]\ntcp = another\nmlx = another\n")
+    program = "from mlx_receiver import plugins; print(*sorted(plugins.transports()))"
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.stdout.split() == ["nixl", "tcp", "zmq"]
+    assert "the plugin tcp (another) cannot be loaded and is left out" in done.stderr

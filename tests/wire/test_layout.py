@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
-from mlx_receiver.wire.layout import layout_from_config
+from mlx_receiver.wire.layout import LayerLayout, full_attention, layout_from_config, merged
 
 LLAMA = {"num_attention_heads": 8, "num_hidden_layers": 3, "hidden_size": 64}
 
@@ -43,3 +44,14 @@ def test_what_a_configuration_promises(more: dict[str, Any], heads: int, width: 
 def test_what_no_model_has(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         layout_from_config({**LLAMA, **changes}, "bfloat16")
+
+
+@pytest.mark.parametrize("change", [{"scale": 0.5}, {"dtype": "float16"}, {"width": 4}])
+def test_workers_that_disagree_are_no_model(change: dict[str, Any]) -> None:
+    """Their heads would be read with each other's scale."""
+    (layer,) = full_attention(1, 2, 8, "float32").layers
+    other = [msgspec.structs.replace(part, heads=4) for part in layer.parts]
+    assert merged([{0: layer}, {0: LayerLayout(layer.kind, other)}]).layers[0].parts == other
+    wrong = [msgspec.structs.replace(part, **change) for part in other]
+    with pytest.raises(ValueError, match="layer 0 is not the same in every worker"):
+        merged([{0: layer}, {0: LayerLayout(layer.kind, wrong)}])

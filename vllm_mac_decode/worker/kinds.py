@@ -50,7 +50,10 @@ class AttentionKV:
             return None
         latent = isinstance(spec, MLAAttentionSpec)
         heads = 1 if latent else attention.num_kv_heads
-        numbers = numbers_of(attention, cache, layer.config.model_config.dtype)
+        calculated = getattr(layer.config.cache_config, "calculate_kv_scales", False)
+        numbers = numbers_of(attention, cache, layer.config.model_config.dtype, calculated)
+        if latent:  # both are written with the scale of keys
+            numbers = replace(numbers, scales=(numbers.scales[0],) * 2)
         key = (type(attention.impl), cache.shape, cache.stride(), numbers.stored, heads)
         if key not in self._known:
             self._known[key] = probe(

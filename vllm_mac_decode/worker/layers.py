@@ -42,14 +42,23 @@ def exported_layers(
     }
     context = vllm_config.compilation_config.static_forward_context
     # Who reads another layer's cache has none of its own: that one travels once.
+    names = [
+        name
+        for name in caches
+        if getattr(context.get(name), "kv_sharing_target_layer_name", None) is None
+    ]
+    places = _places(names, vllm_config)  # first of all: every stage of a pipeline must ask
     own = {
         name: AllocatedLayer(
-            name, groups[name][1], context[name], cache, kv_cache_config.num_blocks, vllm_config
+            name,
+            groups[name][1],
+            context[name],
+            caches[name],
+            kv_cache_config.num_blocks,
+            vllm_config,
         )
-        for name, cache in caches.items()
-        if getattr(context[name], "kv_sharing_target_layer_name", None) is None
+        for name in names
     }
-    places = _places(own, vllm_config)  # first of all: every stage of a pipeline must ask
     known = adapters()
     readable = {name: _readable(layer, known) for name, layer in own.items()}
     found = {name: one for name, one in readable.items() if one is not None}
@@ -59,15 +68,14 @@ def exported_layers(
         raise LayoutError(f"it has layers of the kinds {kinds}")
 
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    whole = any(one.replicated for one in found.values())
-    heads_of_model = 1 if whole else vllm_config.model_config.get_total_num_kv_heads()
-    replicas = max(1, size // max(1, heads_of_model))
+    heads_of_model = vllm_config.model_config.get_total_num_kv_heads()
     layers = {}
     for name, one in found.items():
         group, spec = groups[name]
         head_start, sends = one.head_start, True
+        replicas = size if one.replicated else max(1, size // max(1, heads_of_model))
         if head_start is None:
-            if size > 1 and not one.layout.parts[0].by_token:
+            if size > 1 and not one.replicated and not one.layout.parts[0].by_token:
                 raise LayoutError(f"layer {name}: which part of it a worker has is not known")
             head_start = 0 if one.replicated else rank // replicas * one.layout.parts[0].heads
             sends = rank % replicas == 0
@@ -93,7 +101,7 @@ def _readable(layer: AllocatedLayer, known: Iterable[PagedAdapter]) -> Readable 
                 return found
         except LayoutError as error:
             raise LayoutError(f"layer {layer.name}: {error}") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             said = f"{type(error).__name__}: {error}"
             raise LayoutError(
                 f"layer {layer.name}: the plugin {plugins.named(adapter)} failed: {said}"
@@ -120,10 +128,16 @@ def _places(names: Iterable[str], config: VllmConfig) -> dict[str, int]:
     A layer's second cache may go by a number behind all layers' (Falcon-H1).
     """
     total = config.model_config.hf_text_config.num_hidden_layers
-    indexes = {name: int(extract_layer_index(name)) % total for name in names}
+    indexes, problem = {}, ""
+    try:
+        indexes = {name: int(extract_layer_index(name)) % total for name in names}
+    except (AssertionError, ValueError) as error:
+        problem = f"the place of a layer is not known: {error}"
     found = set(indexes.values())
     if config.parallel_config.pipeline_parallel_size > 1:
-        found = _of_all_stages(found)
+        found = _of_all_stages(found)  # the others wait for this one's, whatever it found
+    if problem:
+        raise LayoutError(problem)
     order = {index: place for place, index in enumerate(sorted(found))}
     return {name: order[index] for name, index in indexes.items()}
 

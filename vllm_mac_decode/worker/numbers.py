@@ -47,9 +47,12 @@ _FLOAT8: Final = {
 }
 
 
-def numbers_of(attention: Any, cache: torch.Tensor, written: torch.dtype) -> Numbers:
-    """Those of a layer's cache; ``written`` is the model's dtype. Raises LayoutError for a
-    quantisation that cannot be undone with one scale for K and one for V."""
+def numbers_of(
+    attention: Any, cache: torch.Tensor, written: torch.dtype, calculated: bool = False
+) -> Numbers:
+    """Those of a layer's cache; ``written`` is the model's dtype, ``calculated`` whether vLLM
+    finds the scales itself. Raises LayoutError for a quantisation that cannot be undone with one
+    scale for K and one for V."""
     if cache.is_floating_point() and cache.element_size() > 1:
         return Numbers(cache.dtype, cache.dtype)
     name = str(getattr(attention, "kv_cache_dtype", cache.dtype))
@@ -60,7 +63,7 @@ def numbers_of(attention: Any, cache: torch.Tensor, written: torch.dtype) -> Num
             f"its numbers are {name} in {cache.dtype}: only bfloat16, float16, float32, fp8_e4m3 "
             "and fp8_e5m2 caches can be exported (use --kv-cache-dtype auto)"
         )
-    if getattr(attention, "calculate_kv_scales", False):
+    if calculated or getattr(attention, "calculate_kv_scales", False):
         raise LayoutError(
             "its fp8 scales follow from the first prompt: leave --calculate-kv-scales out"
         )

@@ -137,7 +137,7 @@ def test_its_blocks_land_are_covered_and_built(store: SessionStore, owner: Owner
                 for low, high in ((rows // 2, rows), (0, rows // 2)):
                     if low < high and (layer, index, head) != (1, 1, 2):
                         land(store, *block(layer, index, slice(head, head + 1), slice(low, high)))
-    assert session.missing() == "layer 1, state, head 2, tokens 0..0 (1 of 66 cells are missing)"
+    assert session.missing() == "layer 1, state, head 2, rows 0..0 (1 of 66 cells are missing)"
     assert not owner.complete_sessions
     land(store, *block(1, 1, slice(2, 3), slice(0, 1)))
     assert owner.complete_sessions == [5] and session.kv_bytes == LAYOUT.nbytes(TOKENS)

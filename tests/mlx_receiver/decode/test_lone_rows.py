@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import mlx.core as mx
@@ -13,7 +14,20 @@ from mlx_lm.utils import load_model as mlx_load
 
 from mlx_receiver.caches.chunk import ChunkKV
 from mlx_receiver.caches.plain import keys_and_values
-from mlx_receiver.wire.layout import CHUNK, FULL, CacheLayout, LayerLayout, Part, chunked
+from mlx_receiver.decode.batch import Batch
+from mlx_receiver.decode.jobs import Job
+from mlx_receiver.decode.model import find_model, load_model
+from mlx_receiver.wire.layout import (
+    CHUNK,
+    FULL,
+    WINDOW,
+    CacheLayout,
+    LayerLayout,
+    Part,
+    chunked,
+    windowed,
+)
+from mlx_receiver.wire.messages import Sampling
 from tests.conftest import cached_family
 from tests.families import CHUNK as SIZE
 from tests.families import for_mlx
@@ -79,6 +93,40 @@ def test_what_a_chunk_keeps() -> None:
     # One that does not know chunks has the same cache until the first one is full.
     assert plain.differences(chunks) == [] and plain.limit(chunks) == SIZE
     assert chunks.differences(plain) == ["layer 0, kind: chunk here, full there"]
+    # A lie about that would let a cache with holes pass for a whole one.
+    both = windowed(chunks.layers[0], 1 << 16)
+    for kind in (CHUNK, WINDOW):
+        (line,) = plain.differences(CacheLayout([LayerLayout(kind, both.parts)]))
+        assert line == f"layer 0, keys: window and chunk do not fit the kind {kind}"
+
+
+def test_prompts_are_read_one_at_a_time(model: Path) -> None:
+    """Eight at once would keep running responses waiting for eight chunks."""
+    source = find_model(str(model))
+    batch = Batch(source, load_model(source, "float32"), rows=16)
+    jobs = [
+        Job(list(range(1, 400)), Sampling(max_tokens=4, temperature=0.0), _Nobody())
+        for _ in range(3)
+    ]
+    for job in jobs:
+        batch.add(batch.prepare(job))
+    tokens: list[tuple[Job, int]] = []
+    while not tokens:
+        before = [len(row.held) for row in batch._lone]
+        tokens = batch.step()
+        grown = [len(row.held) - n for row, n in zip(batch._lone, before, strict=True)]
+        assert sum(n > 1 for n in grown) <= 1
+    assert [job for job, _ in tokens] == jobs[:1]
+    assert batch.remove(jobs[1:]) == jobs[1:] and batch.jobs == jobs[:1]
+    assert batch.restart() == jobs[:1] and not batch.jobs
+    batch.close()
+
+
+class _Nobody:
+    """Where no token goes."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was called")
 
 
 @pytest.mark.parametrize("tokens", [1, SIZE - 1, SIZE, SIZE + 1, 5 * SIZE + 7])

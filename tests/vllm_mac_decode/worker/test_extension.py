@@ -151,6 +151,7 @@ def export(monkeypatch: pytest.MonkeyPatch, *adapters: Adapter) -> dict[str, Exp
             hf_text_config=SimpleNamespace(num_hidden_layers=2),
             get_total_num_kv_heads=lambda: 1,
         ),
+        cache_config=None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
     )
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=names)

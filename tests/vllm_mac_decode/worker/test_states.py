@@ -102,6 +102,7 @@ def test_two_caches_of_a_layer() -> None:
         model_config=SimpleNamespace(
             dtype=torch.float32, hf_text_config=SimpleNamespace(num_hidden_layers=2)
         ),
+        cache_config=None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
     )
     names = ["model.layers.0.attn", "model.layers.1.attn", "model.2.mixer", "model.3.mixer"]
@@ -127,6 +128,7 @@ def test_layers_without_a_cache_have_no_place(monkeypatch: pytest.MonkeyPatch) -
         model_config=SimpleNamespace(
             dtype=torch.float32, hf_text_config=SimpleNamespace(num_hidden_layers=9)
         ),
+        cache_config=None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
     )
     names = [f"model.layers.{index}.mixer" for index in (7, 0, 2, 3)]
@@ -181,6 +183,7 @@ def test_one_rank_sends_the_latent_that_all_have(
             dtype=torch.float32,
             hf_text_config=SimpleNamespace(num_hidden_layers=1),
         ),
+        cache_config=None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         compilation_config=SimpleNamespace(static_forward_context={"model.layers.0.attn": layer}),
     )
