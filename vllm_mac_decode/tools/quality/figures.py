@@ -165,7 +165,7 @@ def verdict(found: Figures) -> Finding:
     if p.over_vllm > _MUCH and p.over_vllm > 2 * p.over_vllm_error:
         return warning(
             "quality",
-            f"{said}: a hand-off loses what the Mac's weights lose, and nothing beyond that",
+            f"{said}: a hand-off loses no more than the Mac's weights do",
             "Nothing, if that is little enough for you; else weights of more bits on the Mac",
         )
     return fine("quality", f"{said}: a hand-off is as good as the engines are alone")

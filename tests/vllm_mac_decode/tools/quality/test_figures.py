@@ -113,7 +113,7 @@ def test_figures_of_two_positions() -> None:
     [
         (0.5, 0.5, 0.5, "fine", "as good as the engines are alone"),
         (0.5, 0.4, 0.49, "fine", "as good"),
-        (0.5, 0.4, 0.42, "warning", "loses what the Mac's weights lose"),
+        (0.5, 0.4, 0.42, "warning", "loses no more than the Mac's weights do"),
         (0.5, 0.45, 0.43, "warning", "somewhat worse than either engine alone"),
         (0.5, 0.5, 0.4, "wrong", "costs much more"),
     ],
