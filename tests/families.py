@@ -16,7 +16,7 @@ from typing import Any, Final
 from tests.models import TOKENIZER_FILES, save
 
 #: Raise it with every change of what is written: caches are keyed by it.
-GENERATOR_VERSION: Final = 10
+GENERATOR_VERSION: Final = 11
 
 VOCABULARY: Final = 512
 WINDOW: Final = 48
@@ -187,6 +187,11 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
+#: What is not compared token by token: the two sides' caches differ (and a test of its own says
+#: how that goes), vLLM's CPU build lacks Mamba 1, its file of the model imports torchvision.
+NOT_COMPARED: Final = ("mistral-window", "jamba", "qwen3_5_moe")
+
+
 def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **others: Any) -> Path:
     """Write the family's model; ``others`` go to its configuration."""
     import torch
@@ -198,6 +203,8 @@ def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **othe
     if family in ("gemma4", "gemma3n"):  # they multiply them by as much
         with torch.no_grad():
             model.model.embed_tokens.weight.mul_(config.hidden_size**-0.5)
+            if family == "gemma3n":  # vLLM 0.32 leaves them out, where nothing but text comes
+                model.model.embed_tokens_per_layer.weight.zero_()
     save(model, path, dtype)
     spell_for_mlx(path)
     if family == "gpt_oss":

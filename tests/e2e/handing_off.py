@@ -35,7 +35,7 @@ OPTIONS: Final = {
 }  # fmt: skip
 
 #: Families whose CPU kernels know bf16 only: tokens may differ where two are nearly as likely.
-IN_BF16: Final = ("qwen3_next", "qwen3_5_moe")
+IN_BF16: Final = ("qwen3_next",)
 
 
 class Offline:

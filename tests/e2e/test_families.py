@@ -12,7 +12,7 @@ import pytest
 from bench.shapes import layout_of, wire_dtypes
 from tests.conftest import cached_family
 from tests.e2e.handing_off import IN_BF16, OPTIONS, OUTPUT, PROMPTS, Offline, Outcome, hand_off
-from tests.families import FAMILIES, WINDOW
+from tests.families import FAMILIES, NOT_COMPARED, WINDOW
 from tests.mlx_alone import Float8Prompt, greedy
 from tests.servers import start_receiver
 
@@ -27,15 +27,15 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
 
 
 #: Of each kind; the others on request, since each takes half a minute.
-USUAL = {"gpt_oss", "qwen3_moe", "gemma4", "nemotron_h", "falcon_h1", "deepseek_v3"}
+USUAL = {"gpt_oss", "qwen3_moe", "gemma4", "llama4", "nemotron_h", "falcon_h1", "deepseek_v3"}
 ALL = bool(os.environ.get("MAC_DECODE_ALL_FAMILIES"))
 
 
 #: By Dynamo alone: no kernel is made.
 TRACED = {"compilation_config": {"mode": 2, "backend": "eager"}}
 
-#: Those have tests of their own; the last one's Mamba 1 is not in vLLM's CPU build.
-OTHERS = {"mistral-window", *IN_BF16, "jamba"}
+#: Those of bf16 have a test of their own.
+OTHERS = {*NOT_COMPARED, *IN_BF16}
 
 
 @pytest.mark.parametrize(
