@@ -27,7 +27,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
 
 
 #: Of each kind; the others on request, since each takes half a minute.
-USUAL = {"gpt_oss", "qwen3_moe", "gemma4", "nemotron_h", "falcon_h1", "deepseek_v3"}
+USUAL = {"gpt_oss", "qwen3_moe", "gemma4", "llama4", "nemotron_h", "falcon_h1", "deepseek_v3"}
 ALL = bool(os.environ.get("MAC_DECODE_ALL_FAMILIES"))
 
 
