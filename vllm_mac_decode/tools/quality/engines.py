@@ -63,13 +63,13 @@ class Engines:
         """See that both are there. Raises BenchError."""
         self.vllm.look()
         self.receiver.look()
+        self._local = _by_label(self.vllm, _LOCAL, "reason")
         health = self.receiver.document("/health")
         if health.get("clients") == []:
             raise QualityError(
                 f"no vLLM is connected to the receiver at {self.receiver.url}: `mac-decode check` "
                 "says why"
             )
-        self._local = _by_label(self.vllm, _LOCAL, "reason")
         self._elsewhere = self._prefilled_elsewhere()
 
     def longest(self, wanted: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -18,22 +19,24 @@ from vllm_mac_decode.tools.quality.show import table
 EVEN, SKEWED = ({0: math.log(p), 1: math.log(1 - p)} for p in (0.5, 0.8))
 
 
-def test_the_table_has_every_figure() -> None:
-    spots = [Spot(0, EVEN, SKEWED, EVEN)] * 4
+def measured(spots: list[Spot], whole: bool = True) -> Quality:
     found = figures(spots, with_perplexity=True)
-    quality = Quality(
+    return Quality(
         model="org/M",
         receiver_model="M-4bit",
         receiver_dtype="bfloat16",
         texts={"prose": 90},
-        whole=True,
+        whole=whole,
         seconds=1.0,
         text=found,
         responses=figures(spots[:2], with_perplexity=False),
         finding=verdict(found),
     )
+
+
+def test_the_table_has_every_figure() -> None:
     console = Console(file=io.StringIO(), width=140)
-    console.print(table(quality))
+    console.print(table(measured([Spot(0, EVEN, SKEWED, EVEN)] * 4)))
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert "org/M by vLLM, M-4bit (bfloat16) by the Mac" in shown
@@ -43,6 +46,23 @@ def test_the_table_has_every_figure() -> None:
     assert shown.count("100.0%") == 12
     assert "2.000, +0.750" in shown
     assert "2.000, +0.000" in shown
+
+
+def test_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = command.options("v", "http://m", "", ("", ""), [], 1)
+    bad = [Spot(0, EVEN, SKEWED, SKEWED)] * 9
+    monkeypatch.setattr(command, "measure", lambda options, show: measured(bad, whole=False))
+    assert command.run(chosen, as_json=False) == 1
+    shown = capsys.readouterr().out
+    assert "Time was up after 9 positions." in shown
+    assert "✗ Perplexity 2.00 handed off, 1.25 by vLLM alone" in shown
+    assert "→ Are both sides the same model" in shown
+    good = [Spot(0, EVEN, EVEN, EVEN)] * 9
+    monkeypatch.setattr(command, "measure", lambda options, show: measured(good))
+    assert command.run(chosen, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["text"]["positions"] == 9
 
 
 def test_texts_are_called_by_their_files(tmp_path: Path) -> None:
