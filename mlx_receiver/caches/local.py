@@ -21,12 +21,7 @@ class LocalCache(ModelCache):
         """``make`` is what mlx-lm makes them with."""
         self.layout = CacheLayout([known_layout(cache) or _estimate(cache) for cache in caches])
         self._make = make
-        self._batched = all(hasattr(cache, "merge") for cache in caches)
-
-    @property
-    def batched(self) -> bool:
-        """See ``ModelCache.batched``."""
-        return self._batched
+        self.batched = all(hasattr(cache, "merge") for cache in caches)
 
     def nbytes(self, tokens: int, headroom: int, itemsize: int) -> int:
         """See ``ModelCache.nbytes``."""

@@ -95,6 +95,8 @@ class ModelCache:
             if len(found) < len(members):
                 raise UnknownCache(f"layer {index} is of the kind {layer.kind!r}")
             self._adapters.append(found[0] if len(found) == 1 else SideBySide(found))
+        #: Whether several such caches can be decoded in one step.
+        self.batched = all(getattr(adapter, "batched", True) for adapter in self._adapters)
         #: Equal layers together: a budget asks for the sum at every step.
         self._groups: list[tuple[CacheAdapter, LayerLayout, int]] = []
         for adapter, layer in zip(self._adapters, layout.layers, strict=True):
@@ -107,11 +109,6 @@ class ModelCache:
     def of(cls, caches: Sequence[Any]) -> ModelCache:
         """From what mlx-lm made for the model, once it holds a token. Raises UnknownCache."""
         return cls(CacheLayout([_layer(index, cache) for index, cache in enumerate(caches)]))
-
-    @property
-    def batched(self) -> bool:
-        """Whether several such caches can be decoded in one step."""
-        return all(getattr(adapter, "batched", True) for adapter in self._adapters)
 
     def nbytes(self, tokens: int, headroom: int, itemsize: int) -> int:
         """Bytes of a session's memory. Raises WireError (``internal``) where an adapter fails."""

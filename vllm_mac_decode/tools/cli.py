@@ -93,6 +93,15 @@ _ApiKey = Annotated[
 _ReceiverHttp = Annotated[
     str, typer.Option(envvar="MAC_DECODE_RECEIVER_HTTP", help="The receiver's HTTP address.")
 ]
+_VllmApiKey = Annotated[
+    str, typer.Option(envvar="VLLM_API_KEY", help="vLLM's --api-key.", show_default=False)
+]
+_ReceiverApiKey = Annotated[
+    str,
+    typer.Option(
+        envvar="MLX_RECEIVER_API_KEY", help="The receiver's --api-key.", show_default=False
+    ),
+]
 _Token = Annotated[
     str,
     typer.Option(envvar="MAC_DECODE_TOKEN", help="The receiver's --token.", show_default=False),
@@ -177,15 +186,8 @@ def check(
             help="The receiver's HTTP address, for --quality. Default: port 7791 of --receiver.",
         ),
     ] = "",
-    vllm_api_key: Annotated[
-        str, typer.Option(envvar="VLLM_API_KEY", help="vLLM's --api-key.", show_default=False)
-    ] = "",
-    receiver_http_api_key: Annotated[
-        str,
-        typer.Option(
-            envvar="MLX_RECEIVER_API_KEY", help="The receiver's --api-key.", show_default=False
-        ),
-    ] = "",
+    vllm_api_key: _VllmApiKey = "",
+    receiver_http_api_key: _ReceiverApiKey = "",
     **given: str,
 ) -> None:
     """Say whether this machine is ready to hand requests off, and if not, what to do.
@@ -197,6 +199,7 @@ def check(
     from rich.markup import escape
 
     from vllm_mac_decode.tools.check import Report, run_checks
+    from vllm_mac_decode.tools.check.finding import show
 
     if quality or quality_text:
         from vllm_mac_decode.tools.quality import command
@@ -217,7 +220,6 @@ def check(
     except SettingsError as error:
         _give_up(str(error), 2)
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)
-    marks = {"fine": "[green]✓[/]", "warning": "[yellow]![/]", "wrong": "[red]✗[/]"}
     report = Report()
     with Console(stderr=True).status(
         "Checking (with --model vLLM is started, which takes a while)"
@@ -226,9 +228,7 @@ def check(
             if isinstance(found, Report):
                 report = found
                 continue
-            console.print(f"{marks[found.state]} {escape(found.seen)}")
-            if found.remedy:
-                console.print(f"  → {escape(found.remedy)}")
+            show(console, found)
     if as_json:
         typer.echo(msgspec.json.encode(report).decode())
     elif report.ready:
@@ -252,15 +252,8 @@ def bench(
         ),
     ] = "",
     token: _Token = "",
-    vllm_api_key: Annotated[
-        str, typer.Option(envvar="VLLM_API_KEY", help="vLLM's --api-key.", show_default=False)
-    ] = "",
-    receiver_http_api_key: Annotated[
-        str,
-        typer.Option(
-            envvar="MLX_RECEIVER_API_KEY", help="The receiver's --api-key.", show_default=False
-        ),
-    ] = "",
+    vllm_api_key: _VllmApiKey = "",
+    receiver_http_api_key: _ReceiverApiKey = "",
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens in.")] = 8192,
     output_tokens: Annotated[int, typer.Option(min=3, help="Tokens out.")] = 32,
     repeats: Annotated[

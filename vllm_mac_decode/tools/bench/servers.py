@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from vllm_mac_decode.tools import timeline
 from vllm_mac_decode.tools.timeline.fetch import client, fetch
@@ -118,10 +119,15 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
+        return sum(sample.value for sample in self._samples(name))
+
+    def metric_by(self, label: str, name: str) -> dict[str, float]:
+        """A metric's values by one of its labels."""
+        return {sample.labels.get(label, ""): sample.value for sample in self._samples(name)}
+
+    def _samples(self, name: str) -> list[Sample]:
         families = text_string_to_metric_families(self.get("/metrics").text)
-        return sum(
-            sample.value for family in families for sample in family.samples if sample.name == name
-        )
+        return [sample for family in families for sample in family.samples if sample.name == name]
 
 
 class Pair:

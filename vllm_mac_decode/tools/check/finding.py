@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_MARKS: Final = {"fine": "[green]✓[/]", "warning": "[yellow]![/]", "wrong": "[red]✗[/]"}
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -33,3 +38,12 @@ def warning(name: str, seen: str, remedy: str, **figures: str | float) -> Findin
 def wrong(name: str, seen: str, remedy: str) -> Finding:
     """It does not work."""
     return Finding(name=name, state="wrong", seen=seen, remedy=remedy)
+
+
+def show(console: Console, finding: Finding) -> None:
+    """For people."""
+    from rich.markup import escape
+
+    console.print(f"{_MARKS[finding.state]} {escape(finding.seen)}", soft_wrap=True)
+    if finding.remedy:
+        console.print(f"  → {escape(finding.remedy)}", soft_wrap=True)

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlx_receiver.settings import DEFAULT_HTTP_PORT
+from mlx_receiver.wire import addresses
 from vllm_mac_decode.settings import load
 from vllm_mac_decode.tools.bench.servers import BenchError
+from vllm_mac_decode.tools.check.finding import show as show_finding
 from vllm_mac_decode.tools.quality import show, texts
 from vllm_mac_decode.tools.quality.measure import Options, measure
 
 __all__ = ["BenchError", "options", "run"]
-
-_MARKS = {"fine": "[green]✓[/]", "warning": "[yellow]![/]", "wrong": "[red]✗[/]"}
 
 
 def options(
@@ -36,7 +35,7 @@ def options(
     if not receiver_http:
         hosts = [host for host, _ in load({"receiver": receiver}).addresses().values()]
         host = hosts[0] if hosts else "127.0.0.1"
-        receiver_http = f"http://{f'[{host}]' if ':' in host else host}:{DEFAULT_HTTP_PORT}"
+        receiver_http = f"http://{addresses.spelled(host, DEFAULT_HTTP_PORT)}"
     chosen = Options(vllm, receiver_http, *api_keys, seconds=seconds)
     return replace(chosen, texts=texts.read(files)) if files else chosen
 
@@ -59,8 +58,5 @@ def run(chosen: Options, as_json: bool) -> int:
         console.print(show.table(quality))
         if not quality.whole:
             console.print(f"Time was up after {quality.text.positions} positions.", soft_wrap=True)
-        finding = quality.finding
-        console.print(f"{_MARKS[finding.state]} {escape(finding.seen)}", soft_wrap=True)
-        if finding.remedy:
-            console.print(f"  → {escape(finding.remedy)}", soft_wrap=True)
+        show_finding(console, quality.finding)
     return 1 if quality.finding.state == "wrong" else 0

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_mac_decode.tools import timeline
 from vllm_mac_decode.tools.bench.servers import BenchError, Server
@@ -63,7 +62,7 @@ class Engines:
         """See that both are there. Raises BenchError."""
         self.vllm.look()
         self.receiver.look()
-        self._local = _by_label(self.vllm, _LOCAL, "reason")
+        self._local = self.vllm.metric_by("reason", _LOCAL)
         health = self.receiver.document("/health")
         if health.get("clients") == []:
             raise QualityError(
@@ -153,7 +152,7 @@ class Engines:
             )
 
     def _prefilled_elsewhere(self) -> float:
-        return _by_label(self.receiver, _FRONT_DOOR, "path").get("remote", 0.0)
+        return self.receiver.metric_by("path", _FRONT_DOOR).get("remote", 0.0)
 
     def _check_handed_off(self, answer: Continued) -> None:
         """Raise NotHandedOff unless the receiver knows of it, and decoded."""
@@ -171,7 +170,7 @@ class Engines:
 
     def _why(self) -> str:
         """The reason that vLLM's metrics count most since ``look``."""
-        now = _by_label(self.vllm, _LOCAL, "reason")
+        now = self.vllm.metric_by("reason", _LOCAL)
         since = {reason: count - self._local.get(reason, 0.0) for reason, count in now.items()}
         # The requests of one token are ours.
         since.pop("short_output", None)
@@ -227,14 +226,3 @@ def _row_of(answer: Continued, index: int, token: int, server: Server) -> Row:
 
 def _id(name: str) -> int:
     return int(name.removeprefix(_NAME))
-
-
-def _by_label(server: Server, metric: str, label: str) -> dict[str, float]:
-    """A metric's values by one of its labels."""
-    families = text_string_to_metric_families(server.get("/metrics").text)
-    return {
-        sample.labels.get(label, ""): sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == metric
-    }
