@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install test demo lint wheel clean
+.PHONY: help install test upstream demo lint wheel clean
 
 VENV ?= .venv
 ARGS ?=
@@ -53,6 +53,8 @@ lint: install ## Check style, types, who imports whom, and the generated tables
 	"$(VENV)/bin/lint-imports"
 	"$(VENV)/bin/python" .ci/options.py
 	"$(VENV)/bin/python" -m bench.model_table
+	"$(VENV)/bin/python" -m bench.table --check
+	"$(VENV)/bin/python" -m bench.plan
 
 wheel: install ## Build dist/ and try the wheel in a bare environment
 	"$(VENV)/bin/python" .ci/wheel.py

@@ -41,6 +41,7 @@ from rich.progress import Progress
 
 from bench.lab import RESULTS, NoRights, Place, record, save, shaped_link
 from tests.servers import Receiver, Server, Vllm, start_receiver, start_vllm
+from tests.warm import RECEIVER
 
 #: Both sides' token: a receiver that other machines reach does not start without one.
 TOKEN = "bench-faults"
@@ -263,12 +264,12 @@ class Trials:
         receiver = self._receiver
         receiver.server.stop()
         impostor = Server(
-            self._mac.command(
-                [sys.executable, "-m", "tests.lying_receiver", str(receiver.port),
-                 str(self._model), str(self._answers), "--host", self._mac.address, *arguments]
-            ),
+            [sys.executable, "-m", "tests.lying_receiver", str(receiver.port), str(self._model),
+             str(self._answers), "--host", self._mac.address, *arguments],
             self._logs / f"impostor-{self._starts}.log",
             {"MAC_DECODE_TOKEN": TOKEN},
+            RECEIVER,
+            tuple(self._mac.command([])),
         )  # fmt: skip
         time.sleep(2 + self._source.uniform(0.5, self._seconds))
         impostor.stop()

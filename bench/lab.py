@@ -9,10 +9,11 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,19 @@ def shaped_link(
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def link_or_loopback(rate: str) -> Iterator[tuple[tuple[Place, Place], str]]:
+    """A ``shaped_link``; none for "loopback", and where it cannot be set up: why, in words."""
+    with contextlib.ExitStack() as stack:
+        places, skipped = LOOPBACK, ""
+        if rate != "loopback":
+            try:
+                places = stack.enter_context(shaped_link(rate=rate))
+            except NoRights as error:
+                skipped = str(error)
+        yield places, skipped
 
 
 def _root(*command: str) -> None:
@@ -197,6 +211,22 @@ def save(result: dict[str, Any], path: Path) -> None:
     """Write a result as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def spread(values: Iterable[float], digits: int = 4) -> dict[str, float]:
+    """Median and 90th percentile."""
+    ordered = sorted(values)
+    if not ordered:
+        return {}
+    high = ordered[min(len(ordered) - 1, round(0.9 * (len(ordered) - 1)))]
+    return {"p50": round(statistics.median(ordered), digits), "p90": round(high, digits)}
+
+
+def fastest_first(links: Iterable[str]) -> list[str]:
+    """Each of these links once: ``loopback``, then ``...gbit``."""
+    return sorted(
+        set(links), key=lambda link: -float(link.removesuffix("gbit")) if "gbit" in link else -1e9
+    )
 
 
 def _cpu() -> str:

@@ -1,4 +1,5 @@
-"""The tables of models: parity from ``bench/results``, sizes from ``bench/published.py``.
+"""The tables of models: parity and quality from ``bench/results``, sizes from
+``mlx_receiver/planning/published.py``.
 
     python -m bench.model_table           # exit status 1 when a page does not have them
     python -m bench.model_table --write   # into docs/models.md and README.md
@@ -17,30 +18,31 @@ from pathlib import Path
 from typing import Any
 
 from bench.lab import LINK_10G, RESULTS
-from bench.published import PUBLISHED, Published
-from bench.shapes import fixed_bytes, layout_of, token_bytes, wire_dtypes
+from bench.quality_table import quality_table
+from mlx_receiver.planning.published import PUBLISHED, Published
+from mlx_receiver.planning.shapes import fixed_bytes, layout_of, token_bytes, wire_dtypes
 from tests.families import FAMILIES, NOT_COMPARED
 
 ROOT = RESULTS.parent.parent
-BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 LENGTHS = (8 << 10, 32 << 10, 128 << 10)
 
 #: What each layer keeps, and the model types; ``tests/families.py`` has a model of each.
 KEPT = {
     "K and V": (
-        "llama", "qwen2", "qwen3", "qwen3_moe", "glm4", "glm4_moe", "mistral", "mixtral", "phi3",
-        "granite", "olmo2", "seed_oss", "ernie4_5", "smollm3",
+        "llama", "qwen2", "qwen3", "qwen3_moe", "glm4", "glm4_moe", "minimax_m2", "ministral3",
+        "mistral", "mixtral", "phi3", "granite", "olmo2", "seed_oss", "ernie4_5", "smollm3",
     ),
     "K and V, or a window's": ("gpt_oss", "gemma3_text", "olmo3", "exaone4", "cohere2"),
     "the same; some layers read an earlier one's": ("gemma4_text", "gemma3n"),
     "K and V, or a chunk's": ("llama4",),
-    "a latent and a rotated key (MLA)": ("deepseek_v3",),
+    "a latent and a rotated key (MLA)": ("deepseek_v3", "glm4_moe_lite"),
     "a Mamba 2 state, or K and V": ("nemotron_h", "granitemoehybrid"),
     "both": ("falcon_h1",),
     "a Mamba 1 state, or K and V": ("jamba",),
     "a short convolution's state, or K and V": ("lfm2",),
-    "a gated delta net's state, or K and V": ("qwen3_next", "qwen3_5_moe"),
+    "a gated delta net's state, or K and V": ("qwen3_next", "qwen3_5", "qwen3_5_moe"),
 }  # fmt: skip
 
 #: What the README shows.
@@ -152,13 +154,17 @@ def _line(*cells: str) -> str:
 
 def pages(results: Path) -> Iterator[tuple[Path, str, str]]:
     """Each page, as it is and as it should be."""
-    for page, text in (
-        (ROOT / "docs" / "models.md", whole(results)),
-        (ROOT / "README.md", headlines(results)),
+    rows = _rows(results / "quality.json")
+    for page, tables in (
+        (ROOT / "docs" / "models.md", {"models": whole(results), "quality": quality_table(rows)}),
+        (ROOT / "README.md", {"models": headlines(results)}),
     ):
-        before, rest = page.read_text().split(BEGIN)
-        after = rest.split(END)[1]
-        yield page, f"{before}{BEGIN}{rest}", f"{before}{BEGIN}\n{text}{END}{after}"
+        text = wanted = page.read_text()
+        for name, table in tables.items():
+            begin, end = BEGIN.format(name), END.format(name)
+            before, rest = wanted.split(begin)
+            wanted = f"{before}{begin}\n{table}{end}{rest.split(end)[1]}"
+        yield page, text, wanted
 
 
 def main() -> int:

@@ -197,6 +197,7 @@ class Engine:
                 kv_role="kv_producer",
                 kv_connector_extra_config={
                     "receiver": receiver,
+                    "offload": "always",
                     "streams": int(streams) if streams.isdigit() else streams,
                     "proof": proof,
                 },

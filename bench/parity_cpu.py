@@ -33,12 +33,14 @@ def run_of(outcome: Outcome) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "load_1min": round(os.getloadavg()[0], 1),
         "equal": sum(got == alone for got, alone in pairs),
-        "of": len(PROMPTS),
+        "of": len(outcome.tokens),
         "decoded_by_receiver": outcome.handed_off,
         "of_tokens": outcome.wanted,
         "proof": outcome.proof,
         "kv_bytes": {
-            str(h["prompt_tokens"]): h["kv_bytes"] for h in outcome.handoffs if h["output_tokens"]
+            str(h["prompt_tokens"]): h["kv_bytes"]
+            for h in outcome.handoffs
+            if h["output_tokens"] and not h["held_tokens"]
         },
     }
 

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.lab import RESULTS
+from bench.lab import RESULTS, fastest_first
 
 PREFILL, TRANSFER, DECODE, PALE = "#4269d0", "#efb118", "#3ca951", "#c9ccd3"
 LIMIT = "#ff725c"
@@ -183,6 +183,135 @@ def overlap(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def agent(result: dict[str, Any]) -> Figure:
+    """Seconds to the second token of an agent's calls, over their history and over what is new."""
+    runs = result["runs"]
+    links = fastest_first(run["link"] for run in runs)
+    figure, axes = plt.subplots(
+        2, len(links), figsize=(5.2 * len(links), 6.4), squeeze=False, layout="constrained"
+    )
+    for column, link in enumerate(links):
+        kept, sent = (
+            next(r["rows"][1:] for r in runs if (r["link"], r["keeps"]) == (link, keeps))
+            for keeps in (True, False)
+        )
+        marks: list[tuple[str, list[dict[str, Any]], str, dict[str, Any]]] = [
+            ("Mac alone, own prompt cache (computed)", kept, "mac_alone_second_s",
+             {"color": LIMIT, "marker": "_"}),
+            ("vLLM alone (computed)", kept, "vllm_alone_second_s",
+             {"color": "#9a9a9a", "marker": "_"}),
+            ("whole history sent", sent, "second_s", {"color": TRANSFER, "marker": "o"}),
+            ("kept, continued in place", [r for r in kept if r["in_place"]], "second_s",
+             {"color": PREFILL, "marker": "o"}),
+            ("kept, copied first (by this CPU)", [r for r in kept if not r["in_place"]],
+             "second_s", {"edgecolors": PREFILL, "facecolors": "none", "marker": "o"}),
+        ]  # fmt: skip
+        for row, (key, label) in enumerate(
+            (("prompt_tokens", "tokens of the prompt"), ("new_tokens", "tokens of it that are new"))
+        ):
+            axis = axes[row][column]
+            for name, rows, value, style in marks:
+                axis.scatter(
+                    [r[key] for r in rows], [r[value] for r in rows], s=18, label=name, **style
+                )
+            axis.set_yscale("log")
+            axis.set_xlabel(label)
+            axis.set_ylabel("seconds to the second token")
+            _bare(axis, grid="y")
+        axes[0][column].set_title(f"{link} link", fontsize=10)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(
+        "A coding agent's calls, Llama-3.1-8B's shape, engines paced as published", fontsize=11
+    )
+    return figure
+
+
+def adapt(result: dict[str, Any]) -> Figure:
+    """Mean completion times by stage for each choice, and each request of auto's."""
+    rows, names = result["rows"], list(result["requests"])
+    colours = {"vllm": LIMIT, "split": PREFILL, "mac": TRANSFER, "meet": DECODE}
+    of = {"never": "vllm", "always": "split", "mac": "mac", "meet": "meet"}
+    figure, (means, each) = plt.subplots(2, 1, figsize=(10.5, 6.4), layout="constrained")
+    width = 0.84 / len(names)
+    for index, name in enumerate(names):
+        places = [at + width * (index - (len(names) - 1) / 2) for at in range(len(rows))]
+        label = "auto" if name == "auto" else f'offload = "{name}"'
+        colour = "#3b3b3b" if name == "auto" else colours[of[name]]
+        values = [row["mean_s"][name] for row in rows]
+        bars = means.bar(places, values, 0.92 * width, color=colour, label=label)
+        means.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=7)
+    means.set_xticks(range(len(rows)), [row["stage"] for row in rows])
+    means.set_ylabel("seconds to the last token, mean")
+    means.set_ylim(top=1.2 * max(value for row in rows for value in row["mean_s"].values()))
+    means.legend(frameon=False, fontsize=8, ncols=len(names))
+    _bare(means, grid="y")
+    number = 0
+    for stage, requests in result["requests"]["auto"].items():
+        each.axvline(number - 0.5, color="#c9ccd3", linewidth=1)
+        each.text(number - 0.3, 1.02, stage, transform=each.get_xaxis_transform(), fontsize=8)
+        for request in requests:
+            each.scatter(number, request["seconds"], s=22, color=colours[request["strategy"]])
+            number += 1
+    for strategy, colour in colours.items():
+        each.scatter([], [], s=22, color=colour, label=f"auto chose {strategy}")
+    each.set_xlabel("request")
+    each.set_ylabel("seconds to the last token")
+    each.set_ylim(0, 1.2 * each.get_ylim()[1])
+    each.legend(frameon=False, fontsize=8, ncols=4)
+    _bare(each, grid="y")
+    figure.suptitle(
+        f"Conditions change, nobody is told: {result['prompt_tokens']:,} tokens in, "
+        f"{result['output_tokens']} out, paced engines, real link and planner",
+        fontsize=11,
+    )
+    return figure
+
+
+def meet(result: dict[str, Any]) -> Figure:
+    """Seconds to a complete cache over the prompt's length, beside the ideal."""
+    figure, (total, apart) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    rows = sorted(result["rows"], key=lambda row: row["tokens"])
+    tokens = [row["tokens"] for row in rows]
+    lines = [
+        ("stream_s", TRANSFER, "-", "all KV sent"),
+        ("compute_s", DECODE, "-", "all KV computed by the receiver"),
+        ("both_s", PREFILL, "-", "sent from the end, computed from the front"),
+        ("ideal_s", "black", ":", "the ideal, 1 / (1 / sent + 1 / computed)"),
+    ]
+    for key, colour, style, label in lines:
+        seconds = [row[key] for row in rows]
+        marker = "" if style == ":" else "o"
+        total.plot(
+            tokens, seconds, color=colour, linestyle=style, label=label, marker=marker, markersize=4
+        )
+    beside = [
+        ("ideal_s", PREFILL, "of what was measured"),
+        ("floor_s", PALE, "of the published and the link's rate"),
+    ]
+    for index, (key, colour, label) in enumerate(beside):
+        above = [100 * (row["both_s"] / row[key] - 1) for row in rows]
+        places = [at + 0.36 * (index - 0.5) for at in range(len(rows))]
+        apart.bar(places, above, color=colour, width=0.34, label=label)
+    apart.axhline(15, color=LIMIT, linewidth=1.2)
+    apart.set_xticks(range(len(rows)), [f"{n // 1024}k" for n in tokens])
+    apart.set_ylabel("% above the ideal")
+    apart.legend(frameon=False, fontsize=9, loc="lower left")
+    total.set_xscale("log", base=2)
+    total.set_yscale("log")
+    total.set_xticks(tokens, [f"{n // 1024}k" for n in tokens])
+    total.set_ylabel("seconds to a complete cache")
+    for axis in (total, apart):
+        axis.set_xlabel("tokens of the prompt")
+        _bare(axis, grid="y")
+    figure.legend(*total.get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  frameon=False, fontsize=9)  # fmt: skip
+    figure.suptitle(
+        f"Llama-3.1-8B's shape, {result['link']} link, engines paced as published", fontsize=11
+    )
+    return figure
+
+
 def _bare(axis: Axes, grid: str = "x") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, color="#e6e6e6", linewidth=0.8)
@@ -195,6 +324,9 @@ PICTURES: dict[str, tuple[str, Picture]] = {
     "replay": ("replay.json", replay),
     "context": ("replay.json", context),
     "overlap_gpu": ("overlap_gpu.json", overlap),
+    "agent": ("agent_paced.json", agent),
+    "adapt": ("adapt.json", adapt),
+    "meet": ("meet.json", meet),
 }
 
 

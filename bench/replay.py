@@ -3,16 +3,10 @@
     python -m bench.replay
     python -m bench.replay --lengths 8192 --variants streamed --repeats 1 --link loopback
 
-The published reference (Llama-3.1-8B fp16, 8,192 tokens in, 32 out, 10 GbE) prefills for 1.47 s on
-a DGX Spark and decodes for 0.85 s on a Mac Studio. There is no such hardware here, so the two
-computations are waits of those lengths; everything between them is real: a paged KV cache of that
-shape in torch, vLLM's side of the export (``Exporter``), a 10 Gbit link between two network
-namespaces, the receiver's store, the finished MLX caches, every byte compared after each run.
-
-Layer i of a step is available when the step has lasted (i + 1) / layers of its time; the export
-hook of vLLM comes earlier still (before the layer's attention), so this is the pessimistic side.
-Other lengths take the time that their arithmetic takes at the published rates (``prefill_seconds``
-and ``decode_seconds``).
+There is no such hardware here, so the two computations are waits (``bench.paced``). Everything
+between them is real: a paged KV cache of that shape in torch, vLLM's side of the export
+(``Exporter``), a 10 Gbit link between two network namespaces, the receiver's store, finished MLX
+caches, every byte compared after each run.
 
 Variants: ``streamed`` (each layer as it is computed), ``chunked`` (the same in 2,048-token steps),
 ``afterwards`` (everything once prefill is over) and ``link-bound`` (streamed, from a machine that
@@ -27,98 +21,47 @@ import argparse
 import contextlib
 import itertools
 import json
-import socket
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from bench.lab import (
     LINK_10G,
-    LOOPBACK,
     RESULTS,
     Child,
-    NoRights,
     Place,
+    link_or_loopback,
     orders,
     record,
     save,
-    shaped_link,
     tell,
 )
-from bench.transport import HEAD_DIM, HEADS, ITEM, Receiving, plane_data, told
-from mlx_receiver.wire.messages import DataTicket, Endpoint
+from bench.paced import (
+    BLOCK,
+    LAYERS,
+    OUTPUT_TOKENS,
+    PUBLISHED,
+    PUBLISHED_TOKENS,
+    Sending,
+    decode_seconds,
+    exported,
+    kv_bytes,
+    meet_sender,
+    paged_layer,
+    prefill_seconds,
+    sleep_until,
+)
+from bench.transport import HEAD_DIM, HEADS, Receiving, plane_data
 
-LAYERS = 32
-BLOCK = 16
-OUTPUT_TOKENS = 32
 VARIANTS = ("streamed", "chunked", "afterwards", "link-bound")
 
-#: Seconds of the published reference, alone and together.
-PUBLISHED = {
-    "spark_prefill": 1.47,
-    "spark_decode": 2.87,
-    "mac_prefill": 5.57,
-    "mac_decode": 0.85,
-    "together": 2.32,
-}
-PUBLISHED_TOKENS = 8192
 CHUNK = 2048
-
-_WEIGHTS = 8.03e9
-_WIDTH = 4096  # attention heads x head_dim
-
-
-def _operations(start: int, end: int) -> float:
-    """Floating-point operations of prefilling tokens ``start`` to ``end``."""
-    pairs = (end * end - start * start) / 2
-    return 2 * _WEIGHTS * (end - start) + 4 * _WIDTH * LAYERS * pairs
-
-
-def prefill_seconds(start: int, end: int) -> float:
-    """Seconds that the published prefill rate needs for a prompt's tokens ``start`` to ``end``."""
-    whole = _operations(0, PUBLISHED_TOKENS)
-    return PUBLISHED["spark_prefill"] * _operations(start, end) / whole
-
-
-def kv_bytes(tokens: int) -> int:
-    """What is to be transferred for a prompt."""
-    return 2 * LAYERS * HEADS * tokens * HEAD_DIM * ITEM
-
-
-def decode_seconds(tokens: int) -> float:
-    """Seconds of OUTPUT_TOKENS at the published memory rate: each reads weights and cache once."""
-    kv = 2 * LAYERS * HEADS * HEAD_DIM * ITEM
-    read = 2 * _WEIGHTS + kv * tokens
-    return PUBLISHED["mac_decode"] * read / (2 * _WEIGHTS + kv * PUBLISHED_TOKENS)
-
-
-def sleep_until(moment: float) -> None:
-    """Wait for a moment of the monotonic clock."""
-    left = moment - time.monotonic()
-    if left > 0:
-        time.sleep(left)
-
-
-class Lines:
-    """JSON lines over a socket: what the control channel says, over the same link."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock = sock
-        self._file = sock.makefile("r")
-
-    def say(self, **message: Any) -> None:
-        self._sock.sendall((json.dumps(message) + "\n").encode())
-
-    def hear(self) -> Any:
-        return json.loads(self._file.readline())
 
 
 # --- the Mac's process ----------------------------------------------------------------------
@@ -130,10 +73,7 @@ def mac(transport: str, host: str) -> None:
 
     side = Receiving(transport, host, LAYERS)
     mx.set_cache_limit(8 << 30)  # as the receiver does: buffers of earlier sessions are reused
-    server = socket.create_server((host, 0))
-    port = server.getsockname()[1]
-    tell(**told(side), control=port)
-    lines = Lines(server.accept()[0])
+    lines = meet_sender(side, host)
     for order in orders():
         message = lines.hear()
         began, cpu = time.monotonic(), time.process_time()
@@ -180,70 +120,37 @@ def stages(blocks: list[Any]) -> dict[str, float]:
 
 
 def paged_cache(tokens: int) -> tuple[dict[str, Any], float]:
-    """An exporter's layers, filled, and GB/s of gathering one of them with nothing else going on.
-
-    A layer is ``[2, blocks, heads, BLOCK, head_dim]``: plain, as vLLM's CPU and several GPU
-    backends lay it out.
-    """
+    """An exporter's layers, filled, and GB/s of gathering one of them with nothing else going
+    on."""
     import torch
 
-    from mlx_receiver.wire.layout import FULL
-    from vllm_mac_decode.worker.numbers import Numbers
-    from vllm_mac_decode.worker.paged_cache import ExportedLayer
-    from vllm_mac_decode.worker.paged_layout import PagedLayout, PlaneMap
-
-    blocks = -(-tokens // BLOCK)
-    block = HEADS * BLOCK * HEAD_DIM
-    strides = (BLOCK * HEAD_DIM, HEAD_DIM, 1)
-    layout = PagedLayout(
-        blocks=blocks,
-        block_size=BLOCK,
-        heads=HEADS,
-        widths=(HEAD_DIM, HEAD_DIM),
-        numbers=Numbers(torch.bfloat16, torch.bfloat16),
-        block_stride=block,
-        keys=PlaneMap(0, strides, None),
-        values=PlaneMap(blocks * block, strides, None),
-    )
-    layers = {}
+    blocks, caches = -(-tokens // BLOCK), []
     for index in range(LAYERS):
-        cache = torch.zeros((2, blocks, HEADS, BLOCK, HEAD_DIM), dtype=torch.bfloat16)
+        cache, layout = paged_layer(blocks)
         raw = cache.view(torch.int16).numpy()
         for plane in range(2):
             data = plane_data(index, plane, tokens).view(np.int16)
             padded = np.zeros((HEADS, blocks * BLOCK, HEAD_DIM), np.int16)
             padded[:, :tokens] = data
             raw[plane] = padded.reshape(HEADS, blocks, BLOCK, HEAD_DIM).swapaxes(0, 1)
-        layers[f"layers.{index}"] = ExportedLayer(index, cache, layout, 0, FULL, BLOCK)
+        caches.append(cache)
 
     ids = torch.arange(blocks)
     out = torch.zeros((2, HEADS, blocks, BLOCK, HEAD_DIM), dtype=torch.bfloat16)
     began = time.perf_counter()
-    for layer in layers.values():
-        layout.gather(layer.cache, ids, out)
+    for cache in caches:
+        layout.gather(cache, ids, out)
     rate = LAYERS * out.nbytes / (time.perf_counter() - began) / 1e9
-    return layers, rate
+    return exported(caches, layout), rate
 
 
-def spark(told_json: str, control: int, tokens: int) -> None:
+def spark(told_json: str, control: str, tokens: int) -> None:
     """ "Prefills" at the published pace through the real exporter and collects the tokens."""
-    import torch
+    from vllm_mac_decode.export import ExportSpan
 
-    from vllm_mac_decode.export import DataTarget, ExportSpan
-    from vllm_mac_decode.settings import Settings
-    from vllm_mac_decode.worker.exporter import Exporter
-    from vllm_mac_decode.worker.ledger import BlockLedger
-
-    torch.set_num_threads(1)  # on the real machine the GPU gathers
-    receiver = json.loads(told_json)
-    endpoint = msgspec.convert(receiver["endpoint"], Endpoint)
-    ticket = msgspec.convert(receiver["ticket"], DataTicket)
-    target = DataTarget(endpoint, "receiver", ticket)
     layers, gather_rate = paged_cache(tokens)
-    ledger = BlockLedger()
-    settings = Settings(transport=endpoint.transport, stall_timeout=30.0)
-    exporter = Exporter(layers, settings, ledger)
-    lines = Lines(socket.create_connection((endpoint.host, control)))
+    side = Sending(told_json, control, layers)
+    lines = side.lines
     tell(gather_gb_per_s=gather_rate)
     for order in orders():
         session, variant = order["session"], order["variant"]
@@ -260,26 +167,19 @@ def spark(told_json: str, control: int, tokens: int) -> None:
         for start, end in steps:
             blocks = list(range(start // BLOCK, -(-end // BLOCK)))
             span = ExportSpan(session, request, start, end, tokens, [blocks])
-            exporter.begin_step([span], [], {session: target})
             seconds = pace * prefill_seconds(start, end)
-            for index, name in enumerate(layers):
-                sleep_until(moment + seconds * (index + 1) / LAYERS)
-                if variant != "afterwards":
-                    exporter.layer_written(name)
-            exporter.end_step()
-            moment += seconds
+            streams = variant != "afterwards"
+            moment = side.prefill([span], session, moment, seconds, streams)
         prefilled = time.monotonic()
         lines.say(first_token=0, decode_s=decode_seconds(tokens))
         for _ in range(OUTPUT_TOKENS):
             lines.hear()
         done = time.monotonic()
-        exporter.begin_step([], [session], {})
-        while request not in ledger.finished({request}):
-            time.sleep(0.001)
+        side.over(session, request)
         cpu = time.process_time() - cpu
         first = pace * prefill_seconds(*steps[0]) / LAYERS
         tell(began=began, first=began + first, prefilled=prefilled, done=done, cpu_s=cpu)
-    exporter.close()
+    side.close()
 
 
 # --- measuring ------------------------------------------------------------------------------
@@ -382,7 +282,7 @@ def main() -> None:
         if sys.argv[2] == "mac":
             mac(*sys.argv[3:])
         else:
-            spark(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+            spark(sys.argv[3], sys.argv[4], int(sys.argv[5]))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -415,13 +315,9 @@ def main() -> None:
         earlier = json.loads(options.out.read_text())
         result["command"] = f"{earlier['command']}; {result['command']}"
         result["rows"] = earlier["rows"]
-    with contextlib.ExitStack() as stack:
-        places = LOOPBACK
-        if options.link != "loopback":
-            try:
-                places = stack.enter_context(shaped_link(rate=options.link))
-            except NoRights as error:
-                result["skipped"], result["link"] = str(error), "loopback"
+    with link_or_loopback(options.link) as (places, skipped):
+        if skipped:
+            result["skipped"], result["link"] = skipped, "loopback"
         for tokens in options.lengths:
             with console.status(f"{tokens:,} tokens"):
                 result["rows"] += measure(places, tokens, options.variants, options)

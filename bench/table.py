@@ -1,6 +1,7 @@
 """The tables of measured figures, from the results in ``bench/results``.
 
 python -m bench.table             # print all of it
+    python -m bench.table --check     # exit status 1 when a page shows something else
     python -m bench.table --write     # into docs/performance.md, and headlines into README.md
 """
 
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.lab import RESULTS
+from bench.lab import RESULTS, fastest_first, spread
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -25,9 +27,13 @@ HEADLINES = (
     "NVIDIA H100, 8,192 tokens:",
     "the relay's own time",
     "200 random faults",
+    "a coding agent's 39 calls, 8,723 to 51,632 tokens, paced: KV sent",
 )
 
 Row = tuple[str, str, str]
+
+#: Names of the models that benches measure by a short one.
+MODELS = {"smollm2": "SmolLM2-135M", "gemma": "Gemma-3-270M"}
 
 
 def transport_rows(result: dict[str, Any]) -> Iterator[Row]:
@@ -138,6 +144,41 @@ def fault_rows(result: dict[str, Any]) -> Iterator[Row]:
     )
 
 
+def shadow_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """A conversation's next turn, and who comes while it is prepared. Ratios of each process."""
+    sizes, processes = result["sizes"], result["processes"]
+
+    def each(ratio: Callable[[Any], float]) -> str:
+        return " and ".join(f"{ratio(one):.2f}" for one in processes)
+
+    def second(one: Any, name: str) -> float:
+        return float(one["second_turn"][name]["median_ttft_ms"])
+
+    cached = {name: row["cached_tokens"] for name, row in processes[-1]["second_turn"].items()}
+    yield (
+        f"second turn of a conversation ({sizes['prompt']} tokens, an answer of {sizes['answer']}, "
+        f"a question of {sizes['question']}): first token with shadow prefill beside without",
+        f"**{each(lambda one: second(one, 'with shadow prefill') / second(one, 'without'))}** "
+        f"times as long, in {len(processes)} processes",
+        f"cached tokens {cached['with shadow prefill']} and {cached['without']}; "
+        "both engines on the same cores",
+    )
+    if not all("waits" in one for one in processes):
+        return  # what was recorded before vLLM's engine told of it
+    waits = [one["waits"] for one in processes]
+    shares = "; ".join(
+        " and ".join(f"{one['waited_share_of_chunk'][name]:.2f}" for one in waits)
+        for name in ("p50", "p90", "most")
+    )
+    yield (
+        f"a short request that comes while a shadow's chunk of {sizes['chunk']} tokens is "
+        "computed: until its own step begins, as a share of the chunk's time; p50, p90, most",
+        f"**{shares}**",
+        f"{' and '.join(str(one['requests']) for one in waits)} requests, by vLLM's engine: none "
+        f"waited for more than {max(one['most_shadow_tokens'] for one in waits)} tokens of shadows",
+    )
+
+
 def overlap_rows(result: dict[str, Any]) -> Iterator[Row]:
     """What exporting costs the first token, and what of the transfer comes after it."""
     for row in result["rows"]:
@@ -185,6 +226,149 @@ def relay_rows(result: dict[str, Any]) -> Iterator[Row]:
             )
 
 
+def agent_paced_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """What an agent's calls send, and when their second tokens come, in both processes."""
+    by = {(run["link"], run["keeps"]): run for run in result["runs"]}
+    for number, link in enumerate(fastest_first(run["link"] for run in result["runs"])):
+        run, rows = by[link, True], by[link, True]["rows"]
+        kept, sent = run["summary"], by[link, False]["summary"]
+        alone = {
+            who: spread(row[f"{who}_alone_second_s"] for row in rows[1:] if row["in_place"])
+            for who in ("mac", "vllm")
+        }
+        what = (
+            f"a coding agent's {len(rows)} calls, {rows[0]['prompt_tokens']:,} to "
+            f"{max(row['prompt_tokens'] for row in rows):,} tokens, paced"
+        )
+        if number == 0:
+            yield (
+                f"{what}: KV sent, as a multiple of the new tokens' (p50, worst)",
+                f"**{kept['sent_over_new']['p50']:.2f}, {kept['sent_over_new']['worst']:.2f}**",
+                f"whole histories {sent['sent_over_new']['p50']:.0f}, "
+                f"{sent['sent_over_new']['worst']:.0f}",
+            )
+        again = "".join(
+            f"; in another process {_seconds(earlier['second_s_in_place'])}"
+            for earlier in run.get("earlier", [])
+        )
+        yield (
+            f"{what}, {link} link: second token of the {kept['in_place']} calls that are "
+            "continued in place (p50, p90)",
+            f"**{_seconds(kept['second_s_in_place'])}**{again}",
+            f"those that this CPU copied first {_seconds(kept['second_s_copied'])}; whole "
+            f"histories {_seconds(sent['second_s'])}; computed, for the same calls: the Mac alone "
+            f"{_seconds(alone['mac'])}, vLLM alone {_seconds(alone['vllm'])}",
+        )
+
+
+def agent_servers_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """The same trace in small, with real engines. Their times depend on who else uses the cores."""
+    kept, sent = (result["summary"][name] for name in ("kept", "not_kept"))
+    yield (
+        f"{result['model']}: a coding agent's {result['calls']} calls in small, both engines: KV "
+        "sent, as a multiple of the new tokens' (p50, worst)",
+        f"**{kept['sent_over_new']['p50']:.2f}, {kept['sent_over_new']['worst']:.2f}**",
+        f"whole histories {sent['sent_over_new']['p50']:.0f}, "
+        f"{sent['sent_over_new']['worst']:.0f}; {result['texts_differ']} texts differ from those "
+        "of vLLM alone",
+    )
+
+
+def agent_crowd_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """Memory after very many conversations."""
+    half, control = result["second_half"], ""
+    if "local" in result:
+        local = sum(result["local"]["second_half"]["vllm_mb"].values())
+        control = f", without hand-offs {local:+.0f}"
+    again = "".join(
+        f"; in another process {earlier['second_half']['receiver_mb']:+.0f}"
+        for earlier in result.get("earlier", [])
+    )
+    yield (
+        f"{result['conversations']:,} short conversations, {result['kv_memory']} of KV: resident "
+        "memory, second half",
+        f"**{half['receiver_mb']:+.0f} MB** in the receiver{again}",
+        f"vLLM's processes {sum(half['vllm_mb'].values()):+.0f}{control}; "
+        f"{result['held_tokens']:,.0f} tokens were held",
+    )
+
+
+def adapt_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """Auto beside the fixed choices, stage by stage."""
+    for row in result["rows"]:
+        mean = dict(row["mean_s"])
+        auto = mean.pop("auto")
+        others = ", ".join(f"{name} {seconds:.2f}" for name, seconds in mean.items())
+        yield (
+            f"conditions change, paced: {row['stage']}, mean time to the last token with "
+            "`offload=auto`",
+            f"**{auto:.2f} s**, {row['auto_over_best']:.2f} times the best fixed choice "
+            f"({row['auto_over_best_later']:.2f} from the fifth request on); ends with "
+            f"{row['chosen']}, {row['changes']} changes",
+            others,
+        )
+
+
+def codec_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """Rates, quality and links of the codecs, with both processes' figures."""
+    for codec in ("q8", "q4"):
+        rates = [
+            row for row in result["rates"] if (row["dtype"], row["codec"]) == ("bfloat16", codec)
+        ]
+        found = {
+            name: " and ".join(f"{row[name]['median']:.2f}" for row in rates)
+            for name in ("encode", "decode", "mlx_quantize", "mlx_dequantize")
+        }
+        yield (
+            f"KV in {codec}, {100 * rates[0]['bytes_of_raw']:.0f} % of the bytes of bf16: one core "
+            "quantises and decodes (raw KV)",
+            f"**{found['encode']} GB/s, {found['decode']} GB/s**",
+            f"MLX on a CPU {found['mlx_quantize']} GB/s, {found['mlx_dequantize']} GB/s",
+        )
+    for row in (row for row in result["quality"] if row["run"] == 1):
+        yield (
+            f"KV in {row['codec']}, {MODELS[row['of']]}, {row['positions']} positions behind a "
+            "quantised prompt: KL from the raw one's, in nats",
+            f"**{row['mean_kl']:.2g}** ± {row['kl_error']:.1g}, worst {row['worst_kl']:.2g}",
+            f"perplexity {row['perplexity']:.2f} instead of {row['perplexity_raw']:.2f}, the same "
+            f"likeliest token {100 * row['same_top_token']:.0f} %",
+        )
+    raw, *others = result["links"]
+    for row in others:
+        totals = ", ".join(
+            f"{seconds:.2f} s at {gbit} Gbit/s"
+            for gbit, seconds in row["total_s"].items()
+            if float(gbit) <= 2.5
+        )
+        yield (
+            f"KV in {row['codec']}, by the cost model: the published request of 8,192 tokens in, "
+            "32 out",
+            f"faster than {row['than']} **below {row['wins_below_gbit']:.1f} Gbit/s**: {totals}",
+            "raw "
+            + ", ".join(
+                f"{seconds:.2f}" for gbit, seconds in raw["total_s"].items() if float(gbit) <= 2.5
+            ),
+        )
+
+
+def _seconds(found: dict[str, float]) -> str:
+    return f"{found['p50']:.2f} and {found['p90']:.2f} s" if found else "-"
+
+
+def meet_rows(result: dict[str, Any]) -> Iterator[Row]:
+    """What two ways at once give, for each length."""
+    for row in result["rows"]:
+        above = 100 * (row["both_s"] / row["ideal_s"] - 1)
+        yield (
+            f"paced, {row['tokens']:,} tokens over {result['link']}: a complete cache, KV sent "
+            "from the end and computed from the front",
+            f"**{row['both_s']:.2f} s**, {row['computed_tokens']:,} tokens computed",
+            f"all sent {row['stream_s']:.2f} s, all computed {row['compute_s']:.2f} s; "
+            f"the ideal of these {row['ideal_s']:.2f} s ({above:+.0f} %), of the published and the "
+            f"link's rate {row['floor_s']:.2f} s",
+        )
+
+
 def _gpu(result: dict[str, Any]) -> str:
     return " ".join(result["machine"]["gpu"].split()[:2])
 
@@ -198,6 +382,13 @@ SOURCES = {
     "handoff.json": handoff_rows,
     "serving.json": serving_rows,
     "faults.json": fault_rows,
+    "shadow.json": shadow_rows,
+    "agent_paced.json": agent_paced_rows,
+    "agent_servers.json": agent_servers_rows,
+    "agent_crowd.json": agent_crowd_rows,
+    "adapt.json": adapt_rows,
+    "meet.json": meet_rows,
+    "codecs.json": codec_rows,
 }
 
 
@@ -226,27 +417,36 @@ def table(results: Path, headlines: bool = False) -> str:
     return "\n".join([*lines, "", *(f"{note}  " for note in notes)]).rstrip() + "\n"
 
 
-def write(page: Path, text: str) -> None:
-    """Put the text between the page's two marker comments."""
-    before, rest = page.read_text().split(BEGIN)
+def page_with(text: str, page: str) -> str:
+    """The page, with the text between its two marker comments."""
+    before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    return f"{before}{BEGIN}\n{text}{END}{after}"
 
 
-def main() -> None:
-    """Print the table or put it where the markers are."""
+def main() -> int:
+    """Print the table, compare it, or put it where the markers are."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="into the two pages")
+    parser.add_argument("--check", action="store_true", help="whether they are as written")
     options = parser.parse_args()
-    if not options.write:
+    if not options.write and not options.check:
         print(table(options.results), end="")
-        return
-    write(ROOT / "docs" / "performance.md", table(options.results))
-    write(ROOT / "README.md", table(options.results, headlines=True))
+        return 0
+    stale = False
+    for name, headlines in (("docs/performance.md", False), ("README.md", True)):
+        page = (ROOT / name).read_text()
+        wanted = page_with(table(options.results, headlines), page)
+        if options.write:
+            (ROOT / name).write_text(wanted)
+        elif page != wanted:
+            stale = True
+            print(f"{name} is out of date: python -m bench.table --write", file=sys.stderr)
+    return int(stale)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -55,7 +55,8 @@ from mlx_receiver.transports.transport import Transport
 from mlx_receiver.wire.frames import Header, Kind, Level
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.layout import CacheLayout, full_attention
-from mlx_receiver.wire.messages import DataTicket, Endpoint, Open, Sampling
+from mlx_receiver.wire.messages import DataTicket, Endpoint, Open
+from mlx_receiver.wire.sampling import Sampling
 
 HEADS, HEAD_DIM, ITEM = 8, 128, 2
 MESSAGE = 8 << 20
@@ -92,7 +93,15 @@ def plane_data(layer: int, plane: int, tokens: int) -> np.ndarray[Any, Any]:
 class Receiving:
     """The receiver's store, one listener and one client: a ``SessionEvents`` and an ``Owner``."""
 
-    def __init__(self, transport: str, host: str, layers: int) -> None:
+    def __init__(
+        self,
+        transport: str,
+        host: str,
+        layers: int,
+        memory: int = 64 << 30,
+        keeps: bool = False,
+    ) -> None:
+        """``memory`` is the store's budget in bytes; ``keeps``: what texts leave."""
         from mlx_receiver.caches.model import ModelCache
         from mlx_receiver.metrics import Metrics
         from mlx_receiver.sessions.store import SessionStore
@@ -100,12 +109,12 @@ class Receiving:
         self._layers = layers
         self._done = threading.Event()
         self._failure = ""
-        self.store = SessionStore(max_sessions=1, events=self, metrics=Metrics())
+        self.store = SessionStore(max_sessions=1, events=self, metrics=Metrics(), keeps=keeps)
         self._layout = layout(layers)
         self.ticket = new_ticket()
         self.id = self.ticket.client
         self.store.admit(self.ticket)
-        self.store.configure(ModelCache(self._layout), 64 << 30)
+        self.store.configure(ModelCache(self._layout), memory)
         self.listener = transport_of(transport).listen(host, 0, self.store, plain=True)
 
     def opened(self, session: Any) -> None:

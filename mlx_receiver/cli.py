@@ -16,32 +16,14 @@ import typer
 from mlx_receiver import __version__
 from mlx_receiver.decode.blas import use_fast_blas
 from mlx_receiver.discovery import cli as discovery
-from mlx_receiver.options import typed
+from mlx_receiver.options import command, typed
 from mlx_receiver.pairing import cli as pairing
 from mlx_receiver.pairing.cli import with_keystore
 from mlx_receiver.settings import ENV_PREFIX, Settings, SettingsError, check_dtype, check_ports
 
-app = typer.Typer(
-    help="Continue on MLX the requests that vLLM has prefilled elsewhere.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = command(
+    "mlx-receiver", __version__, "Continue on MLX the requests that vLLM has prefilled elsewhere."
 )
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"mlx-receiver {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -100,6 +82,36 @@ def pair() -> None:
 
 
 @app.command()
+@typed(Settings, ENV_PREFIX, "model", "dtype", "max_batch")
+def profile(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    model: str,
+    dtype: str,
+    max_batch: int,
+) -> None:
+    """Measure how fast this machine is with a model, and keep that for the receiver.
+
+    A receiver does the same while nothing is decoded; stop it meanwhile. Exit status: 0 once it is
+    measured, 1 if there was no room, 2 for options that cannot be used.
+    """
+    use_fast_blas()
+    from mlx_receiver.checks.speed import run_and_print
+    from mlx_receiver.decode.model import ModelError
+
+    try:
+        if not model:
+            raise SettingsError("--model names the model that is to be measured")
+        check_dtype(dtype)
+        if max_batch < 1:
+            raise SettingsError("--max-batch must be at least 1")
+        status = run_and_print(model, dtype, max_batch, as_json)
+    except (ModelError, SettingsError) as error:
+        _give_up(error)
+    raise typer.Exit(status)
+
+
+@app.command()
 @typed(Settings, ENV_PREFIX, "model", "dtype")
 def generate(
     token_ids: Annotated[str, typer.Option(help="Prompt token ids, separated by commas.")],
@@ -114,7 +126,8 @@ def generate(
     from mlx_receiver.decode.engine import DecodeEngine
     from mlx_receiver.decode.local import generate_tokens
     from mlx_receiver.decode.model import ModelError, find_model
-    from mlx_receiver.wire.messages import Sampling, WireError
+    from mlx_receiver.wire.messages import WireError
+    from mlx_receiver.wire.sampling import Sampling
 
     try:
         prompt = [int(part) for part in token_ids.split(",")]

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+#: Shares of the latest predictions, whose largest errors are shown.
+QUANTILES: Final = (0.5, 0.9)
 
 
 class Metrics:
@@ -15,6 +21,36 @@ class Metrics:
         )
         self.kv_bytes = Counter(
             "mlx_receiver_kv_bytes_total", "Bytes of KV received.", registry=self.registry
+        )
+        self.held_tokens = Counter(
+            "mlx_receiver_held_tokens_total",
+            "Prompt tokens whose KV was still held from earlier texts.",
+            registry=self.registry,
+        )
+        self.computed_bytes = Counter(
+            "mlx_receiver_computed_kv_bytes_total",
+            "KV of hand-offs that was computed here while the rest of it came.",
+            registry=self.registry,
+        )
+        self.computed_tokens = Counter(
+            "mlx_receiver_computed_tokens_total",
+            "Prompt tokens of vLLM's requests that were prefilled here.",
+            registry=self.registry,
+        )
+        self.evicted = Counter(
+            "mlx_receiver_evicted_texts_total",
+            "Texts whose KV made room for others'.",
+            registry=self.registry,
+        )
+        self.resident_bytes = Gauge(
+            "mlx_receiver_kv_resident_bytes",
+            "KV memory of texts that have ended, kept until it is needed.",
+            registry=self.registry,
+        )
+        self.disk_bytes = Gauge(
+            "mlx_receiver_kv_disk_bytes",
+            "KV of texts that have ended, on disk (--kv-disk).",
+            registry=self.registry,
         )
         self.sessions = Counter(
             "mlx_receiver_sessions_total",
@@ -58,3 +94,17 @@ class Metrics:
             buckets=(0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5),
             registry=self.registry,
         )
+        self.prediction_error = Gauge(
+            "mlx_receiver_prediction_error_ratio",
+            "Of the latest prefills and decode steps: the relative error of what the profile "
+            "predicted that so large a share of them stays within.",
+            ["phase", "quantile"],
+            registry=self.registry,
+        )
+
+    def show_errors(self, error: Callable[[float, str], float]) -> None:
+        """``error`` says it for a quantile and a phase."""
+        for phase in ("prefill", "decode"):
+            for quantile in QUANTILES:
+                gauge = self.prediction_error.labels(phase, str(quantile))
+                gauge.set_function(lambda q=quantile, p=phase: error(q, p))  # type: ignore[misc]

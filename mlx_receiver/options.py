@@ -9,9 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import msgspec
+
+if TYPE_CHECKING:
+    import typer
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -58,6 +61,28 @@ def token_in(file: str) -> str:
     if not token:
         raise ValueError(f"the token file {file} is empty")
     return token
+
+
+def command(name: str, version: str, help: str) -> typer.Typer:
+    """A command of that name, which tells its version and has others."""
+    import typer
+
+    app = typer.Typer(
+        help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+
+    def tell(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"{name} {version}")
+            raise typer.Exit
+
+    told = typer.Option(False, "--version", callback=tell, is_eager=True, help="Show the version.")
+
+    @app.callback()
+    def root(version: bool = told) -> None:
+        pass
+
+    return app
 
 
 def typed(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -16,19 +20,26 @@ from mlx_receiver.control.server import ControlServer
 from mlx_receiver.decode import weights
 from mlx_receiver.decode.device import engine_name
 from mlx_receiver.decode.engine import DecodeEngine
+from mlx_receiver.decode.lengths import computed_alike
 from mlx_receiver.decode.model import LoadedModel, ModelSource, Progress, find_model
+from mlx_receiver.decode.speed import Speed
 from mlx_receiver.metrics import Metrics
+from mlx_receiver.sessions import disk
+from mlx_receiver.sessions.disk import DiskTier, depends_on
 from mlx_receiver.sessions.proofs import Proofs
 from mlx_receiver.sessions.service import SessionService
 from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.settings import Settings, SettingsError
 from mlx_receiver.transports.tcp import TcpTransport
 from mlx_receiver.transports.transport import Listener, Transport
+from mlx_receiver.wire import fingerprint
 from mlx_receiver.wire.addresses import EVERYWHERE, bare, spelled
 from mlx_receiver.wire.messages import Endpoint
 
 if TYPE_CHECKING:
     from mlx_receiver.http.server import HttpServer
+
+logger = logging.getLogger(__name__)
 
 #: Files and connections that may be open: a Mac's OPEN_MAX.
 _FILES: Final = 10_240
@@ -67,11 +78,13 @@ class Receiver:
             max_sessions=settings.max_sessions,
             events=self.sessions,
             metrics=self.metrics,
+            keeps=settings.prompt_cache,
         )
         self.sessions.store = self.store
-        self.engine.budget = self.store.budget
+        self.engine.memory = self.store.earlier
         self.metrics.sessions_active.set_function(lambda: len(self.store.sessions()))
         self.metrics.kv_reserved_bytes.set_function(lambda: self.store.reserved_bytes)
+        self.metrics.resident_bytes.set_function(lambda: self.store.residents.nbytes)
         self.metrics.queued_bytes.set_function(lambda: self.store.budget.queued)
         self.desk = Desk.of(settings)
         self.control = ControlServer(
@@ -82,6 +95,8 @@ class Receiver:
         self.started = time.monotonic()
         self._listeners: list[Listener] = []
         self.presence: Presence | None = None
+        #: How fast the model is here; None until it is loaded.
+        self.speed: Speed | None = None
 
     @property
     def address(self) -> str:
@@ -115,6 +130,9 @@ class Receiver:
         """Bind every port, then start to load. Raises SettingsError naming a port in use."""
         settings = self.settings
         _allow_files()
+        if settings.kv_disk:
+            with _usable(settings.kv_disk) as folder:
+                disk.prepare(folder)
         self.port = self.control.bind(settings.host, settings.port)
         for index, transport in enumerate([_transport(name) for name in settings.transports]):
             port = settings.data_port and settings.data_port + index
@@ -151,21 +169,55 @@ class Receiver:
         if loaded is None:
             return False
         budget = self.settings.kv_memory or default_kv_memory(loaded)
-        self.store.configure(loaded.cache, budget)
+        self.store.configure(loaded.cache, budget, self._disk(loaded))
         self.engine.batch_bytes = budget
         _limit_mlx_cache(budget // 8)
         self.sessions.proofs = Proofs(
             self.source.path, loaded.dtype, self.desk.keystore.folder / "proofs.json"
         )
+        self.sessions.speed = self.speed = Speed(
+            self.source,
+            loaded,
+            self.store.budget,
+            self.settings.max_batch,
+            measures=self.settings.profile,
+        )
+        self.metrics.show_errors(self.speed.error)
+        self.engine.observe(self.speed)
         self.control.start(
             self.source.name,
             engine_name(),
             self.data_endpoints,
-            self.source.max_tokens,
+            computed_alike(self.source.config, self.source.max_tokens),
             loaded.cache.layout,
             loaded.local,
         )
         return True
+
+    def _disk(self, loaded: LoadedModel) -> DiskTier | None:
+        """The second tier of what texts leave, where one is wanted. Raises SettingsError."""
+        settings = self.settings
+        if not settings.kv_disk:
+            return None
+        if not loaded.cache.resumes(loaded.cache.layout) or not loaded.cache.lasting_places:
+            logger.warning(
+                "--kv-disk: nothing of %s is kept, since no layer of it keeps every token",
+                self.source.name,
+            )
+            return None
+        model = depends_on(
+            loaded.cache.layout,
+            fingerprint.of_folder(self.source.path),
+            str(loaded.dtype),
+            engine_name(),
+            metadata.version("mlx-lm"),
+        )
+        with _usable(settings.kv_disk) as folder:
+            try:
+                return DiskTier(folder, settings.kv_disk_size, model, self.metrics)
+            except BlockingIOError:
+                logger.warning("--kv-disk: another receiver uses %s; this one does not", folder)
+                return None
 
     def stop(self) -> None:
         """Tell the clients, end every session, free the ports. Takes at most about 2 s."""
@@ -195,6 +247,19 @@ class Receiver:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+@contextlib.contextmanager
+def _usable(kv_disk: str) -> Iterator[Path]:
+    """The folder. Raises SettingsError for one that cannot be used."""
+    folder = Path(kv_disk).expanduser()
+    try:
+        yield folder
+    except OSError as error:
+        raise SettingsError(
+            f"--kv-disk {folder} cannot be used ({error.strerror}): name a folder that this user "
+            "can write to"
+        ) from None
 
 
 def default_kv_memory(loaded: LoadedModel) -> int:

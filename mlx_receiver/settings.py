@@ -139,6 +139,34 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             extra={"type": str, "default": "auto"},
         ),
     ] = None
+    prompt_cache: Annotated[
+        bool,
+        Meta(
+            description="Keep the KV of texts that have ended, in memory that nobody needs: of a "
+            "prompt that begins like one of them only the rest is sent."
+        ),
+    ] = True
+    kv_disk: Annotated[
+        str,
+        Meta(
+            description="A folder for that KV, too, which survives a restart. Whoever can read it "
+            "can reconstruct the texts."
+        ),
+    ] = ""
+    kv_disk_size: Annotated[
+        int,
+        Meta(
+            description="What that folder may hold, e.g. 200GB; what was used longest ago goes.",
+            extra={"type": str, "default": "50GB"},
+        ),
+    ] = 50 << 30
+    profile: Annotated[
+        bool,
+        Meta(
+            description="Measure once, while nothing is decoded, how fast this machine is with the "
+            "model; what was measured before is used in any case."
+        ),
+    ] = True
     max_sessions: Annotated[int, Meta(description="Sessions open at once.")] = 64
     max_batch: Annotated[int, Meta(description="Sessions decoded at once.")] = 32
 
@@ -149,6 +177,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         values["http_port"] = None if values["http_port"] < 0 else values["http_port"]
         memory = values["kv_memory"]
         values["kv_memory"] = None if memory == "auto" else parse_bytes(memory)
+        values["kv_disk_size"] = parse_bytes(values["kv_disk_size"])
         if values["token_file"] and not values["token"]:
             try:
                 values["token"] = token_in(values["token_file"])
@@ -190,6 +219,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise SettingsError(f"--{name.replace('_', '-')} must be at least 1")
         if self.kv_memory is not None and self.kv_memory < 1:
             raise SettingsError("--kv-memory must be positive")
+        if self.kv_disk and not self.prompt_cache:
+            raise SettingsError("--kv-disk keeps nothing with --no-prompt-cache")
+        if self.kv_disk_size < 1:
+            raise SettingsError("--kv-disk-size must be positive")
 
 
 def check_dtype(dtype: str) -> None:

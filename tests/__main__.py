@@ -2,8 +2,8 @@
 
     python -m tests -k wire -x
 
-The second one has the tests that leave a core free most of the time (see ``tests.conftest``). What
-it prints is shown at the end.
+The second one has the tests that leave a core free most of the time (see ``tests.conftest``), and
+both share some that come last (see ``tests.sharing``). What it prints is shown at the end.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ import tempfile
 
 import pytest
 
+from tests import sharing, warm
+
 #: Two vLLMs whose OpenMP threads wait for each other on the same cores would crawl.
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", warm.VARIABLE: "1",
+}  # fmt: skip
 
 
 def main() -> int:
     """The worst of the exit statuses; a part without tests is fine if another has some."""
 
-    def start(which: str, output: int | None = None, **environment: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "pytest", "tests", "-m", which, *sys.argv[1:]]
+    def start(half: str, shared: str, output: int | None = None) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pytest", "-p", sharing.__name__, "tests", *sys.argv[1:]]
+        environment = ENVIRONMENT | {sharing.VARIABLE: shared, sharing.HALF: half}
         return subprocess.Popen(
             command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
         )
 
-    with tempfile.TemporaryFile() as beside:
-        halves = [
-            start("not beside", **ENVIRONMENT),
-            start("beside", beside.fileno(), **ENVIRONMENT),
-        ]
+    with tempfile.TemporaryFile() as beside, tempfile.TemporaryDirectory() as shared:
+        halves = [start("first", shared), start("second", shared, beside.fileno())]
         try:
             statuses = [half.wait() for half in halves]
         except KeyboardInterrupt:  # both have heard it, too, and stop their servers

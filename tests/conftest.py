@@ -18,13 +18,22 @@ import pytest
 from mlx_receiver.decode.blas import use_fast_blas
 from mlx_receiver.interfaces import interfaces
 from mlx_receiver.pairing.keystore import STATE_VARIABLE
+from mlx_receiver.planning.cached import CACHE_VARIABLE
 from tests import families
+from tests.callers import calling_llama
 from tests.models import GENERATOR_VERSION, tiny_llama, tiny_qwen3
+from tests.sharing import SHARED
 from vllm_mac_decode.tools.demo.model import fetch_smollm2
 
 # Pairings of the tests are theirs alone, also in the processes that they start.
 os.environ[STATE_VARIABLE] = tempfile.mkdtemp(prefix="mac-decode-state-")
 atexit.register(shutil.rmtree, os.environ[STATE_VARIABLE], ignore_errors=True)
+# So are the profiles. Nothing is measured where no test asks for it: it would be in the way.
+os.environ[CACHE_VARIABLE] = str(Path(os.environ[STATE_VARIABLE]) / "cache")
+os.environ.setdefault("MLX_RECEIVER_PROFILE", "false")
+os.environ.setdefault("MAC_DECODE_PROFILE", "false")
+# What the tests are about must happen, whatever would be faster on this machine.
+os.environ.setdefault("MAC_DECODE_OFFLOAD", "always")
 
 # How vLLM waits is changed in the processes that the tests start, see there.
 patience = str(Path(__file__).parent / "patience")
@@ -37,14 +46,17 @@ for function in (httpx.get, httpx.post, httpx.put):
     function.__kwdefaults__["timeout"] = 60.0
 
 #: What the second process of ``python -m tests`` runs: it is not the one to load the machine.
-BESIDE = ("mlx_receiver", "vllm_mac_decode", "test_demo", "test_engine_modes", "test_link",
-          "test_packaging", "test_pause")  # fmt: skip
+BESIDE = ("discovery", "fuzz", "mlx_receiver", "pairing", "vllm_mac_decode", "wire", "test_codecs",
+          "test_demo", "test_link", "test_meet", "test_packaging", "test_profile",
+          "test_warm")  # fmt: skip
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Divide the tests."""
     inside = item.path.relative_to(Path(__file__).parent)
-    if {inside.stem, *inside.parts} & set(BESIDE):
+    if inside.parts[0] == "e2e" and inside.stem in SHARED:
+        item.add_marker("shared")
+    elif {inside.stem, *inside.parts} & set(BESIDE):
         item.add_marker("beside")
 
 
@@ -108,6 +120,12 @@ def smollm2() -> Path:
 def tiny_llama_path() -> Path:
     """A random fp32 Llama, see `tests.models.tiny_llama`."""
     return cached_model("tiny-llama", tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def calling_llama_path() -> Path:
+    """A Llama that calls tools, see `tests.callers`."""
+    return cached_model("calling-llama", calling_llama)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ _MIXED: Final = ["sliding_attention", "sliding_attention", "full_attention", "sl
 _EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 #: mlx-lm reads these as they are published: the language part inside a model that also sees.
-_COMPOSITE: Final = ("gemma3n", "qwen3_5_moe", "llama4")
+_COMPOSITE: Final = ("gemma3n", "qwen3_5", "qwen3_5_moe", "llama4")
 
 #: transformers' class, and what its configuration has beside the shared.
 FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -87,6 +87,21 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         _ROPE | {"sliding_window": WINDOW, "sliding_window_pattern": 4, "logit_scale": 0.5,
                  "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
                  "tie_word_embeddings": True},
+    ),
+    # Queries are longer from the 256th token on, as the published ones' from the 16,384th.
+    "ministral3": (
+        "Ministral3",
+        {"rope_parameters": {
+            "rope_type": "yarn", "type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0,
+            "original_max_position_embeddings": 256, "beta_fast": 32.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
+    ),
+    # Norms over all heads at once; half of each head is rotated.
+    "minimax_m2": (
+        "MiniMaxM2",
+        _ROPE | {"rotary_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+                 "shared_intermediate_size": 0, "scoring_func": "sigmoid", "use_qk_norm": True,
+                 "use_routing_bias": True},
     ),
     "gpt_oss": (
         "GptOss",
@@ -142,6 +157,13 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
                  "shared_expert_intermediate_size": 64, "mlp_only_layers": [0, 1, 2],
                  "decoder_sparse_step": 1, "full_attention_interval": 2},
     ),
+    "qwen3_5": (
+        "Qwen3_5",
+        _ROPE | {"layer_types": ["linear_attention", "full_attention"] * 2,
+                 "linear_num_value_heads": 3, "linear_num_key_heads": 1, "linear_key_head_dim": 128,
+                 "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+                 "full_attention_interval": 2, "mamba_ssm_dtype": "float32"},
+    ),
     "qwen3_5_moe": (
         "Qwen3_5Moe",
         _ROPE | {"layer_types": ["linear_attention", "full_attention"] * 2,
@@ -184,12 +206,22 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
                  "n_shared_experts": 1, "routed_scaling_factor": 1.0, "topk_method": "noaux_tc",
                  "scoring_func": "sigmoid", "norm_topk_prob": True},
     ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        _ROPE | {"kv_lora_rank": 512, "q_lora_rank": 64, "qk_rope_head_dim": 64,
+                 "qk_nope_head_dim": 32, "v_head_dim": 48, "num_key_value_heads": 4,
+                 "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                 "moe_intermediate_size": 64, "first_k_dense_replace": 1, "head_dim": 64,
+                 "n_shared_experts": 1, "routed_scaling_factor": 1.8, "norm_topk_prob": True,
+                 "num_nextn_predict_layers": 0},
+    ),
 }  # fmt: skip
 
 
 #: What is not compared token by token: the two sides' caches differ (and a test of its own says
-#: how that goes), vLLM's CPU build lacks Mamba 1, its file of the model imports torchvision.
-NOT_COMPARED: Final = ("mistral-window", "jamba", "qwen3_5_moe")
+#: how that goes); vLLM's CPU build lacks Mamba 1 and MiniMax's routing; its file of Qwen3.5 imports
+#: torchvision.
+NOT_COMPARED: Final = ("mistral-window", "jamba", "minimax_m2", "qwen3_5", "qwen3_5_moe")
 
 
 def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **others: Any) -> Path:
@@ -219,6 +251,12 @@ def configuration(family: str) -> dict[str, Any]:
     config = _configuration(family, {}).to_dict()
     _spell(config)
     return config
+
+
+def as_transformers_writes(family: str, **others: Any) -> dict[str, Any]:
+    """The same, and all else that is in it, as mlx-lm does not read it."""
+    found: dict[str, Any] = _configuration(family, others).to_dict()
+    return found
 
 
 def _configuration(family: str, others: dict[str, Any]) -> Any:
@@ -271,6 +309,8 @@ def _spell(config: dict[str, Any]) -> None:
         full, local = rope.get("full_attention"), rope.get("sliding_attention")
         if full:
             config.setdefault("rope_theta", full["rope_theta"])
+            if full.get("rope_type", "default") != "default":
+                config.setdefault("rope_scaling", full)
         if local:
             config.setdefault("rope_local_base_freq", local["rope_theta"])
     elif rope:

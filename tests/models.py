@@ -21,7 +21,7 @@ VOCABULARY = 49_152
 SPECIAL_TOKENS = 17
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-_SHARED: dict[str, Any] = {
+SHARED: dict[str, Any] = {
     "attention_bias": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -42,7 +42,7 @@ def tiny_llama(path: Path, dtype: str = "float32", seed: int = 0, **overrides: A
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 32}
-    model = LlamaForCausalLM(LlamaConfig(**{**_SHARED, **shape, **overrides}))
+    model = LlamaForCausalLM(LlamaConfig(**{**SHARED, **shape, **overrides}))
     return _write(model, path, dtype, seed)
 
 
@@ -51,19 +51,20 @@ def tiny_qwen3(path: Path, dtype: str = "float32", seed: int = 0, **overrides: A
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 64}
-    model = Qwen3ForCausalLM(Qwen3Config(**{**_SHARED, **shape, **overrides}))
+    model = Qwen3ForCausalLM(Qwen3Config(**{**SHARED, **shape, **overrides}))
     return _write(model, path, dtype, seed)
 
 
 def _fuzzed_llama(path: Path) -> Path:
-    return tiny_llama(path, num_hidden_layers=2)
+    """Its rows can be quantised."""
+    return tiny_llama(path, num_hidden_layers=2, num_attention_heads=4, head_dim=64)
 
 
 #: Writers of the models that are kept in the user's cache, by their names there.
 MODELS: dict[str, Callable[[Path], Path]] = {
     "tiny-llama": tiny_llama,
     "tiny-qwen3": tiny_qwen3,
-    "fuzz-llama": _fuzzed_llama,
+    "fuzz-llama-64": _fuzzed_llama,
 }
 
 

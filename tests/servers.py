@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import httpx
 
 from tests.conftest import free_port
+from tests.warm import RECEIVER, VLLM, Forked, forker, possible
 
 BIN = Path(sys.executable).parent
 START_SECONDS = 240.0
@@ -29,17 +30,32 @@ class Server:
     #: Those of this run, the oldest first.
     started: ClassVar[list[Server]] = []
 
-    def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        env: dict[str, str] | None = None,
+        imported: tuple[str, ...] = (),
+        inside: tuple[str, ...] = (),
+    ) -> None:
+        """``imported`` is what it need not import itself if it is a Python script, see
+        ``tests.warm``; ``inside`` precedes the command, such as ``ip netns exec NAME``."""
         self.log = log
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
-                start_new_session=True,
-            )
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
+        self.process: subprocess.Popen[bytes] | Forked
+        *how, network = inside or ("",)
+        if imported and possible() and how in ([], ["ip", "netns", "exec"]):
+            self.process = forker(imported).start(command, log, environment, network)
+        else:
+            with log.open("wb") as output:
+                self.process = subprocess.Popen(
+                    [*inside, *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
         self.started.append(self)
 
     def wait_healthy(self, url: str, seconds: float = START_SECONDS) -> None:
@@ -143,18 +159,21 @@ def start_receiver(
     args: tuple[str, ...] = (),
     inside: tuple[str, ...] = (),
     key: str = "",
+    fresh: bool = False,
 ) -> Receiver:
     """Start a receiver in fp32 and wait until it is ready; ``inside`` precedes its command, ``key``
-    is its API key, if it has one."""
+    is its API key, if it has one, and ``fresh`` is as for ``start_vllm``."""
     port, http_port = port or free_port(), http_port or free_port()
     command = [
-        *inside, str(BIN / "mlx-receiver"), "start", "--model", str(model), "--dtype", "float32",
+        str(BIN / "mlx-receiver"), "start", "--model", str(model), "--dtype", "float32",
         "--host", host, "--port", str(port), "--http-port", str(http_port), "--no-discovery",
         *args,
     ]  # fmt: skip
     if key:
         command += ["--api-key", key]
-    receiver = Receiver(Server(command, log), port, http_port, host, key)
+    imported = () if fresh else RECEIVER
+    server = Server(command, log, imported=imported, inside=inside)
+    receiver = Receiver(server, port, http_port, host, key)
     try:
         receiver.server.wait_healthy(f"{receiver.url}/health", 120)
     except BaseException:
@@ -224,8 +243,10 @@ def start_vllm(
     args: tuple[str, ...] = (),
     env: dict[str, str] | None = None,
     wait: bool = True,
+    fresh: bool = False,
 ) -> Vllm:
-    """Start ``vllm serve`` in fp32, with the connector if a receiver's address is given."""
+    """Start ``vllm serve`` in fp32, with the connector if a receiver's address is given. One that
+    is ``fresh`` imports everything itself, three times, as it does for its users."""
     port = free_port()
     connector = ["--kv-connector", "mac_decode"] if receiver is not None else []
     command = [
@@ -239,7 +260,8 @@ def start_vllm(
         # What is not about stalls must not depend on how busy the machine is.
         "MAC_DECODE_STALL_TIMEOUT": "20",
     }
-    server = Server(command, log, environment | (env or {}))
+    imported = () if fresh else VLLM
+    server = Server(command, log, environment | (env or {}), imported)
     vllm = Vllm(server, port)
     if wait:
         try:
@@ -258,15 +280,28 @@ def pair(
     args: tuple[str, ...] = (),
     receiver_args: tuple[str, ...] = (),
     env: dict[str, str] | None = None,
+    front_door: bool = False,
+    fresh: bool = False,
 ) -> Iterator[tuple[Vllm, Receiver]]:
-    """Both servers for one model, connected."""
+    """Both servers for one model, connected; with ``front_door`` vLLM prefills for the receiver;
+    ``fresh`` is as for ``start_vllm``."""
     port = free_port()
     # Both start at once: the connector waits for its receiver.
     vllm = start_vllm(
-        model, logs / "vllm.log", receiver=f"127.0.0.1:{port}", args=args, env=env, wait=False
+        model,
+        logs / "vllm.log",
+        receiver=f"127.0.0.1:{port}",
+        args=args,
+        env=env,
+        wait=False,
+        fresh=fresh,
     )
+    if front_door:
+        receiver_args += ("--prefill", vllm.url)
     try:
-        receiver = start_receiver(model, logs / "receiver.log", port=port, args=receiver_args)
+        receiver = start_receiver(
+            model, logs / "receiver.log", port=port, args=receiver_args, fresh=fresh
+        )
         try:
             vllm.wait_healthy()
             vllm.wait_connected(receiver)

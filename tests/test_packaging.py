@@ -125,8 +125,10 @@ def test_the_receiver_never_imports_the_vllm_half() -> None:
 
 
 def test_the_vllm_half_knows_only_the_wire_of_the_receiver() -> None:
-    """And what both sides share: how they find each other and pair, how settings become options."""
-    shared = ("wire", "transports", "plugins", "options", "settings", "discovery", "pairing")
+    """And what both sides share: how they find each other and pair, how settings become options,
+    what a request costs."""
+    shared = ("wire", "transports", "plugins", "options", "settings", "discovery", "pairing",
+              "planning")  # fmt: skip
     assert [
         (source.name, name)
         for source, name in imported_names("vllm_mac_decode")

@@ -26,9 +26,10 @@ from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
 from mlx_receiver import plugins
+from mlx_receiver.planning.cost import Strategy
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import merged
-from mlx_receiver.wire.messages import MAX_NAME
+from mlx_receiver.wire.ranges import MAX_NAME
 from mlx_receiver.wire.signature import signature_from_config
 from vllm_mac_decode import settings
 from vllm_mac_decode.engine import adapter, weights
@@ -36,7 +37,8 @@ from vllm_mac_decode.metadata import StepExports, WorkerNews, WorkerReport
 from vllm_mac_decode.scheduler import eligibility
 from vllm_mac_decode.scheduler.export_plan import ExportPlan
 from vllm_mac_decode.scheduler.fleet import Fleet
-from vllm_mac_decode.scheduler.relay import ROUTER_KEY, Relay
+from vllm_mac_decode.scheduler.relay import Relay
+from vllm_mac_decode.scheduler.step_outputs import ROUTER_KEY
 from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_from
 from vllm_mac_decode.worker.exporter import Exporter
 from vllm_mac_decode.worker.layers import exported_layers, updates_before_hook
@@ -245,6 +247,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         layout = merged([report.layers for report in reports])
         self.relay.engine = adapter.EngineAdapter(core)
         self.relay.vocab_size = signature.vocab_size
+        if self.relay.engine.machine is not None:
+            self.relay.profiling.begin(self.relay.engine.machine)
         self.relay.layout = layout
         model = str(self._vllm_config.model_config.model)
         me = Introduction(
@@ -260,11 +264,9 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_guarded(lambda: None)
     def on_new_request(self, request: Request) -> None:
-        """vLLM accepted a request."""
+        """vLLM accepted a request: the relay has seen it before (``engine.adapter``)."""
         if not self._attached:  # no busy loop runs this engine: say once that nothing can be done
             self.attach_engine(None)
-        if self.relay is not None and not self._fault:
-            self.relay.on_new_request(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -281,13 +283,17 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepExports:
         """What the workers export in this step."""
         relay, plan = self.relay, self._plan
+        if relay is not None:
+            relay.steps()
         if relay is None or plan is None or self._fault:
             return StepExports()
         for new in scheduler_output.scheduled_new_reqs:
-            session = relay.scheduled(new.req_id)
+            session = relay.scheduled(new.req_id, new.num_computed_tokens)
             if session is not None:
-                plan.add(new.req_id, session.session, session.request.num_prompt_tokens)
-        for request_id in plan.preempted(scheduler_output):
+                tokens, meets = session.request.num_prompt_tokens, session.strategy is Strategy.MEET
+                plan.add(new.req_id, session.session, tokens, session.codec, from_end=meets)
+        taken = set(scheduler_output.preempted_req_ids or ())
+        for request_id in taken.union(plan.preempted(scheduler_output)):
             relay.preempted(request_id)
             plan.drop(request_id)
         # A session may end at any moment: a span that is withheld must not count as announced.
@@ -317,11 +323,13 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(lambda: False)
     def has_pending_push_work(self) -> bool:
         """Whether the engine must step although no request of its own asks for it: once for every
-        session that ended, for the workers and the metrics, and while it waits for every response
-        to end."""
+        session that ended, or that vLLM never had, for the workers and the metrics, and while it
+        waits for every response to end. vLLM asks it when it has nothing else to do, on its own
+        thread."""
         relay = self.relay
         if relay is None or relay.engine is None or self._fault:
             return False
+        relay.rest()
         return relay.has_news() or (relay.engine.draining and relay.busy())
 
     def request_finished_all_groups(

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mlx_receiver.wire.messages import DataTicket, Endpoint
+from mlx_receiver.wire.quantised import RAW
 
 
 @dataclass(frozen=True)
 class ExportSpan:
     """Tokens ``start`` to ``end`` of one request's ``prompt_tokens``, to be exported in every layer
-    of this step.
+    of this step, in the session's ``codec``.
 
     ``block_ids`` are the scheduler's blocks that hold them, of each KV cache group: the first one
     holds token ``start - start % block_size``. Of a layer with a window some may be void, those of
-    tokens that nobody needs any more.
+    tokens that nobody needs any more. ``from_end``: the last tokens leave first.
     """
 
     session: int
@@ -23,6 +24,8 @@ class ExportSpan:
     end: int
     prompt_tokens: int
     block_ids: list[list[int]]
+    codec: str = RAW
+    from_end: bool = False
 
 
 @dataclass(frozen=True)

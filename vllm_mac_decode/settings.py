@@ -59,14 +59,60 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             "second when the first holds the export up, on links beyond 25 Gbit/s."
         ),
     ] = "auto"
+    codec: Annotated[
+        Literal["raw", "q8", "q4", "auto"],
+        Meta(
+            description="How K and V travel: raw, as they are; q8 or q4, quantised to 8 or 4 bits "
+            "(MLX's affine quantisation, groups of 64), in about a half or a quarter of the bytes "
+            "of 16-bit numbers, for slow links; responses differ, with q8 hardly; auto: q8 for "
+            "requests that are predicted to end clearly sooner with it, raw for the others."
+        ),
+    ] = "raw"
     enabled: Annotated[
         bool, Meta(description="false: everything decodes locally, as without the connector.")
     ] = True
+    offload: Annotated[
+        Literal["auto", "always", "never", "mac", "meet"],
+        Meta(
+            description="Who does what: auto: whichever is predicted to be the fastest for a "
+            "request, until both sides know how fast they are as always; always: vLLM prefills, "
+            "the receiver decodes; never: vLLM does both; mac: the receiver does both; meet: it "
+            "computes a prompt's beginning while vLLM sends the rest."
+        ),
+    ] = "auto"
+    offload_threshold: Annotated[
+        int,
+        Meta(
+            description="Prompts of which vLLM would have to compute fewer tokens than this, as "
+            "it has cached the others, decode locally."
+        ),
+    ] = 0
     proof: Annotated[
         bool,
         Meta(
             description="false: hand off without having compared the two engines' caches of some "
             "tokens first."
+        ),
+    ] = True
+    shadow_prefill: Annotated[
+        bool,
+        Meta(
+            description="false: vLLM does not prefill, while it is idle, what a receiver has "
+            "decoded: a conversation's next turn has the last answer prefilled again."
+        ),
+    ] = True
+    shadow_chunk: Annotated[
+        int,
+        Meta(
+            description="Tokens that vLLM prefills of that in one step, rounded to blocks: a "
+            "request that arrives during such a step waits for its end."
+        ),
+    ] = 256
+    profile: Annotated[
+        bool,
+        Meta(
+            description="false: vLLM does not measure once, while it is idle, how fast it is; what "
+            "was measured before is used in any case."
         ),
     ] = True
     min_prompt_tokens: Annotated[int, Meta(description="Shorter prompts decode locally.")] = 1
@@ -120,8 +166,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError("queue_timeout must be at least 0 seconds")
         if self.streams != "auto" and not 0 < self.streams <= 16:
             raise ValueError('streams must be 1 to 16, or "auto"')
+        if not 1 <= self.shadow_chunk <= 65536:
+            raise ValueError("shadow_chunk must be 1 to 65536 tokens")
         if self.staging_mib < 16:
             raise ValueError("staging_mib must be at least 16")
+        if self.offload_threshold < 0:
+            raise ValueError("offload_threshold must be at least 0 tokens")
         if self.min_output_tokens < 2:
             raise ValueError("min_output_tokens must be at least 2")
 

@@ -18,12 +18,25 @@ _COUNTERS = {
     "aborted": "Handed-off requests that were aborted",
     "tokens": "Output tokens decoded by the receiver",
     "kv_bytes": "Bytes of KV that became resident on the receiver",
+    "computed_bytes": "Bytes of KV that the receiver computed while the rest of it was sent",
+    "held_tokens": "Prompt tokens whose KV the receiver still held from earlier texts",
+    "computed_tokens": "Prompt tokens that the receiver prefilled",
+    "shadow_tokens": "Tokens that an idle vLLM prefilled of what the receiver decoded",
 }
 #: name -> help, for the counters with a reason label.
 _BY_REASON = {
     "local": "Requests decoded locally from the start, by reason",
     "fallbacks": "Hand-offs that went on locally, by reason",
+    "shadow_skipped": "Shadow prefills that were given up or put off, by reason",
 }
+#: The counter with a label for each of two things; ``name:strategy:reason`` in the counts.
+_PLANS = ("plans", "Requests that could be handed off, by what was chosen and why")
+#: The histogram of a ratio: its help and buckets.
+_PLAN_ERROR = (
+    "plan_error",
+    "Seconds that requests took, over those that their plan had predicted",
+    [0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2.0, 4.0],
+)
 #: name -> help and buckets in seconds, for the histograms.
 _TIMES = {
     "handoff_gap": (
@@ -60,6 +73,8 @@ class MacDecodeStats(KVConnectorStats):
         for name in _TIMES:
             if seconds := self.data.get(name):
                 numbers[f"mean_{name}_ms"] = round(1000 * sum(seconds) / len(seconds), 2)
+        if ratios := self.data.get(_PLAN_ERROR[0]):
+            numbers["mean_plan_error"] = round(sum(ratios) / len(ratios), 2)
         return numbers
 
     def is_empty(self) -> bool:
@@ -73,9 +88,15 @@ def stats_from(relay: Relay) -> MacDecodeStats | None:
     data: dict[str, Any] = dict(counts.events)
     data |= {f"local:{reason}": n for reason, n in counts.local.items()}
     data |= {f"fallbacks:{reason}": n for reason, n in counts.fallbacks.items()}
-    for name, seconds in (("handoff_gap", counts.handoff_gaps), ("relay", counts.relay_times)):
-        if seconds:
-            data[name] = list(seconds)
+    data |= {f"shadow_skipped:{reason}": n for reason, n in counts.skipped.items()}
+    data |= {f"plans:{what}": n for what, n in counts.plans.items()}
+    for name, values in (
+        ("handoff_gap", counts.handoff_gaps),
+        ("relay", counts.relay_times),
+        (_PLAN_ERROR[0], counts.plan_errors),
+    ):
+        if values:
+            data[name] = list(values)
     return MacDecodeStats(data=data) if data else None
 
 
@@ -104,6 +125,17 @@ class MacDecodePromMetrics(KVConnectorPromMetrics):
             )
             for name, text in _BY_REASON.items()
         }
+        self._plans = self._counter_cls(
+            name=f"vllm:mac_decode_{_PLANS[0]}",
+            documentation=_PLANS[1],
+            labelnames=[*labelnames, "strategy", "reason"],
+        )
+        self._plan_error = self._histogram_cls(
+            name=f"vllm:mac_decode_{_PLAN_ERROR[0]}_ratio",
+            documentation=_PLAN_ERROR[1],
+            buckets=_PLAN_ERROR[2],
+            labelnames=labelnames,
+        )
         self._times = {
             name: self._histogram_cls(
                 name=f"vllm:mac_decode_{name}_seconds",
@@ -122,6 +154,11 @@ class MacDecodePromMetrics(KVConnectorPromMetrics):
             if name in self._times:
                 for seconds in value:
                     self._times[name].labels(*values).observe(seconds)
+            elif name == _PLAN_ERROR[0]:
+                for ratio in value:
+                    self._plan_error.labels(*values).observe(ratio)
+            elif name == _PLANS[0]:
+                self._plans.labels(*values, *reason.split(":")).inc(value)
             elif reason:
                 self._reasons[name].labels(*values, reason).inc(value)
             else:

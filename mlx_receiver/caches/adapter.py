@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_receiver.wire.layout import LayerLayout, Part
+from mlx_receiver.wire.layout import Held, LayerLayout, Part
 
 __all__ = ["CARRIERS", "CacheAdapter", "LayerBuffers", "Rows", "mlx_dtype", "numbers", "wire_dtype"]
 
@@ -99,6 +99,20 @@ class LayerBuffers(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """An earlier text's cache of one layer, from which another text takes what they share.
+
+    It is of ``tokens`` tokens, and what is ``held`` of the other text is in it. Who has it
+    ``alone`` writes behind its last token, into its own memory.
+    """
+
+    cache: Any
+    tokens: int
+    held: Held
+    alone: bool
+
+
 class CacheAdapter(Protocol):
     """One kind of layer, registered through the hook ``mac_decode_cache_adapters``."""
 
@@ -124,3 +138,51 @@ class CacheAdapter(Protocol):
     def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
         """What the cache holds of so many tokens, as it travels: ``[heads, rows, width]`` for each
         part, in the layout's order."""
+
+
+class ResumingAdapter(CacheAdapter, Protocol):
+    """An adapter of caches whose texts can continue earlier ones: of a prompt that begins like an
+    earlier text only the rest has to travel."""
+
+    def kept(self, layer: LayerLayout, cache: Any) -> Any:
+        """What of a text's cache is worth keeping after its end; has ``nbytes``, or is None."""
+
+    def room(self, cache: Any) -> int | None:
+        """Tokens that what is kept has room for in its own memory; None where that does not
+        matter."""
+
+    def resume(
+        self, layer: LayerLayout, before: Before, tokens: int, headroom: int
+    ) -> LayerBuffers:
+        """As ``allocate``, with the rows in place that are held (``wire.layout.Held``)."""
+
+
+class BranchingAdapter(ResumingAdapter, Protocol):
+    """An adapter of caches whose first rows stay what they are while a text is decoded: another
+    prompt can begin with them before that text has ended."""
+
+    def beginning(self, layer: LayerLayout, cache: Any, tokens: int) -> Any:
+        """What ``kept`` would be of the text's first ``tokens`` alone, in memory of its own. On the
+        decoding thread; ``cache`` is one text's, and holds more than those."""
+
+
+def resuming(adapter: CacheAdapter) -> ResumingAdapter | None:
+    """The adapter, if its texts can continue earlier ones. A subclass that allocates in its own way
+    must resume in its own way, too."""
+    for kind in type(adapter).__mro__:
+        if "resume" in vars(kind):
+            return cast(ResumingAdapter, adapter)
+        if "allocate" in vars(kind):
+            return None
+    return None
+
+
+def branching(adapter: CacheAdapter) -> BranchingAdapter | None:
+    """The adapter, if other texts can begin like one that is decoded; of a subclass see
+    ``resuming``."""
+    for kind in type(adapter).__mro__:
+        if "beginning" in vars(kind):
+            return cast(BranchingAdapter, adapter)
+        if "resume" in vars(kind) or "allocate" in vars(kind):
+            return None
+    return None

@@ -8,15 +8,17 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.models.cache import ChunkedKVCache
 
+from mlx_receiver.caches.adapter import Before
 from mlx_receiver.caches.cuda_staging import staging
 from mlx_receiver.caches.plain import STEP, PlainKVBuffers, capacity, keys_and_values
+from mlx_receiver.caches.window import LastTokensKV, shared_rows
 from mlx_receiver.wire.layout import CHUNK, LayerLayout, chunked
 
 #: Tokens of a prompt that are computed in one step, at most (``decode/batch.py``).
 _AT_ONCE: Final = 2048
 
 
-class ChunkKV:
+class ChunkKV(LastTokensKV):
     """See ``CacheAdapter``. mlx-lm has no batch of such caches."""
 
     kind = CHUNK
@@ -36,13 +38,27 @@ class ChunkKV:
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> PlainKVBuffers:
         """See ``CacheAdapter.allocate``."""
+        return self._buffers(layer, None, tokens, headroom)
+
+    def resume(
+        self, layer: LayerLayout, before: Before, tokens: int, headroom: int
+    ) -> PlainKVBuffers:
+        """See ``ResumingAdapter.resume``."""
+        cache = before.cache
+        arrays = (cache.keys, cache.values)
+        shared = shared_rows(layer, before, tokens, cache.start_position, arrays)
+        return self._buffers(layer, shared, tokens, headroom)
+
+    def _buffers(
+        self, layer: LayerLayout, before: list[mx.array] | None, tokens: int, headroom: int
+    ) -> PlainKVBuffers:
         chunk, first = _chunk(layer), layer.parts[0].first(tokens)
 
         def hold(keys: mx.array, values: mx.array) -> ChunkedKVCache:
             return ChunkedKVCache.from_state((keys, values, tokens, chunk, first))
 
         room = min(capacity(tokens - first, headroom), capacity(chunk, STEP))
-        return PlainKVBuffers(layer, room, staging(), hold)
+        return PlainKVBuffers(layer, room, staging(), hold, before)
 
     def empty(self, layer: LayerLayout) -> Any:
         """See ``CacheAdapter.empty``."""

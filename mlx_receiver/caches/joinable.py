@@ -49,6 +49,12 @@ class JoinableBatchKVCache(BatchKVCache):
         super().__init__(left_padding)
         self.padded = any(left_padding)
 
+    def extract(self, idx: int) -> KVCache:
+        """One row's cache. That of the only one is not copied: it must leave the batch."""
+        if self.offset.shape[0] > 1 or self.padded or self._right_padding is not None:
+            return super().extract(idx)
+        return JoinableKVCache.holding(self.keys, self.values, self._idx)
+
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep the given rows."""
         if list(batch_indices) == list(range(self.offset.shape[0])):

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_receiver.caches.adapter import wire_dtype
-from mlx_receiver.caches.model import CacheBuffers, ModelCache, UnknownCache, known_layout
+from mlx_receiver.caches.model import CacheBuffers, Earlier, ModelCache, UnknownCache, known_layout
 from mlx_receiver.wire.layout import DTYPES, MAX_PARTS, CacheLayout, LayerLayout, Part
 
 
@@ -27,7 +27,18 @@ class LocalCache(ModelCache):
         """See ``ModelCache.nbytes``."""
         return self.layout.nbytes(tokens + headroom, itemsize)
 
-    def allocate(self, layout: CacheLayout, tokens: int, headroom: int) -> CacheBuffers:
+    @property
+    def branches(self) -> bool:
+        """Nothing is kept."""
+        return False
+
+    def resumes(self, layout: CacheLayout) -> bool:
+        """Nothing is kept."""
+        return False
+
+    def allocate(
+        self, layout: CacheLayout, tokens: int, headroom: int, before: Earlier | None = None
+    ) -> CacheBuffers:
         """Nothing can arrive. Raises UnknownCache."""
         raise UnknownCache("nothing is known of this model's cache")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Final
+from collections.abc import Callable
+from typing import Final, Protocol
 
 from mlx_receiver.caches.model import ModelCache
 from mlx_receiver.wire.messages import E_CAPACITY, WireError
@@ -15,6 +16,17 @@ HEADROOM: Final = 512
 
 #: What a prompt's token takes as a Python integer in this receiver's and mlx-lm's lists.
 _LISTED_BYTES: Final = 64
+
+
+class Kept(Protocol):
+    """What takes memory only while nobody else needs it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, at most."""
+
+    def reclaim(self) -> bool:
+        """Give some of it back; False when there is nothing left."""
 
 
 class Budget:
@@ -32,6 +44,10 @@ class Budget:
         self.total = 0
         #: Bytes of messages that wait for slow clients.
         self.queued = 0
+        #: What may be given up when there is no room.
+        self.kept: Kept | None = None
+        #: Told, by any thread, that something did not fit: what was borrowed is wanted back.
+        self.short: Callable[[], None] | None = None
 
     def configure(self, cache: ModelCache, total: int) -> None:
         """What is known once the model is loaded."""
@@ -50,15 +66,24 @@ class Budget:
         return max(0, self.total - self._reserved - self.queued)
 
     def reserve(
-        self, tokens: int, output_tokens: int, itemsize: int = 0, extra: int = 0
+        self,
+        tokens: int,
+        output_tokens: int,
+        itemsize: int = 0,
+        extra: int = 0,
+        there: int = 0,
+        spare: int = 0,
     ) -> Reservation:
         """Memory for a prompt, the first of its output, and ``extra`` bytes beside them.
 
-        ``itemsize`` is that of the numbers that arrive. Raises WireError (``capacity``).
+        ``itemsize`` is that of the numbers that arrive, ``there`` bytes are reserved already, and
+        ``spare`` tokens more are to have room.
+        Raises WireError (``capacity``).
         """
         width = max(self._itemsize, itemsize)
         extra += tokens * _LISTED_BYTES
-        need = self._kv_bytes(tokens, min(output_tokens, HEADROOM), width) + extra
+        headroom = min(output_tokens, HEADROOM) + spare
+        need = max(0, self._kv_bytes(tokens, headroom, width) - there) + extra
         reservation = Reservation(self, extra)
         if not reservation.take(need):
             raise WireError(
@@ -66,6 +91,15 @@ class Budget:
                 f"{tokens} tokens need {need >> 20} MiB of KV memory; "
                 f"{self.free >> 20} of {self.total >> 20} MiB are free (--kv-memory)",
             )
+        return reservation
+
+    def borrow(self, nbytes: int) -> Reservation | None:
+        """So many bytes for what nobody waits for: nothing makes room for it. None where they are
+        not free."""
+        if not self._add(nbytes):
+            return None
+        reservation = Reservation(self, 0)
+        reservation.nbytes = nbytes
         return reservation
 
     def kv_bytes(self, tokens: int) -> int:
@@ -77,6 +111,15 @@ class Budget:
 
     def add(self, nbytes: int) -> bool:
         """Take or, below 0, give back that many bytes; False, and nothing, if they do not fit."""
+        while not self._add(nbytes):
+            kept = self.kept
+            if kept is None or nbytes > self.free + kept.nbytes or not kept.reclaim():
+                if (short := self.short) is not None:  # who sets it may end meanwhile
+                    short()
+                return False
+        return True
+
+    def _add(self, nbytes: int) -> bool:
         with self._lock:
             if nbytes > 0 and self._reserved + self.queued + nbytes > self.total:
                 return False
@@ -97,6 +140,7 @@ class Reservation:
         self._extra = extra
         self._lock = threading.Lock()
         self._holders = 1
+        self._finally: Callable[[], None] | None = None
         self.nbytes = 0
 
     def hold(self) -> bool:
@@ -113,6 +157,13 @@ class Reservation:
             if not self._holders:
                 self._budget.add(-self.nbytes)
                 self.nbytes = 0
+            last = not self._holders
+        if last and self._finally is not None:
+            self._finally()
+
+    def finally_do(self, action: Callable[[], None] | None) -> None:
+        """Let this be done when the last holder has let go, and nothing else."""
+        self._finally = action
 
     def take(self, nbytes: int, beside: bool = False) -> bool:
         """Take that many more bytes, for K and V or ``beside`` them; False if they do not fit."""
@@ -124,12 +175,32 @@ class Reservation:
             return True
 
     def give_back(self, nbytes: int) -> None:
-        """Give back some of what was taken beside K and V."""
+        """Give back some of what was taken beside K and V, if that has not been done."""
         with self._lock:
+            nbytes = min(nbytes, self._extra)
             if self._holders:
                 self._budget.add(-nbytes)
                 self.nbytes -= nbytes
                 self._extra -= nbytes
+
+    def resize(self, nbytes: int) -> bool:
+        """Have exactly that many bytes; False, and what there was, if they do not fit."""
+        with self._lock:
+            more = nbytes - self.nbytes
+            if not self._holders or not self._budget.add(more):
+                return False
+            self.nbytes, self._extra = nbytes, 0
+            return True
+
+    def absorb(self, other: Reservation) -> None:
+        """Have what the other one has: it has nothing any more."""
+        with other._lock:
+            nbytes, other.nbytes = other.nbytes, 0
+        with self._lock:
+            if self._holders:
+                self.nbytes += nbytes
+            else:
+                self._budget.add(-nbytes)
 
     def grow(self, tokens: int) -> bool:
         """Have room for a cache of that many tokens; False when they do not fit."""

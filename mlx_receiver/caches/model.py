@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -10,14 +11,36 @@ from mlx_lm.models.cache import CacheList
 from numpy.typing import NDArray
 
 from mlx_receiver import plugins
-from mlx_receiver.caches.adapter import CacheAdapter, LayerBuffers, Rows, mlx_dtype
-from mlx_receiver.caches.side_by_side import SideBySide
-from mlx_receiver.wire.layout import CacheLayout, LayerLayout, beside, checked
+from mlx_receiver.caches.adapter import (
+    Before,
+    CacheAdapter,
+    LayerBuffers,
+    Rows,
+    branching,
+    mlx_dtype,
+    resuming,
+)
+from mlx_receiver.caches.side_by_side import side_by_side
+from mlx_receiver.wire.layout import ITEMSIZE, CacheLayout, Held, LayerLayout, Part, beside, checked
 from mlx_receiver.wire.messages import E_INTERNAL, WireError
 
 
 class UnknownCache(Exception):
     """No adapter is there for a layer; the text says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """An earlier text's caches, one a layer; see ``Before``."""
+
+    caches: Sequence[Any]
+    tokens: int
+    held: Held
+    alone: bool
+
+    def of(self, layer: int) -> Before:
+        """One layer's."""
+        return Before(self.caches[layer], self.tokens, self.held, self.alone)
 
 
 class CacheBuffers:
@@ -33,12 +56,14 @@ class CacheBuffers:
         adapters: Sequence[CacheAdapter],
         tokens: int,
         headroom: int,
+        before: Earlier | None = None,
     ) -> None:
         """Its first layer is allocated, the others are not; ``own`` is the layout that it is
-        decoded in, and ``adapters`` has one for each layer."""
+        decoded in, and ``adapters`` has one for each layer. It begins with what ``before`` has."""
         self._layout = layout
         self._own = own
         self._adapters = adapters
+        self._before = before
         self._tokens, self._headroom = tokens, headroom
         self._made: list[LayerBuffers] = []
         self.grow()
@@ -53,8 +78,17 @@ class CacheBuffers:
         index = self.layers
         if index == len(self._layout.layers):
             return False
-        layer = self._layout.layers[index]
-        self._made.append(self._adapters[index].allocate(layer, self._tokens, self._headroom))
+        layer, adapter = self._layout.layers[index], self._adapters[index]
+        if self._before is None:
+            buffers = adapter.allocate(layer, self._tokens, self._headroom)
+        else:
+            found = resuming(adapter)
+            assert found is not None  # see ``ModelCache.resumes``
+            earlier = self._before.of(index)
+            buffers = found.resume(layer, earlier, self._tokens, self._headroom)
+        self._made.append(buffers)
+        if self.layers == len(self._layout.layers):
+            self._before = None
         return True
 
     def part(self, layer: int, part: int) -> NDArray[Any]:
@@ -94,7 +128,9 @@ class ModelCache:
             found = [member for member in members if member is not None]
             if len(found) < len(members):
                 raise UnknownCache(f"layer {index} is of the kind {layer.kind!r}")
-            self._adapters.append(found[0] if len(found) == 1 else SideBySide(found))
+            self._adapters.append(found[0] if len(found) == 1 else side_by_side(found))
+        self._resuming = [resuming(adapter) for adapter in self._adapters]
+        self._branching = [branching(adapter) for adapter in self._adapters]
         #: Whether several such caches can be decoded in one step.
         self.batched = all(getattr(adapter, "batched", True) for adapter in self._adapters)
         #: Equal layers together: a budget asks for the sum at every step.
@@ -123,10 +159,89 @@ class ModelCache:
                 f"how much memory {tokens} tokens take is not known: {error}",
             ) from error
 
-    def allocate(self, layout: CacheLayout, tokens: int, headroom: int) -> CacheBuffers:
+    def allocate(
+        self, layout: CacheLayout, tokens: int, headroom: int, before: Earlier | None = None
+    ) -> CacheBuffers:
         """Memory for a client's ``layout``, which differs from this model's in dtypes, and in
-        windows that are longer than the text (``CacheLayout.limit``)."""
-        return CacheBuffers(layout, self.layout, self._adapters, tokens, headroom)
+        windows that are longer than the text (``CacheLayout.limit``). It begins with what
+        ``before`` has, where the layout ``resumes``."""
+        return CacheBuffers(layout, self.layout, self._adapters, tokens, headroom, before)
+
+    def resumes(self, layout: CacheLayout) -> bool:
+        """Whether a client's texts can continue earlier ones: every kind must know how, and what
+        arrives must be what is decoded, since both lie in one array."""
+        return None not in self._resuming and all(
+            theirs.dtype == mine.dtype and theirs.scale == 1.0
+            for of_theirs, of_mine in zip(layout.layers, self.layout.layers, strict=True)
+            for theirs, mine in zip(of_theirs.parts, of_mine.parts, strict=True)
+            if mine.by_token
+        )
+
+    def kept(self, caches: Sequence[Any]) -> tuple[list[Any], int]:
+        """What of a text's caches is worth keeping, one a layer, and its bytes."""
+        found = [
+            adapter.kept(layer, cache) if adapter is not None else None
+            for adapter, layer, cache in zip(
+                self._resuming, self.layout.layers, caches, strict=True
+            )
+        ]
+        return found, sum(int(cache.nbytes) for cache in found if cache is not None)
+
+    @property
+    def branches(self) -> bool:
+        """Whether another text can begin like one that is decoded: its rows must not be lost to
+        later ones."""
+        return not any(
+            part.bounded or (part.by_token and adapter is None)
+            for adapter, layer in zip(self._branching, self.layout.layers, strict=True)
+            for part in layer.parts
+        )
+
+    def beginning(self, layer: int, cache: Any, tokens: int) -> Any:
+        """See ``BranchingAdapter.beginning``; None of a layer that keeps nothing."""
+        adapter = self._branching[layer]
+        return adapter and adapter.beginning(self.layout.layers[layer], cache, tokens)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether all of it has a row for each token: what a text left is of any of its
+        beginnings."""
+        return all(_lasts(part) for layer in self.layout.layers for part in layer.parts)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of a text's cache is kept."""
+        return all(part.by_token for layer in self.layout.layers for part in layer.parts)
+
+    def lasting_bytes(self, tokens: int) -> int:
+        """Bytes of so many tokens' rows in ``lasting_places``."""
+        parts = (self.layout.layers[layer].parts[index] for layer, index in self.lasting_places)
+        return sum(part.row * ITEMSIZE[part.dtype] for part in parts) * tokens
+
+    @property
+    def lasting_places(self) -> list[tuple[int, int]]:
+        """Layer and part of all that has a row for each token."""
+        return [
+            (number, index)
+            for number, layer in enumerate(self.layout.layers)
+            for index, part in enumerate(layer.parts)
+            if _lasts(part)
+        ]
+
+    def lasting(self, kept: Sequence[Any], tokens: int) -> dict[tuple[int, int], mx.array]:
+        """What was kept of a text of so many tokens in ``lasting_places``, each ``[heads, tokens,
+        width]``."""
+        places = self.lasting_places
+        parts = {number: self.parts(number, kept[number], tokens) for number, _ in places}
+        return {(number, index): parts[number][index] for number, index in places}
+
+    def room(self, kept: Sequence[Any]) -> int:
+        """Tokens that what was kept has room for in its own memory."""
+        rooms = [
+            adapter.room(cache) if adapter is not None else 0
+            for adapter, cache in zip(self._resuming, kept, strict=True)
+        ]
+        return min((room for room in rooms if room is not None), default=0)
 
     def empty(self) -> list[Any]:
         """Caches without tokens, one a layer."""
@@ -171,6 +286,10 @@ def known_layout(cache: Any) -> LayerLayout | None:
         except Exception as error:
             plugins.blame(plugins.named(adapter), "cannot say what a cache holds", error)
     return None
+
+
+def _lasts(part: Part) -> bool:
+    return part.by_token and not part.bounded
 
 
 def _layer(index: int, cache: Any) -> LayerLayout:

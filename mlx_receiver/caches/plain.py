@@ -10,7 +10,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
-from mlx_receiver.caches.adapter import CARRIERS, Rows, numbers, wire_dtype
+from mlx_receiver.caches.adapter import CARRIERS, Before, Rows, numbers, wire_dtype
 from mlx_receiver.caches.cuda_staging import Staging, staging
 from mlx_receiver.caches.joinable import JoinableKVCache
 from mlx_receiver.wire.layout import FULL, ITEMSIZE, KEYS, VALUES, LayerLayout, Part
@@ -40,6 +40,45 @@ class PlainKV:
             staging(),
             lambda keys, values: JoinableKVCache.holding(keys, values, tokens),
         )
+
+    def resume(
+        self, layer: LayerLayout, before: Before, tokens: int, headroom: int
+    ) -> PlainKVBuffers:
+        """See ``ResumingAdapter.resume``."""
+        arrays = [before.cache.keys, before.cache.values]
+        if not before.alone:
+            rows = layer.parts[0].start(tokens, before.held)
+            arrays = [array[:, :, :rows] for array in arrays]
+        return PlainKVBuffers(
+            layer,
+            capacity(tokens, headroom),
+            staging(),
+            lambda keys, values: JoinableKVCache.holding(keys, values, tokens),
+            arrays,
+            before.alone,
+        )
+
+    def room(self, cache: Any) -> int:
+        """See ``ResumingAdapter.room``."""
+        room: int = cache.keys.shape[2]
+        return room
+
+    def kept(self, layer: LayerLayout, cache: Any) -> Any:
+        """See ``ResumingAdapter.kept``."""
+        return cache
+
+    def beginning(self, layer: LayerLayout, cache: Any, tokens: int) -> Any:
+        """See ``BranchingAdapter.beginning``."""
+        # With a row more at least: a whole array would be shared, and copied at the next step.
+        rows = capacity(tokens, 1)
+        copies: list[mx.array] = []
+        for array in (cache.keys, cache.values):
+            _, heads, _, width = array.shape
+            rest = mx.zeros((1, heads, rows - tokens, width), array.dtype)
+            copies.append(mx.concatenate([array[:, :, :tokens], rest], axis=2))
+        mx.eval(copies)
+        keys, values = copies
+        return JoinableKVCache.holding(keys, values, tokens)
 
     def empty(self, layer: LayerLayout) -> Any:
         """See ``CacheAdapter.empty``."""
@@ -74,15 +113,23 @@ class PlainKVBuffers:
         capacity: int,
         staging: Staging | None,
         hold: Callable[[mx.array, mx.array], Any],
+        before: Sequence[mx.array] | None = None,
+        alone: bool = False,
     ) -> None:
-        """``hold`` makes the cache of finished keys and values."""
+        """``hold`` makes the cache of finished keys and values. They begin with what ``before``
+        holds; ``alone``: in its own memory."""
         self._hold = hold
         self._parts = layer.parts
         self._staging = staging
-        self._arrays = [
-            mx.zeros((1, part.heads, capacity, part.width), CARRIERS[ITEMSIZE[part.dtype]])
-            for part in layer.parts
-        ]
+        self._arrays = []
+        for index, part in enumerate(layer.parts):
+            carrier = CARRIERS[ITEMSIZE[part.dtype]]
+            first = before[index].view(carrier) if before is not None else None
+            if first is None or not alone:
+                rest = capacity - (0 if first is None else first.shape[2])
+                zeros = mx.zeros((1, part.heads, rest, part.width), carrier)
+                first = zeros if first is None else mx.concatenate([first, zeros], axis=2)
+            self._arrays.append(first)
         mx.eval(self._arrays)
         self._aliases: list[NDArray[Any]] = [
             np.array(array, copy=False)[0] for array in self._arrays

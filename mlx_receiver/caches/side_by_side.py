@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 from numpy.typing import NDArray
 
-from mlx_receiver.caches.adapter import CacheAdapter, LayerBuffers, Rows
+from mlx_receiver.caches.adapter import (
+    Before,
+    CacheAdapter,
+    LayerBuffers,
+    ResumingAdapter,
+    Rows,
+    resuming,
+)
 from mlx_receiver.wire.layout import LayerLayout, beside, sides
 
 
@@ -59,6 +67,63 @@ class SideBySide:
             for member, side, one in zip(self._members, sides(layer), cache.caches, strict=True)
             for part in member.parts(side, one, tokens)
         ]
+
+
+class ResumingSideBySide(SideBySide):
+    """See ``ResumingAdapter``; made of such adapters."""
+
+    def __init__(self, members: Sequence[ResumingAdapter]) -> None:
+        super().__init__(members)
+        self._resuming = members
+
+    def kept(self, layer: LayerLayout, cache: Any) -> CacheList:
+        """See ``ResumingAdapter.kept``."""
+        found = zip(self._resuming, sides(layer), cache.caches, strict=True)
+        kept = (member.kept(side, one) for member, side, one in found)
+        return CacheList(*(_Nothing() if one is None else one for one in kept))
+
+    def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
+        """See ``CacheAdapter.parts``; of what was not kept there is nothing."""
+        nothing = mx.zeros((0,))
+        return [
+            part
+            for member, side, one in zip(self._members, sides(layer), cache.caches, strict=True)
+            for part in (
+                [nothing] * len(side.parts)
+                if isinstance(one, _Nothing)
+                else member.parts(side, one, tokens)
+            )
+        ]
+
+    def room(self, cache: Any) -> int | None:
+        """See ``ResumingAdapter.room``."""
+        rooms = (m.room(one) for m, one in zip(self._resuming, cache.caches, strict=True))
+        return min((room for room in rooms if room is not None), default=None)
+
+    def resume(
+        self, layer: LayerLayout, before: Before, tokens: int, headroom: int
+    ) -> SideBySideBuffers:
+        """See ``ResumingAdapter.resume``."""
+        return SideBySideBuffers(
+            [
+                (member.resume(side, replace(before, cache=one), tokens, headroom), len(side.parts))
+                for member, side, one in zip(
+                    self._resuming, sides(layer), before.cache.caches, strict=True
+                )
+            ]
+        )
+
+
+def side_by_side(members: Sequence[CacheAdapter]) -> SideBySide:
+    """The adapter of layers that keep such caches."""
+    found = [known for member in members if (known := resuming(member)) is not None]
+    return ResumingSideBySide(found) if len(found) == len(members) else SideBySide(members)
+
+
+class _Nothing:
+    """A cache of which nothing is kept."""
+
+    nbytes = 0
 
 
 class SideBySideBuffers:

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_lm.models.cache import ArraysCache
 from numpy.typing import NDArray
 
-from mlx_receiver.caches.adapter import CARRIERS, Rows, numbers, wire_dtype
+from mlx_receiver.caches.adapter import CARRIERS, Before, Rows, numbers, wire_dtype
 from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, RECURRENT, LayerLayout, Part
 
 
@@ -41,6 +41,18 @@ class States:
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> StatesBuffers:
         """See ``CacheAdapter.allocate``."""
         return StatesBuffers(layer)
+
+    def resume(
+        self, layer: LayerLayout, before: Before, tokens: int, headroom: int
+    ) -> StatesBuffers:
+        """See ``ResumingAdapter.resume``: states of the whole text always travel."""
+        return StatesBuffers(layer)
+
+    def room(self, cache: Any) -> None:
+        """See ``ResumingAdapter.room``."""
+
+    def kept(self, layer: LayerLayout, cache: Any) -> None:
+        """See ``ResumingAdapter.kept``."""
 
     def empty(self, layer: LayerLayout) -> Any:
         """See ``CacheAdapter.empty``."""

@@ -3,17 +3,30 @@ window."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
+from mlx_receiver.caches.adapter import Before
 from mlx_receiver.caches.cuda_staging import staging
 from mlx_receiver.caches.plain import PlainKVBuffers, capacity, keys_and_values
 from mlx_receiver.wire.layout import WINDOW, LayerLayout, windowed
 
 
-class WindowKV:
+class LastTokensKV:
+    """What such a cache and one of a chunk's tokens have in common as ``ResumingAdapter``."""
+
+    def room(self, cache: Any) -> None:
+        """See ``ResumingAdapter.room``: what is shared is copied, at most a window."""
+
+    def kept(self, layer: LayerLayout, cache: Any) -> Any:
+        """See ``ResumingAdapter.kept``."""
+        return cache
+
+
+class WindowKV(LastTokensKV):
     """See ``CacheAdapter``."""
 
     kind = WINDOW
@@ -31,13 +44,30 @@ class WindowKV:
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> PlainKVBuffers:
         """See ``CacheAdapter.allocate``."""
+        return self._buffers(layer, None, tokens, headroom)
+
+    def resume(
+        self, layer: LayerLayout, before: Before, tokens: int, headroom: int
+    ) -> PlainKVBuffers:
+        """See ``ResumingAdapter.resume``."""
+        ordered = [
+            before.cache._temporal_order(array)
+            for array in (before.cache.keys, before.cache.values)
+        ]
+        oldest = before.tokens - ordered[0].shape[2]
+        shared = shared_rows(layer, before, tokens, oldest, ordered)
+        return self._buffers(layer, shared, tokens, headroom)
+
+    def _buffers(
+        self, layer: LayerLayout, before: list[mx.array] | None, tokens: int, headroom: int
+    ) -> PlainKVBuffers:
         window, held = _window(layer), layer.parts[0].tokens(tokens)
 
         def hold(keys: mx.array, values: mx.array) -> RotatingKVCache:
             # In temporal order, and the next token's place after the last one's.
             return RotatingKVCache.from_state((keys, values, tokens, 0, window, held))
 
-        return PlainKVBuffers(layer, _rows(layer, tokens, headroom), staging(), hold)
+        return PlainKVBuffers(layer, _rows(layer, tokens, headroom), staging(), hold, before)
 
     def empty(self, layer: LayerLayout) -> Any:
         """See ``CacheAdapter.empty``."""
@@ -49,6 +79,18 @@ class WindowKV:
         # In temporal order; a prefill leaves more than the window in it.
         ordered = (cache._temporal_order(array) for array in (cache.keys, cache.values))
         return [array[0, :, :tokens][:, -rows:] for array in ordered]
+
+
+def shared_rows(
+    layer: LayerLayout, before: Before, tokens: int, oldest: int, arrays: Sequence[mx.array]
+) -> list[mx.array] | None:
+    """What a text of ``tokens`` needs of an earlier one's ``arrays``, ``[1, heads, rows, width]``
+    from token ``oldest`` on; None where that is nothing."""
+    part = layer.parts[0]
+    first, start = part.first(tokens), part.start(tokens, before.held)
+    if start == first:
+        return None
+    return [array[:, :, first - oldest : start - oldest] for array in arrays]
 
 
 def _window(layer: LayerLayout) -> int:

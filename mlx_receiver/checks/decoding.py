@@ -213,7 +213,8 @@ def check_recovery(source: ModelSource, break_engine: Callable[[DecodeEngine], s
     from mlx_receiver.checks.small_model import PROMPT
     from mlx_receiver.decode.engine import DecodeEngine
     from mlx_receiver.decode.local import generate_tokens
-    from mlx_receiver.wire.messages import Sampling, WireError
+    from mlx_receiver.wire.messages import WireError
+    from mlx_receiver.wire.sampling import Sampling
 
     name = "recovery"
     sampling = Sampling(max_tokens=_TOKENS, temperature=0.0)
@@ -285,7 +286,7 @@ def _failing_job(engine: DecodeEngine, build_cache: Callable[[], list[Any]]) -> 
     import queue
 
     from mlx_receiver.decode.jobs import Job
-    from mlx_receiver.wire.messages import Sampling
+    from mlx_receiver.wire.sampling import Sampling
 
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
 

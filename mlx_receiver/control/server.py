@@ -18,8 +18,9 @@ import zmq
 from mlx_receiver.control.credentials import Credentials
 from mlx_receiver.control.lobby import Choose
 from mlx_receiver.control.port import bind, open_port
+from mlx_receiver.sessions.client import Client
 from mlx_receiver.sessions.proofs import proof_prompt
-from mlx_receiver.sessions.service import Client, SessionService
+from mlx_receiver.sessions.service import SessionService
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.codec import client_decoder, decode_client, encode, opened_session
 from mlx_receiver.wire.handshake import introduction
@@ -46,6 +47,7 @@ from mlx_receiver.wire.messages import (
     WireError,
     clipped,
 )
+from mlx_receiver.wire.quantised import CODECS
 from mlx_receiver.wire.seldom import Seldom, printable
 from mlx_receiver.wire.signature import ModelSignature
 
@@ -139,7 +141,7 @@ class ControlServer:
             endpoints=endpoints,
             ticket=keys.new_ticket(),
             max_tokens=max_tokens,
-            codecs=["raw"],
+            codecs=list(CODECS),
         )
         self._wake()
 
@@ -338,7 +340,11 @@ class ControlServer:
             prompt = proof_prompt(self._layout, self._signature.vocab_size, client.context)
         client.post(
             msgspec.structs.replace(
-                self._welcome, ticket=ticket, max_tokens=client.context, proof_token_ids=prompt
+                self._welcome,
+                ticket=ticket,
+                max_tokens=client.context,
+                proof_token_ids=prompt,
+                profile=self._sessions.news(client),
             )
         )
 

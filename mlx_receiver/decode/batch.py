@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +17,8 @@ from mlx_lm.generate import BatchGenerator, generation_stream
 from mlx_receiver.decode.jobs import Job
 from mlx_receiver.decode.model import LoadedModel, ModelSource
 from mlx_receiver.decode.sampling import RequestSampler, greedy
+from mlx_receiver.decode.turns import GAP_SECONDS
+from mlx_receiver.wire.messages import E_UNSUPPORTED, WireError
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +28,8 @@ _NEVER: Final = 1 << 40
 #: Prompts that are prefilled at once.
 _MAX_PREFILLS: Final = 8
 
-#: Seconds that a chunk of the prefills may take: running responses get a token in between.
-PREFILL_SECONDS: Final = 0.15
+#: Seconds that a chunk of the prefills may take where nothing else is done between two steps.
+PREFILL_SECONDS: Final = GAP_SECONDS
 
 #: Tokens of a chunk of one prompt: at least, before the first one is timed, and at most.
 _LEAST_CHUNK, _FIRST_CHUNK, _LONGEST_CHUNK = 16, 128, 2048
@@ -42,6 +45,15 @@ class Row:
     new: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A job that leaves: the tokens that its caches hold."""
+
+    job: Job
+    tokens: list[int]
+    caches: list[Any]
+
+
 class Batch:
     """mlx-lm's ``BatchGenerator``, and which job each of its rows is."""
 
@@ -54,6 +66,14 @@ class Batch:
         self._active: dict[int, Job] = {}
         #: Rows whose caches mlx-lm cannot batch: they are decoded one after the other.
         self._lone: list[Row] = []
+        #: Tokens of prompts that the last step prefilled, and the seconds that it took for them.
+        self.prefilled = 0, 0.0
+        #: Tokens of a chunk that takes ``PREFILL_SECONDS``, of all prompts together.
+        self._chunk = _FIRST_CHUNK
+        #: Tokens of the chunk under way, if there are as many, and the seconds that it may take.
+        self._asked = 0, 0.0
+        #: Tokens that the step under way begins with, until their samplers know of them.
+        self._coming: mx.array | None = None
         self._generator = self._make_generator()
 
     def _make_generator(self) -> BatchGenerator:
@@ -65,7 +85,8 @@ class Batch:
             # ``takes`` bounds the prefills: a prompt that came with its cache must not wait for
             # the prefill of others.
             prefill_batch_size=self._rows,
-            prefill_step_size=_FIRST_CHUNK,
+            # Its prompts would be computed in pieces of that many tokens: a chunk is one forward.
+            prefill_step_size=_LONGEST_CHUNK,
         )
 
     def __len__(self) -> int:
@@ -77,6 +98,16 @@ class Batch:
         return [*self._active.values(), *(row.job for row in self._lone)]
 
     @property
+    def decoding(self) -> bool:
+        """Whether somebody waits for a next token."""
+        return any(job.shown or not job.prefills for job in self.jobs)
+
+    @property
+    def prefills(self) -> int:
+        """Prompts in it that MLX prefills."""
+        return sum(job.prefills and not job.shown for job in self.jobs)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V of one token, as the model computes them."""
         return self._loaded.cache.layout.bytes_per_token
@@ -85,8 +116,7 @@ class Batch:
         """Whether there is a row for the job, and not too much to prefill before it."""
         if len(self) >= self._rows:
             return False
-        prefills = sum(other.prefills and not other.shown for other in self.jobs)
-        return not job.prefills or prefills < _MAX_PREFILLS
+        return not job.prefills or self.prefills < _MAX_PREFILLS
 
     def fits(self, job: Job, nbytes: int | None) -> bool:
         """Whether with the job the batch, in which every row is as long as the longest, stays
@@ -97,17 +127,30 @@ class Batch:
         return (len(self) + 1) * self._loaded.cache.layout.nbytes(longest) <= nbytes
 
     def prepare(self, job: Job) -> Row:
-        """What the job brings along. Raises what building its cache raises."""
+        """What the job brings along. Raises WireError where its grammar does not take its first
+        token, and what building its cache raises."""
         vocabulary = self._source.signature.vocab_size
         job.outputs = 0 if job.first_token is None else 1
-        job.sampler = RequestSampler(job.sampling, job.prompt_token_ids, job.outputs, vocabulary)
+        matcher = None
+        if job.grammar is not None:
+            assert job.sampling.grammar is not None
+            matcher = job.grammar.begin(job.sampling.ends, job.sampling.grammar.after)
+        job.sampler = RequestSampler(
+            job.sampling, job.prompt_token_ids, job.outputs, vocabulary, matcher
+        )
+        if job.first_token is not None:
+            _tell(job, job.first_token)
+            if job.fault:
+                raise WireError(E_UNSUPPORTED, job.fault)
         sampled = [] if job.first_token is None else [job.first_token]
-        if job.build_cache is None:
-            caches = self._loaded.cache.empty()
-            return Row(job, caches, [], [*job.prompt_token_ids, *sampled])
-        assert sampled
         build, job.build_cache = job.build_cache, None
-        return Row(job, build(), [*job.prompt_token_ids], sampled)
+        caches = build() if build is not None else None
+        if not job.prefills:
+            assert sampled and caches is not None
+            return Row(job, caches, [*job.prompt_token_ids], sampled)
+        held = job.held if caches is not None else 0
+        prompt, rest = job.prompt_token_ids[:held], job.prompt_token_ids[held:]
+        return Row(job, caches or self._loaded.cache.empty(), prompt, [*rest, *sampled])
 
     def decode_alone(self, row: Row) -> int:
         """The row's next token, which becomes its new one, without the batch."""
@@ -115,8 +158,11 @@ class Batch:
         row.held += row.new
         with mx.stream(generation_stream):
             logits = self._model(mx.array([row.new]), cache=row.caches)[:, -1, :]
+            if row.job.grammar is not None:
+                mx.async_eval(logits)  # what may come is found meanwhile
             token = int(row.job.sampler.draw(row.held, logits).item())
         row.new = [token]
+        _tell(row.job, token)
         return token
 
     def add(self, row: Row) -> None:
@@ -136,9 +182,12 @@ class Batch:
         )
         self._active[uid] = job
 
-    def step(self) -> list[tuple[Job, int]]:
-        """Each running job's next token, and a chunk of the prefills. Raises what MLX raises."""
+    def step(self, share: float = 1.0) -> list[tuple[Job, int]]:
+        """Each running job's next token, and a chunk of the prefills, which takes a ``share`` of
+        ``PREFILL_SECONDS``. Raises what MLX raises."""
+        self._size_chunk(share)
         if self._lone:
+            self.prefilled = 0, 0.0
             # One prompt at a time, so that the others need not wait for several chunks.
             prefilled = next((row for row in self._lone if self._prefill(row)), None)
             ready = [row for row in self._lone if row is not prefilled and len(row.new) == 1]
@@ -147,8 +196,15 @@ class Batch:
         counters = generator._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
         self._compute_tokens()
-        _, responses = generator.next()
-        self._choose_chunk(counters.prompt_tokens - tokens, counters.prompt_time - seconds)
+        samplers = [job.sampler for job in self._active.values()]
+        follows = any(sampler is not None and sampler.follows for sampler in samplers)
+        self._model.launched = self._tell_samplers if follows else None
+        self._coming = generator._generation_batch._next_tokens
+        prompts, responses = generator.next()
+        for prompt in prompts:
+            self._active[prompt.uid].computed = prompt.progress[0]
+        self.prefilled = counters.prompt_tokens - tokens, counters.prompt_time - seconds
+        self._choose_chunk(*self.prefilled)
         return [(self._active[response.uid], response.token) for response in responses]
 
     def _prefill(self, row: Row) -> bool:
@@ -162,7 +218,9 @@ class Batch:
             mx.eval([cache.state for cache in row.caches])
         row.held += chunk
         row.new = row.new[len(chunk) :]
-        self._choose_chunk(len(chunk), time.perf_counter() - began)
+        row.job.computed += len(chunk)
+        self.prefilled = len(chunk), time.perf_counter() - began
+        self._choose_chunk(*self.prefilled)
         return True
 
     def _compute_tokens(self) -> None:
@@ -175,16 +233,93 @@ class Batch:
         if len(batch):
             mx.async_eval(batch._next_tokens)
 
-    def _choose_chunk(self, tokens: int, seconds: float) -> None:
-        """Make the next chunk as long as this one's speed allows, of all prompts together."""
-        if not tokens or seconds <= 0:
+    def _tell_samplers(self) -> None:
+        """Let the samplers know the tokens that the step begins with, once it is launched.
+
+        The generator reads them only when it has issued the step's sampling, too, which needs what
+        may come behind them. They were computed in the step before, so waiting for them here costs
+        nothing while the model is busy with the step that was launched.
+        """
+        batch = self._generator._generation_batch
+        # Rows that have just been prefilled are stepped by themselves; their prompts are no output.
+        if self._coming is None or batch._current_tokens is not self._coming:
             return
-        generator = self._generator
-        prompts = len(generator._currently_processing) + len(generator._unprocessed_sequences)
-        chunk = int(tokens * PREFILL_SECONDS / seconds / max(1, prompts))
-        # A short chunk says little about a long one.
-        chunk = min(chunk, 2 * generator.prefill_step_size, _LONGEST_CHUNK)
-        generator.prefill_step_size = max(chunk, _LEAST_CHUNK)
+        self._coming = None
+        for uid, token in zip(batch.uids, batch._current_tokens.tolist(), strict=True):
+            _tell(self._active[uid], token)
+
+    def _size_chunk(self, share: float) -> None:
+        """Divide the next chunk among the prompts that there are by now."""
+        prompts = 1 if self._lone else max(1, self.prefills)
+        each = int(self._chunk * share) // prompts
+        each = min(max(each, _LEAST_CHUNK), _LONGEST_CHUNK)
+        self._generator.prefill_step_size = each
+        self._asked = each * prompts, PREFILL_SECONDS * share
+
+    def _choose_chunk(self, tokens: int, seconds: float) -> None:
+        """Make the next chunk as long as this one's speed allows."""
+        asked, expected = self._asked
+        # The end of a prompt says little of how fast a whole chunk is.
+        if seconds <= 0 or (tokens < asked and seconds <= expected):
+            return
+        most = max(2 * tokens, self._chunk)
+        # The shortest chunk is computed in any case, and may take little less than a longer one.
+        short = self._generator.prefill_step_size == _LEAST_CHUNK and seconds <= PREFILL_SECONDS
+        least = self._chunk if short else _LEAST_CHUNK
+        self._chunk = max(min(int(tokens * PREFILL_SECONDS / seconds), most), least)
+
+    def ended(self, jobs: Sequence[Job], spare: int) -> list[Ended]:
+        """What those of the jobs hold that decode and want it kept, as far as copies of it fit into
+        ``spare`` bytes. They must leave the batch then."""
+        found = [
+            Ended(row.job, row.held, row.caches)
+            for row in self._lone
+            if row.job in jobs and row.job.keep and len(row.new) == 1
+        ]
+        decoding = set(self._generator._generation_batch.uids)
+        rows = {
+            uid: job
+            for uid, job in self._active.items()
+            if job in jobs and job.keep and uid in decoding
+        }
+        for uid, job in rows.items():
+            if len(decoding) > 1 and job.reservation is not None:
+                spare -= job.reservation.nbytes
+                if spare < 0:
+                    break
+            with mx.stream(generation_stream):
+                ((held, tokens),) = self._generator.extract_cache([uid]).values()
+                mx.eval([cache.state for cache in held])
+            found.append(Ended(job, tokens, held))
+        return found
+
+    @property
+    def layers(self) -> int:
+        """The model's, each of which has a cache."""
+        return len(self._loaded.cache.layout.layers)
+
+    def decodes(self, job: Job) -> bool:
+        """Whether the job is in it and nothing is left to be prefilled for it."""
+        return self._place(job) is not None
+
+    def beginning(self, job: Job, layer: int, tokens: int) -> Any:
+        """A copy of what one layer holds of the first tokens of a job that it decodes."""
+        place = self._place(job)
+        assert place is not None
+        with mx.stream(generation_stream):
+            if isinstance(place, Row):
+                cache = place.caches[layer]
+            else:
+                cache = self._generator._generation_batch.prompt_cache[layer].extract(place)
+            return self._loaded.cache.beginning(layer, cache, tokens)
+
+    def _place(self, job: Job) -> Row | int | None:
+        """Where the job is decoded: by itself, or in which row of the batch."""
+        for row in self._lone:
+            if row.job is job:
+                return row if len(row.new) == 1 else None
+        uids = self._generator._generation_batch.uids
+        return next((i for i, uid in enumerate(uids) if self._active.get(uid) is job), None)
 
     def remove(self, jobs: list[Job]) -> list[Job]:
         """Take out the jobs; returns those that were in it."""
@@ -227,6 +362,12 @@ class Batch:
             )
 
 
+def _tell(job: Job, token: int) -> None:
+    """Let the job's sampler know the token."""
+    if job.sampler is not None:
+        job.sampler.accept(token)
+
+
 class Float32Logits:
     """The model with float32 logits, as vLLM samples from them.
 
@@ -237,6 +378,13 @@ class Float32Logits:
     def __init__(self, model: Any) -> None:
         self._model = model
         self.layers = model.layers
+        #: Called when a step's computation is under way and its tokens are not sampled yet; where
+        #: it is None, the two are launched together.
+        self.launched: Callable[[], None] | None = None
 
     def __call__(self, inputs: Any, cache: Any = None) -> Any:
-        return self._model(inputs, cache=cache).astype(mx.float32)
+        logits = self._model(inputs, cache=cache).astype(mx.float32)
+        if self.launched is not None and inputs.shape[1] == 1:
+            mx.async_eval(logits)
+            self.launched()
+        return logits

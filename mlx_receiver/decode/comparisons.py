@@ -1,11 +1,13 @@
-"""The comparisons that wait until nothing is decoded; the decoding thread makes them."""
+"""The comparisons that wait until nothing is decoded, but not for ever; the decoding thread makes
+them."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mlx_receiver.decode.jobs import Proof, Verdict
 
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that one waits for quiet. Nothing is handed off before it is made, and others may keep
+#: the receiver busy all day; it takes as long as a few steps.
+PATIENCE: Final = 10.0
+
 
 class Comparisons:
     """Thread-safe."""
@@ -21,7 +27,8 @@ class Comparisons:
     def __init__(self, source: ModelSource) -> None:
         self._source = source
         self._lock = threading.Lock()
-        self._waiting: deque[Proof] = deque()
+        #: Since when, and what.
+        self._waiting: deque[tuple[float, Proof]] = deque()
         self._over = False
 
     def __len__(self) -> int:
@@ -31,7 +38,7 @@ class Comparisons:
         """Let it wait, unless there will be no more."""
         with self._lock:
             if not self._over:
-                self._waiting.append(proof)
+                self._waiting.append((time.monotonic(), proof))
                 return
         _conclude(proof, None)
 
@@ -40,17 +47,23 @@ class Comparisons:
         with self._lock:
             self._over = True
             waiting, self._waiting = self._waiting, deque()
-        for proof in waiting:
+        for _, proof in waiting:
             _conclude(proof, None)
 
     def drop_unwanted(self) -> None:
         """Let go of those that nobody wants any more: what they hold is others'."""
         with self._lock:
-            over = [proof for proof in self._waiting if not proof.wanted()]
-            for proof in over:
-                self._waiting.remove(proof)
-        for proof in over:
+            over = [one for one in self._waiting if not one[1].wanted()]
+            for one in over:
+                self._waiting.remove(one)
+        for _, proof in over:
             _conclude(proof, None)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether one has waited long enough."""
+        with self._lock:
+            return bool(self._waiting) and time.monotonic() > self._waiting[0][0] + PATIENCE
 
     def make_one(self, loaded: LoadedModel) -> None:
         """Compare what has waited for longest. On the decoding thread."""
@@ -59,7 +72,7 @@ class Comparisons:
         with self._lock:
             if not self._waiting:
                 return
-            proof = self._waiting.popleft()
+            _, proof = self._waiting.popleft()
         verdict = None
         try:
             weights = [own_weights(self._source.config, loaded.dtype), proof.weights]

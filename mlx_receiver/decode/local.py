@@ -9,7 +9,8 @@ from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.jobs import Job, Output
 from mlx_receiver.decode.model import ModelSource
 from mlx_receiver.decode.sampling import check_sampling
-from mlx_receiver.wire.messages import E_UNSUPPORTED, Code, Sampling, WireError
+from mlx_receiver.wire.messages import E_UNSUPPORTED, Code, WireError
+from mlx_receiver.wire.sampling import Sampling
 
 
 def check_prompt(source: ModelSource, prompt: Sequence[int]) -> None:
@@ -27,16 +28,35 @@ class LocalJob:
     """One prompt and a queue of its outputs; safe to read from any one thread."""
 
     def __init__(
-        self, engine: DecodeEngine, prompt_token_ids: Sequence[int], sampling: Sampling
+        self,
+        engine: DecodeEngine,
+        prompt_token_ids: Sequence[int],
+        sampling: Sampling,
+        partition: str | None = None,
     ) -> None:
-        """Submit at once. Raises WireError (``unsupported``) for what cannot be sampled."""
+        """Submit at once. ``partition``: whose earlier texts it may continue, None for nobody's.
+        Raises WireError (``unsupported``) for what cannot be sampled."""
         prompt = list(prompt_token_ids)
         check_prompt(engine.source, prompt)
         check_sampling(sampling, engine.source.signature.vocab_size)
         self._engine = engine
         self._results: queue.SimpleQueue[Output | WireError] = queue.SimpleQueue()
-        self._job = Job(prompt, sampling, self)
+        self._job = Job(prompt, sampling, self, partition=partition)
         engine.submit(self._job)
+
+    @property
+    def held(self) -> int:
+        """Tokens of the prompt that an earlier text had left."""
+        return self._job.held
+
+    def tokens(self) -> list[int]:
+        """All output tokens. Raises WireError if the job failed."""
+        found: list[int] = []
+        while True:
+            output = self.next()
+            found += output.token_ids
+            if output.finish:
+                return found
 
     def next(self, timeout: float | None = None) -> Output:
         """The next output. Raises WireError if the job failed, queue.Empty after ``timeout`` s."""
@@ -63,10 +83,4 @@ def generate_tokens(
     engine: DecodeEngine, prompt_token_ids: Sequence[int], sampling: Sampling
 ) -> list[int]:
     """All output tokens of one prompt. Raises WireError."""
-    job = LocalJob(engine, prompt_token_ids, sampling)
-    tokens: list[int] = []
-    while True:
-        output = job.next()
-        tokens += output.token_ids
-        if output.finish:
-            return tokens
+    return LocalJob(engine, prompt_token_ids, sampling).tokens()

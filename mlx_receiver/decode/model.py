@@ -113,7 +113,10 @@ def load_model(
     from mlx_receiver.caches.adapter import mlx_dtype
     from mlx_receiver.caches.local import LocalCache
     from mlx_receiver.caches.model import ModelCache, UnknownCache
+    from mlx_receiver.decode.multipliers import multiply_keys
     from mlx_receiver.decode.rope import halve_pairs, unround_yarn
+    from mlx_receiver.decode.spelling import older_spelling
+    from mlx_receiver.decode.steps import unlimited_steps
     from mlx_receiver.decode.windows import as_vllm_has_them
 
     _check_memory(source, dtype)
@@ -124,10 +127,12 @@ def load_model(
             raise ModelError(str(error)) from None
         _check_memory(source, dtype)
     try:
-        changes = as_vllm_has_them(source.config)
+        changes = older_spelling(source.config)
+        changes |= as_vllm_has_them(source.config) | unlimited_steps(source.config)
         model, _ = mlx_load(source.path, lazy=True, model_config=changes)
         unround_yarn(model, source.config)
         halve_pairs(model, source.config)
+        multiply_keys(model, source.config)
         if dtype != "auto":
             model.set_dtype(mlx_dtype(dtype))
         total = len(model.layers)
@@ -164,7 +169,10 @@ def _check_memory(source: ModelSource, dtype: str) -> None:
 
 def _folder(name: str) -> tuple[Path, bool]:
     """Where the model's description is, and whether it comes from the hub."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # nobody's home
+        raise ModelError(f"there is no folder {name}") from None
     if path.is_dir():
         return path, False
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

@@ -1,9 +1,10 @@
 """vLLM's sampling semantics in MLX: masks, penalties, temperature, truncation, stopping.
 
-The order is that of ``vllm/v1/sample/sampler.py``: log-probabilities of the raw logits; allowed
-ids, bad words, min_tokens, logit bias; penalties; then temperature, min_p, top_k and top_p.
-Everything stays lazy in MLX: nothing here waits for a token, so the decode pipeline is never held
-up.
+The order is that of ``vllm/v1/sample/sampler.py``: what the grammar allows; log-probabilities of
+those logits; allowed ids, bad words, min_tokens, logit bias; penalties; what ends a reasoning that
+is too long; then temperature, min_p, top_k and top_p. Everything stays lazy in MLX: nothing here
+waits for a token, so the decode pipeline is never held up. Whoever decodes tells a sampler that
+``follows`` its text of each token (``RequestSampler.accept``).
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_receiver.wire import trust
-from mlx_receiver.wire.messages import (
-    E_UNSUPPORTED,
-    MAX_BAD_WORDS_TOKENS,
-    Logprobs,
-    Sampling,
-    WireError,
-)
+from mlx_receiver.decode.grammar.matcher import Matcher
+from mlx_receiver.wire import thinking, trust
+from mlx_receiver.wire.messages import E_UNSUPPORTED, Logprobs, WireError
+from mlx_receiver.wire.ranges import MAX_BAD_WORDS_TOKENS
+from mlx_receiver.wire.sampling import Sampling
 
 #: Below this temperature vLLM samples greedily (``_SAMPLING_EPS``).
 GREEDY_BELOW = 1e-5
 
 _LOWEST = -math.inf
+
+#: A forced token's logit in vLLM; nothing that is there before or comes afterwards outweighs it.
+_FORCED = 1e9
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
@@ -65,10 +66,18 @@ class RequestSampler:
     """
 
     def __init__(
-        self, sampling: Sampling, prompt_token_ids: Sequence[int], outputs: int, vocab_size: int
+        self,
+        sampling: Sampling,
+        prompt_token_ids: Sequence[int],
+        outputs: int,
+        vocab_size: int,
+        grammar: Matcher | None = None,
     ) -> None:
+        #: Where the text is in its grammar, if it has one.
+        self.grammar = grammar
+        told = sampling.thinking
+        self._budget = None if told is None else thinking.follow(told, prompt_token_ids)
         self._sampling = sampling
-        self._vocab = vocab_size
         self._prompt_tokens = len(prompt_token_ids)
         self._sampled = outputs
         self._processed = outputs
@@ -91,8 +100,7 @@ class RequestSampler:
             self._counts = mx.zeros(vocab_size, mx.int32)
         self._static = _static_bias(sampling, vocab_size)
         self._phrases = [words for words in s.bad_words_token_ids or () if len(words) > 1]
-        ends = {*s.stop_token_ids, s.eos_token_id}
-        self._ends = sorted(token for token in ends if token is not None)
+        self._ends = s.ends
         holds_back = bool(self._ends) and outputs < s.min_tokens
 
         self.sampler: Sampler
@@ -101,8 +109,21 @@ class RequestSampler:
         else:
             self.sampler = self._draw
         self.processors: list[Processor] = []
-        if self._static or self._phrases or holds_back or self._penalised or s.logit_bias:
+        biased = self._static or self._phrases or holds_back or self._penalised or s.logit_bias
+        if biased or self.follows:
             self.processors = [self._process]
+
+    @property
+    def follows(self) -> bool:
+        """Whether what may come next depends on the token before."""
+        return self.grammar is not None or self._budget is not None
+
+    def accept(self, token: int) -> None:
+        """Note the text's next token."""
+        if self.grammar is not None:
+            self.grammar.accept(token)
+        if self._budget is not None:
+            self._budget.accept(token)
 
     def draw(self, context: Sequence[int], logits: mx.array) -> mx.array:
         """A token after ``context`` (prompt and output), as ``BatchGenerator`` draws one.
@@ -118,10 +139,12 @@ class RequestSampler:
         if not self._records:
             return None
         token, value, rank, ids, values = self._records.popleft()
+        found = [float(value.item()), *values.tolist()]
         return Logprobs(
             [int(token.item()), *ids.tolist()],
-            [float(value.item()), *values.tolist()],
-            int(rank.item()),
+            # Where nothing can come at all, they are no numbers.
+            [_LOWEST if math.isnan(value) else value for value in found],
+            max(1, int(rank.item())),
         )
 
     def _process(self, context: mx.array, logits: mx.array) -> mx.array:
@@ -129,6 +152,8 @@ class RequestSampler:
         s = self._sampling
         outputs = self._processed
         self._processed += 1
+        if self.grammar is not None and (mask := self.grammar.allowed()) is not None:
+            logits = mx.where(mx.array(mask), logits, _LOWEST)
         self._raw = logits
         # A second handle: the assignments below would change what the first one names.
         logits = mx.array(logits)
@@ -150,6 +175,8 @@ class RequestSampler:
             logits[:, biased] = logits[:, biased] + mx.array(list(s.logit_bias.values()))
         if self._penalised:
             logits = self._penalise(context, logits, outputs)
+        if self._budget is not None and (forced := self._budget.forced) is not None:
+            logits[:, forced] = _FORCED
         return logits
 
     def _penalise(self, context: mx.array, logits: mx.array, outputs: int) -> mx.array:
@@ -179,7 +206,7 @@ class RequestSampler:
             raw = logprobs
             if self._raw is not None:
                 raw = self._raw - mx.logsumexp(self._raw, axis=-1, keepdims=True)
-            record = _logprobs(raw[0], token, s.logprobs)
+            record = _logprobs(raw[0], token, s.logprobs, s.logprob_token_ids)
             # Started now, in the same step; read one step later, when it has long been done.
             mx.async_eval(record)
             self._records.append(record)
@@ -249,11 +276,16 @@ def _top_k_top_p(logits: mx.array, k: int, p: float) -> mx.array:
     return mx.put_along_axis(logits, order, ascending, axis=-1)
 
 
-def _logprobs(raw: mx.array, token: mx.array, count: int) -> list[mx.array]:
-    """Sampled token, its value and rank, the ``count`` likeliest tokens and their values."""
+def _logprobs(
+    raw: mx.array, token: mx.array, count: int, named: Sequence[int] = ()
+) -> list[mx.array]:
+    """Sampled token, its value and rank, the ``named`` tokens, else the ``count`` likeliest, and
+    their values."""
     value = raw[token]
     rank = mx.sum(raw >= value)
-    if count:
+    if named:
+        likeliest = mx.array(list(named), mx.uint32)
+    elif count:
         likeliest = mx.argpartition(-raw, kth=min(count, raw.size) - 1)[:count]
         likeliest = likeliest[mx.argsort(-raw[likeliest])]
     else:

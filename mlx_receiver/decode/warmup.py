@@ -7,12 +7,22 @@ stay in the temporary folder, so that the next start is quick.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from mlx_receiver.decode.device import release_memory
 from mlx_receiver.decode.jobs import Job, Output
-from mlx_receiver.decode.model import LoadedModel, ModelSource, Progress
-from mlx_receiver.wire.messages import E_SHUTDOWN, Code, Sampling
+from mlx_receiver.decode.model import LoadedModel, ModelError, ModelSource, Progress
+from mlx_receiver.metrics import Metrics
+from mlx_receiver.wire.messages import E_SHUTDOWN, Code
+from mlx_receiver.wire.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mlx_receiver.decode.running import Running
+
+logger = logging.getLogger(__name__)
 
 #: Prompt tokens and sampling of the jobs. They differ in length, so that the batch is padded and
 #: needs a mask, and together they sample in every way there is. The longest is one to which MLX's
@@ -30,6 +40,40 @@ WARM_UP_JOBS: Final = (
     ),
     (1280, Sampling(max_tokens=8, temperature=0.0)),
 )  # fmt: skip
+
+
+def warm_up(
+    running: Running,
+    source: ModelSource,
+    loaded: LoadedModel,
+    progress: Progress | None,
+    stopping: Callable[[], bool],
+) -> None:
+    """Raises ModelError when the model cannot be decoded with."""
+    metrics, running.metrics = running.metrics, Metrics()  # these are nobody's tokens
+    began = time.perf_counter()
+    logger.info("warming up: where kernels are compiled, the first time takes longest")
+    failures: list[str] = []
+    try:
+        running.batch.check_logits()
+        running.queue.extend(warm_up_jobs(source, loaded, progress, failures.append))
+        while (running.queue or len(running)) and not stopping():
+            running.admit()
+            if len(running):
+                running.step()
+    except Exception as error:
+        logger.debug("warming up failed", exc_info=True)
+        failures.append(str(error) or type(error).__name__)
+    if failures:
+        running.batch.close()
+        raise ModelError(
+            f"{source.name} cannot be decoded with on this machine: {failures[0]}. Free "
+            "memory, try another --dtype, or download the model again"
+        )
+    running.metrics = metrics
+    # The memory that sessions may reserve is what is free once the model is loaded.
+    release_memory()
+    logger.info("warmed up in %.1f s", time.perf_counter() - began)
 
 
 def warm_up_jobs(

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from mlx_receiver.wire.messages import Count, Name
+from mlx_receiver.wire.ranges import Count, Name
 from mlx_receiver.wire.seldom import printable
 
 #: The service type of RFC 6763.

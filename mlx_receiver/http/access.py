@@ -46,7 +46,7 @@ class Access:
         try:
             self._check(scope)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -70,7 +70,9 @@ class Access:
                     "only the receiver's own machine may use its API: start it with --api-key KEY "
                     "for others",
                 )
-            raise ApiError(401, "wrong or missing API key: send Authorization: Bearer KEY")
+            raise ApiError(
+                401, "wrong or missing API key: send Authorization: Bearer KEY, or x-api-key: KEY"
+            )
         _check_media(scope, headers)
 
     def _check_host(self, headers: Headers) -> None:
@@ -86,19 +88,31 @@ class Access:
 
     def _shows_key(self, scope: Scope, headers: Headers) -> bool:
         """Raises ApiError (429) instead of looking at a key when there were too many wrong ones."""
-        given = headers.get("authorization")
-        if not self._api_key or given is None:
+        given = _keys(headers)
+        if not self._api_key or not given:
             return False
         connection = scope["state"]["connection"]
         address = scope["client"][0] if scope.get("client") else ""
         if not connection.proved and not self._attempts.allowed(address):
             raise ApiError(429, "too many wrong API keys from this address: try again later")
-        kind, _, key = given.partition(" ")
-        right = hmac.compare_digest(key.strip().encode(), self._api_key)
-        connection.proved = right and kind.lower() == "bearer"
-        if not connection.proved:
+        right = [hmac.compare_digest(key.encode(), self._api_key) for key in given]
+        connection.proved = any(right)
+        for _ in () if connection.proved else given:
             self._attempts.failed(address)
         return bool(connection.proved)
+
+
+def _keys(headers: Headers) -> list[str]:
+    """The API keys that a request shows: OpenAI's clients say ``Authorization``, Anthropic's
+    ``x-api-key``, or both."""
+    found = []
+    if (given := headers.get("authorization")) is not None:
+        kind, _, key = given.partition(" ")
+        # Another kind's credentials are a wrong key.
+        found.append(key.strip() if kind.lower() == "bearer" else "")
+    if (given := headers.get("x-api-key")) is not None:
+        found.append(given.strip())
+    return found
 
 
 class _Attempts:

@@ -47,7 +47,7 @@ class Admission:
             return
         if self._requests >= MAX_REQUESTS:
             busy = ApiError(503, f"{self._requests} requests are under way: try again later")
-            await busy.response()(scope, receive, send)
+            await busy.response(scope["path"])(scope, receive, send)
             return
         self._requests += 1
         body = bytearray()
@@ -55,7 +55,7 @@ class Admission:
             try:
                 await self._read(scope, receive, body)
             except ApiError as error:
-                await error.response()(scope, receive, send)
+                await error.response(scope["path"])(scope, receive, send)
                 return
             await self._app(scope, _replay(bytes(body), receive), send)
         finally:

@@ -1,6 +1,11 @@
-"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``; under
+``/v1/messages`` in Anthropic's: ``{"type": "error", "error": {"type", "message"}}``."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 from starlette.responses import Response
@@ -21,6 +26,17 @@ _TYPES = {
     503: "ServiceUnavailableError",
 }
 
+_ANTHROPIC_PATH: Final = "/v1/messages"
+#: Anthropic's names; its clients tell errors by them.
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
 
 class ErrorDetail(msgspec.Struct, frozen=True):
     """What was wrong; ``param`` names the field at fault, ``code`` is the HTTP status."""
@@ -37,6 +53,19 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorDetail
 
 
+class AnthropicErrorDetail(msgspec.Struct, frozen=True):
+    """What was wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(msgspec.Struct, frozen=True, tag="error"):
+    """What is sent instead of an answer, or within a stream."""
+
+    error: AnthropicErrorDetail
+
+
 class ApiError(Exception):
     """What a client is told instead of an answer; ``param`` names the field at fault."""
 
@@ -51,14 +80,32 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "InternalServerError")
         return ErrorBody(ErrorDetail(self.message, kind, self.param, self.status))
 
-    def response(self) -> Response:
-        """The HTTP answer."""
+    def anthropic_body(self) -> AnthropicErrorBody:
+        """The same for a client of Anthropic's API."""
+        kind = "invalid_request_error" if self.status < 500 else "api_error"
+        kind = _ANTHROPIC_TYPES.get(self.status, kind)
+        return AnthropicErrorBody(AnthropicErrorDetail(kind, self.message))
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same with fields called as the client calls them."""
+
+        def other(found: re.Match[str]) -> str:
+            return names[found.group()]
+
+        known = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+        param = self.param and names.get(self.param, self.param)
+        return ApiError(self.status, known.sub(other, self.message), param)
+
+    def response(self, path: str = "") -> Response:
+        """The HTTP answer, in the words of the API to which the request's path belongs."""
         headers = None
         if self.status == 401:
             headers = {"WWW-Authenticate": "Bearer"}
         elif self.status in (429, 503):
             headers = {"Retry-After": "1"}
-        return as_json(self.body(), self.status, headers)
+        anthropic = path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/")
+        body = self.anthropic_body() if anthropic else self.body()
+        return as_json(body, self.status, headers)
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:

@@ -8,6 +8,7 @@ from mlx_receiver.control.desk import Desk
 from mlx_receiver.control.server import ControlServer
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.model import ModelSource
+from mlx_receiver.decode.speed import Speed
 from mlx_receiver.metrics import Metrics
 from mlx_receiver.sessions.service import SessionService
 from mlx_receiver.sessions.store import SessionStore
@@ -24,6 +25,7 @@ class Served(Protocol):
     sessions: SessionService
     control: ControlServer
     metrics: Metrics
+    speed: Speed | None
     #: Who may come in.
     desk: Desk
     #: When it was made, by ``time.monotonic()``.

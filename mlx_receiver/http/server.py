@@ -1,4 +1,4 @@
-"""HTTP: health, metrics, the timelines of recent hand-offs, and the OpenAI API."""
+"""HTTP: health, metrics, the timelines of recent hand-offs, OpenAI's API and Anthropic's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from starlette.routing import BaseRoute, Route
 from mlx_receiver.control.desk import Desk
 from mlx_receiver.http.access import Access
 from mlx_receiver.http.admission import Admission, max_body_bytes
+from mlx_receiver.http.anthropic.routes import messages_routes
 from mlx_receiver.http.connections import Connection
 from mlx_receiver.http.errors import ApiError
 from mlx_receiver.http.openai.routes import api_routes
 from mlx_receiver.http.openai.service import Service
 from mlx_receiver.http.pairing import pairing_routes
 from mlx_receiver.http.replies import as_json
+from mlx_receiver.http.responses.routes import responses_routes
 from mlx_receiver.http.served import Served
 from mlx_receiver.http.status import Status, status_routes
 from mlx_receiver.settings import Settings, SettingsError
@@ -97,7 +99,13 @@ def application(receiver: Served) -> Starlette:
     """All routes behind the checks of who asks and of how much is under way."""
     max_body = max_body_bytes(receiver.source.max_tokens)
     service = Service(receiver)
-    routes = [*status_routes(receiver), *pairing_routes(receiver.desk), *api_routes(service)]
+    routes = [
+        *status_routes(receiver),
+        *pairing_routes(receiver.desk),
+        *api_routes(service),
+        *responses_routes(service),
+        *messages_routes(service),
+    ]
     return _guarded(receiver.settings, routes, max_body, service.running)
 
 
@@ -132,16 +140,17 @@ def _guarded(
     )
 
 
-async def _api_error(_request: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, error.detail).response()
+    return ApiError(error.status_code, error.detail).response(request.url.path)
 
 
-async def _fault(_request: Request, error: Exception) -> Response:
+async def _fault(request: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error)
-    return ApiError(500, "the request failed here: the receiver's log says why").response()
+    failed = ApiError(500, "the request failed here: the receiver's log says why")
+    return failed.response(request.url.path)

@@ -16,6 +16,8 @@ from mlx_receiver import __version__
 from mlx_receiver.decode.device import engine_name, machine_name
 from mlx_receiver.http.replies import as_json
 from mlx_receiver.http.served import Served
+from mlx_receiver.metrics import QUANTILES
+from mlx_receiver.planning.shown import Shown
 from mlx_receiver.sessions.session import Ended, Session
 from mlx_receiver.wire.handoffs import HandoffSummary, HandoffTimes
 
@@ -43,6 +45,7 @@ class Health(Status, frozen=True, kw_only=True):
     #: By client: what comparing its cache with the receiver's own gave.
     proofs: dict[str, str]
     kv_reserved_bytes: int
+    kv_resident_bytes: int
     kv_memory_bytes: int
     uptime_seconds: float
 
@@ -76,6 +79,7 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
             paths=receiver.control.paths,
             proofs=receiver.control.proofs,
             kv_reserved_bytes=store.reserved_bytes,
+            kv_resident_bytes=store.residents.nbytes,
             kv_memory_bytes=store.budget_bytes,
             uptime_seconds=round(time.monotonic() - receiver.started, 3),
         )
@@ -99,7 +103,18 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
                 return as_json(_told(session, with_blocks=True))
         return as_json(Unknown(f"no hand-off of request {wanted} is remembered"), 404)
 
+    def profile(_request: Request) -> Response:
+        speed = receiver.speed
+        if speed is None:
+            return as_json(Shown())
+        errors = {
+            phase: {str(q): speed.error(q, phase) for q in QUANTILES}
+            for phase in ("prefill", "decode")
+        }
+        return as_json(Shown(speed.profile, speed.saved, speed.measuring, errors))
+
     return [
+        Route("/profile", profile),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/handoffs", handoffs),
@@ -111,9 +126,12 @@ def _told(session: Session | Ended, with_blocks: bool = False) -> HandoffSummary
     timeline = session.timeline
     fields: dict[str, Any] = {
         "request_id": session.request_id,
+        "strategy": session.strategy.value,
+        "plan": session.plan,
         "state": session.phase.value,
         "prompt_tokens": session.tokens,
-        "output_tokens": session.decoded + 1 if session.decoded else 0,
+        "held_tokens": session.held_tokens,
+        "output_tokens": session.output_tokens,
         "kv_bytes": session.kv_bytes,
     }
     for field in dataclasses.fields(timeline):

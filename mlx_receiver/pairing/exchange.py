@@ -25,7 +25,7 @@ from msgspec import Meta
 from spake2 import SPAKE2_A, SPAKE2_B
 
 from mlx_receiver.pairing.keystore import Key, PairingError, Peer
-from mlx_receiver.wire.messages import Name
+from mlx_receiver.wire.ranges import Name
 
 _GUEST: Final = b"vllm-mac-decode guest"
 _HOST: Final = b"vllm-mac-decode host"

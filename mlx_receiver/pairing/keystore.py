@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,8 @@ import platformdirs
 import zmq
 from msgspec import Meta
 
-from mlx_receiver.wire.messages import Name
+from mlx_receiver.files import write_whole
+from mlx_receiver.wire.ranges import Name
 
 #: Where the folder is, if not where the system keeps a user's data.
 STATE_VARIABLE: Final = "MAC_DECODE_STATE_DIR"
@@ -168,12 +168,7 @@ class Keystore:
     def write(self, name: str, content: msgspec.Struct) -> None:
         """With the lock. Whole or not at all. Raises PairingError."""
         try:
-            descriptor, path = tempfile.mkstemp(dir=self.folder, prefix=name)  # with mode 0600
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(content)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path, self.folder / name)
+            write_whole(self.folder / name, msgspec.json.format(msgspec.json.encode(content)))
         except OSError as error:
             raise self._unusable(name, error) from None
 

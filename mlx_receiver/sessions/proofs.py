@@ -6,11 +6,8 @@ kept in a file. What differed is compared again by the next receiver.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import logging
-import os
 import threading
 import uuid
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +18,7 @@ import msgspec
 
 from mlx_receiver import plugins
 from mlx_receiver.decode.jobs import Verdict
+from mlx_receiver.files import write_whole
 from mlx_receiver.wire import fingerprint
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import CacheLayout
@@ -87,15 +85,10 @@ class Proofs:
 
     def _write(self, proofs: dict[str, str]) -> None:
         kept = dict(list(proofs.items())[-_KEPT:])
-        scratch = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(kept, indent=1))
-            scratch.replace(self._file)
+            write_whole(self._file, msgspec.json.format(msgspec.json.encode(kept)))
         except OSError as error:
             logger.debug("%s cannot be written: %s", self._file, error)
-            with contextlib.suppress(OSError):
-                scratch.unlink()
 
 
 def proof_prompt(layout: CacheLayout, vocab_size: int, context: int) -> list[int]:

@@ -4,108 +4,50 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import Literal
+from concurrent.futures import Future
+from typing import Any, Literal
 
 from mlx_receiver.decode.engine import DecodeEngine
+from mlx_receiver.decode.grammar.compiling import Compiled
 from mlx_receiver.decode.jobs import Job, Output, Proof, Verdict
 from mlx_receiver.decode.model import ModelSource
-from mlx_receiver.decode.sampling import check_bad_words
+from mlx_receiver.decode.speed import Speed
 from mlx_receiver.metrics import Metrics
+from mlx_receiver.planning.cost import Strategy
+from mlx_receiver.planning.live import alike
+from mlx_receiver.sessions.admission import check_open
+from mlx_receiver.sessions.client import Client, Post
+from mlx_receiver.sessions.front import Front, computable
 from mlx_receiver.sessions.proofs import Proofs
 from mlx_receiver.sessions.session import Phase, Session
 from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.wire import trust
-from mlx_receiver.wire.handshake import Introduction
-from mlx_receiver.wire.layout import CacheLayout
+from mlx_receiver.wire.layout import Held
 from mlx_receiver.wire.messages import (
     E_CAPACITY,
     E_INTERNAL,
     E_SESSION,
     E_UNSUPPORTED,
-    MAX_PROOF_TOKENS,
     Cancel,
     Code,
     Complete,
-    DataPath,
     Decoded,
     Failed,
     Open,
     Opened,
     Progress,
     Proven,
-    ReceiverMessage,
-    Sampling,
     Start,
     Status,
     Step,
     WireError,
     clipped,
 )
+from mlx_receiver.wire.profile import Profile
+from mlx_receiver.wire.sampling import Sampling
 from mlx_receiver.wire.stopping import check_stop
 
 logger = logging.getLogger(__name__)
-
-Post = Callable[[ReceiverMessage], None]
-
-
-class Client:
-    """A welcomed vLLM, and the engine's sink for its jobs: one Step message a decode step."""
-
-    def __init__(
-        self,
-        id: str,
-        name: str,
-        layout: CacheLayout,
-        post: Post,
-        sessions: SessionService,
-        context: int,
-        said: Introduction | None = None,
-        key: str = "",
-    ) -> None:
-        """``context``: tokens that a text of its may have; ``said``: how it introduced itself, and
-        ``key``: whose connection it is."""
-        #: Its ticket's; "" for one that has no data channel.
-        self.id = id
-        self.name = name
-        #: Of the caches that it sends.
-        self.layout = layout
-        self.context = context
-        self.said = said
-        self.key = key
-        self.post = post
-        self.last_heard = time.monotonic()
-        #: What its last Ping said of the way its blocks take.
-        self.path: DataPath | None = None
-        self.jobs: dict[Job, Session] = {}
-        self._sessions = sessions
-
-    def decoded(self, outputs: list[Output]) -> None:
-        """See ``engine.Sink.decoded``."""
-        decoded = []
-        for output in outputs:
-            session = self.jobs.get(output.job)
-            if session is None:
-                continue
-            decoded.append(
-                Decoded(
-                    session.id,
-                    output.position,
-                    output.token_ids,
-                    output.finish,
-                    output.stop_reason,
-                    output.logprobs,
-                )
-            )
-            self._sessions.progressed(session, output)
-        if decoded:
-            self.post(Step(decoded))
-
-    def failed(self, job: Job, code: Code, reason: str) -> None:
-        """See ``engine.Sink.failed``."""
-        session = self.jobs.pop(job, None)
-        if session is not None:
-            self._sessions.store.fail(session, code, reason)
 
 
 class SessionService:
@@ -114,6 +56,8 @@ class SessionService:
     store: SessionStore
     #: What comparing clients' caches gave; known once the model is loaded.
     proofs: Proofs
+    #: How fast the model is here; None until it is loaded.
+    speed: Speed | None = None
 
     def __init__(self, engine: DecodeEngine, metrics: Metrics) -> None:
         self._engine = engine
@@ -128,35 +72,54 @@ class SessionService:
 
     def open(self, client: Client, message: Open) -> None:
         """Admit a session; ``Opened`` follows once its memory is there. Raises WireError."""
-        source = self._engine.source
         try:
-            tokens = len(message.prompt_token_ids)
-            if message.codec != "raw":
-                raise WireError(E_UNSUPPORTED, f"codec {message.codec!r} (known: raw)")
-            if tokens >= client.context:
-                raise WireError(
-                    E_CAPACITY, f"a prompt of {tokens} tokens fills the model's {client.context}"
-                )
-            if message.unclaimed and client.context < source.max_tokens:
-                # Whoever claims it would decode on, where the two engines' caches differ.
-                raise WireError(
-                    E_UNSUPPORTED,
-                    f"the engines keep the same cache for {client.context} tokens only",
-                )
             if self._engine.fault:
                 raise WireError(E_INTERNAL, f"this receiver cannot decode: {self._engine.fault}")
-            trust.check(message, source.signature.vocab_size, E_UNSUPPORTED)
-            check_bad_words(message.sampling)
-            if message.proof and (message.unclaimed or tokens > MAX_PROOF_TOKENS):
-                raise WireError(
-                    E_UNSUPPORTED, f"a proof is claimed, and of {MAX_PROOF_TOKENS} tokens at most"
-                )
+            check_open(message, client, self._engine.source)
             if message.proof and any(s.proof for s in self.store.of_client(client)):
                 raise WireError(E_CAPACITY, "a client has one proof at a time")
-            self.store.open(message, client, client.layout)
+            self._open(client, message)
         except WireError:
             self._metrics.sessions.labels("refused").inc()
             raise
+
+    def _open(self, client: Client, message: Open) -> None:
+        """Open the session while its grammar, if it has one, is compiled. Raises WireError."""
+        # Whoever claims a session tells its grammar, like all of its sampling.
+        grammar = None if message.unclaimed else message.sampling.grammar
+        partition = client.partition(message.salt, message.codec)
+        compiled = self._engine.grammars.compile(grammar) if grammar is not None else None
+        done = compiled is not None and compiled.done() and not compiled.cancelled()
+        if done and compiled and isinstance(error := compiled.exception(), WireError):
+            # Another one: an exception keeps alive what raised it.
+            raise WireError(error.code, error.reason)
+        if message.compute == "all":
+            self._compute(client, message, partition, compiled)
+            return
+        if compiled is None:
+            self.store.open(message, client, client.layout, partition)
+            return
+        session = self.store.open(message, client, client.layout, partition)
+        session.compiling = compiled  # it may be forgotten until the text begins
+
+        def refuse(future: Future[Compiled]) -> None:
+            if not future.cancelled() and isinstance(error := future.exception(), WireError):
+                self.store.fail(session, error.code, error.reason)
+
+        compiled.add_done_callback(refuse)
+
+    def _compute(
+        self, client: Client, message: Open, partition: str, compiled: Future[Compiled] | None
+    ) -> None:
+        """Prefill the prompt here, but for what earlier texts left of it. Raises WireError."""
+        job = Job(message.prompt_token_ids, message.sampling, client, context=client.context)
+        job.partition, job.compiling = partition, compiled
+        session = self.store.compute(message, client, job)
+        client.jobs[job] = session
+        client.post(Opened(session.id))
+        self._engine.submit(job)
+        if session.phase is Phase.ENDED:
+            self._cancel_job(client, session)  # the receiver is stopping
 
     def start(self, client: Client, message: Start) -> None:
         """Note the first token and decode once the cache is complete. Raises WireError."""
@@ -210,24 +173,43 @@ class SessionService:
             accepting=self.store.accepting and not self._engine.fault,
             free_bytes=self.store.free_bytes,
             sessions=[
-                Progress(s.id, _state(s), s.kv_bytes, s.decoded)
+                Progress(s.id, _state(s), s.kv_bytes + s.computed_bytes, s.decoded, s.computed)
                 for s in self.store.of_client(client)
             ],
             load=decoding + coming,
+            profile=self.news(client),
         )
+
+    def news(self, client: Client) -> Profile | None:
+        """How fast this receiver is, if the client was told otherwise, or nothing yet."""
+        profile = self.speed.profile if self.speed is not None else None
+        if profile is None or alike(profile, client.told):
+            return None
+        client.told = profile
+        return profile
 
     # --- what happens to a session (``store.SessionEvents``) -----------------------------------
 
     def opened(self, session: Session) -> None:
         """See ``SessionEvents.opened``."""
-        _client(session).post(Opened(session.id))
+        # Of a prompt that is held nothing has to come: it may have been claimed before this.
+        _opener(session).post(Opened(session.id, session.held))
+        loaded = self._engine.loaded
+        if loaded is not None and computable(session, loaded.cache):
+            self._engine.compute(
+                Front(session, loaded.cache, self.store.budget, self._metrics, self.complete)
+            )
 
     def complete(self, session: Session) -> None:
         """See ``SessionEvents.complete``."""
         for client in _clients(session):
-            client.post(Complete(session.id, session.kv_bytes))
+            client.post(Complete(session.id, session.kv_bytes, session.computed_bytes))
         if session.announced():
             self._decode(session)
+
+    def fail(self, session: Session, code: Code, reason: str) -> None:
+        """See ``client.Sessions.fail``."""
+        self.store.fail(session, code, reason)
 
     def failed(self, session: Session, code: Code, reason: str) -> None:
         """See ``SessionEvents.failed``."""
@@ -238,14 +220,26 @@ class SessionService:
     def progressed(self, session: Session, output: Output) -> None:
         """Account for a decoded token; called on the decoding thread."""
         timeline = session.timeline
+        here = session.strategy is Strategy.MAC
         if not timeline.first_decoded_ns:
             timeline.first_decoded_ns = time.monotonic_ns()
-            began = max(timeline.complete_ns, timeline.started_ns)
-            self._metrics.handoff_seconds.observe((timeline.first_decoded_ns - began) / 1e9)
-        session.decoded = output.position
+            if here:
+                self._computed(session, output.job)
+            else:
+                began = max(timeline.complete_ns, timeline.started_ns)
+                self._metrics.handoff_seconds.observe((timeline.first_decoded_ns - began) / 1e9)
+        session.decoded = output.position + here
         if output.finish:
             _client(session).jobs.pop(output.job, None)
             self.store.end(session, "finished")
+
+    def _computed(self, session: Session, job: Job) -> None:
+        """The job has its prompt's cache: tell how much of it an earlier text had left."""
+        session.timeline.complete_ns = session.timeline.first_decoded_ns
+        session.held = Held(job.held)
+        computed = session.tokens - job.held
+        self._metrics.computed_tokens.inc(computed)
+        _client(session).post(Complete(session.id, 0, computed=computed))
 
     def _decode(self, session: Session) -> None:
         client = _client(session)
@@ -264,10 +258,18 @@ class SessionService:
             session.sampling,
             client,
             first,
-            lambda: session.take_memory().build(),
+            lambda: self._build(session),
             session.reservation,
             client.context,
+            self.store.earlier.keeper(
+                session.partition,
+                session.layout,
+                session.reservation,
+                session.tokens,
+                session.beginning,
+            ),
         )
+        job.compiling, session.compiling = session.compiling, None
         if not session.reservation.hold():
             return  # it was cancelled meanwhile
         client.jobs[job] = session
@@ -276,6 +278,12 @@ class SessionService:
         if session.phase is Phase.ENDED:
             # It was cancelled while the job was being made.
             self._cancel_job(client, session)
+
+    def _build(self, session: Session) -> list[Any]:
+        """The session's caches, on the decoding thread."""
+        buffers = session.take_memory()
+        self.store.built(session)
+        return buffers.build()
 
     def _prove(self, session: Session, client: Client, first: int) -> None:
         """Compare the session's cache with the model's own."""
@@ -341,10 +349,12 @@ class SessionService:
 def _state(
     session: Session,
 ) -> Literal["receiving", "waiting", "queued", "decoding", "ended"]:
-    """The session's ``Progress.state``: one whose job waits for room in the batch is queued."""
+    """The session's ``Progress.state``: one whose job waits for its turn is queued."""
     match session.phase:
         case Phase.DECODING if session.job is None or not session.job.joined:
             return "queued"
+        case Phase.DECODING if session.strategy is Strategy.MAC and not session.begun:
+            return "queued"  # others' prompts may come before it
         case Phase.RECEIVING | Phase.COMPLETE:
             return "receiving"
         case Phase.WAITING:

@@ -7,14 +7,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
 from mlx_receiver.caches import memory
 from mlx_receiver.caches.memory import Budget
 from mlx_receiver.caches.model import ModelCache
+from mlx_receiver.decode.jobs import Job
 from mlx_receiver.metrics import Metrics
-from mlx_receiver.sessions.session import Ended, Owner, Phase, Session
+from mlx_receiver.sessions.allocation import Allocation
+from mlx_receiver.sessions.disk import DiskTier
+from mlx_receiver.sessions.earlier import NEW, Beginning, EarlierTexts
+from mlx_receiver.sessions.overdue import overdue
+from mlx_receiver.sessions.session import NO_KV, Ended, Owner, Phase, Session
 from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire.frames import DataReply, Header
 from mlx_receiver.wire.layout import CacheLayout
@@ -26,23 +30,18 @@ from mlx_receiver.wire.messages import (
     Code,
     DataTicket,
     Open,
-    Sampling,
     WireError,
 )
+from mlx_receiver.wire.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
 #: Seconds that a worker's ATTACH waits for the Open of its session on the other channel.
 ATTACH_SECONDS: Final = 5.0
 
-#: Seconds without a block after which a started session with a hole is given up.
-STALL_SECONDS: Final = 15.0
-
-#: The same for a session that nothing has started yet: vLLM may be computing a long step.
-IDLE_SECONDS: Final = 30.0
-
-#: Seconds after its last block in which an unclaimed session must be claimed.
-LEASE_SECONDS: Final = 30.0
+#: A text that begins with a copy of an earlier one's cache gets room for this part of its tokens
+#: more: the turns after it are written into that, and a long conversation is copied seldom.
+SPARE_PART: Final = 4
 
 #: Ended sessions whose timelines are kept.
 KEPT_TIMELINES: Final = 32
@@ -75,9 +74,12 @@ class SessionStore:
         max_sessions: int,
         events: SessionEvents,
         metrics: Metrics,
+        keeps: bool = True,
     ) -> None:
-        self._cache: ModelCache | None = None
+        """``keeps``: the caches of texts that have ended, for later ones that begin like them."""
         self.budget = Budget()
+        self.earlier = EarlierTexts(self.budget, metrics, keeps)
+        self.residents = self.earlier.residents
         self.max_sessions = max_sessions
         self._events = events
         self._metrics = metrics
@@ -88,13 +90,14 @@ class SessionStore:
         #: By client and session.
         self._waiting: dict[tuple[str, int], list[tuple[float, Reply]]] = {}
         self._recent: deque[Ended] = deque(maxlen=KEPT_TIMELINES)
-        # Zeroing gigabytes takes a while: neither the control nor the decoding thread may wait.
-        self._allocator = ThreadPoolExecutor(1, thread_name_prefix="kv-allocate")
+        self._allocation = Allocation(self.earlier, self._opened, events.complete, self.fail)
         self._accepting = True
 
-    def configure(self, cache: ModelCache, budget_bytes: int) -> None:
+    def configure(self, cache: ModelCache, budget_bytes: int, disk: DiskTier | None = None) -> None:
         """What is known once the model is loaded; until then nothing is admitted."""
-        self._cache = cache
+        self._allocation.cache = cache
+        self.earlier.configure(cache, disk)
+        self.budget.kept = self.residents
         self.budget.configure(cache, budget_bytes)
 
     # --- what the control channel asks ---------------------------------------------------------
@@ -109,42 +112,102 @@ class SessionStore:
         with self._lock:
             self._keys.pop(client, None)
 
-    def open(self, message: Open, client: Owner, layout: CacheLayout) -> Session:
+    def open(
+        self, message: Open, client: Owner, layout: CacheLayout, partition: str = ""
+    ) -> Session:
         """Reserve a session's memory in the client's ``layout``; ``SessionEvents.opened`` follows
-        when it is allocated.
+        when it is allocated. What it shares with an earlier text of the ``partition`` is there.
 
         Raises WireError: ``capacity`` when it does not fit, ``session`` for an id in use.
         """
-        tokens = len(message.prompt_token_ids)
         # Whoever claims an unclaimed session says only then how much text it may become.
         headroom = memory.HEADROOM
         if not message.unclaimed:
             headroom = min(message.sampling.max_tokens, headroom)
-        marks = layout.cells(tokens)
+        beginning = NEW
+        if not message.proof:
+            beginning = self.earlier.find(partition, message.prompt_token_ids, layout, headroom)
+        spare = 0
+        if beginning.branch or (beginning.found is not None and not beginning.alone):
+            spare = len(message.prompt_token_ids) // SPARE_PART
+        while True:
+            try:
+                session = self._reserve(
+                    message, client, layout, partition, headroom, beginning, spare
+                )
+                break
+            except WireError:
+                # Perhaps there is room with less than what would be good.
+                if not spare and beginning.found is None:
+                    raise
+                if not spare:
+                    beginning.release()
+                    beginning = NEW
+                spare = 0
+        self._allocation.begin(session, headroom + spare)
+        return session
+
+    def _reserve(
+        self,
+        message: Open,
+        client: Owner,
+        layout: CacheLayout,
+        partition: str,
+        headroom: int,
+        beginning: Beginning,
+        spare: int,
+    ) -> Session:
+        """The session, once its memory is reserved. Raises WireError."""
+        tokens = len(message.prompt_token_ids)
+        marks = layout.cells(tokens, beginning.held)
         with self._lock:
-            if message.session in self._sessions:
-                raise WireError(E_SESSION, f"session {message.session} exists already")
-            if not self._accepting:
-                raise WireError(E_CAPACITY, "the receiver is stopping")
-            if len(self._sessions) >= self.max_sessions:
-                raise WireError(
-                    E_CAPACITY, f"{len(self._sessions)} sessions are open (--max-sessions)"
-                )
-            owners = {s.opener.id for s in self._sessions.values()}
-            # Some of the last places are for clients that have none.
-            kept = min(len(self._keys.keys() - owners), self.max_sessions // 4)
-            if client.id in owners and len(self._sessions) >= self.max_sessions - kept:
-                raise WireError(
-                    E_CAPACITY,
-                    f"{len(self._sessions)} sessions are open, and {kept} of {self.max_sessions} "
-                    "are kept for other clients (--max-sessions)",
-                )
-            reservation = self.budget.reserve(tokens, headroom, layout.itemsize, marks)
-            session = Session(message, client, layout, reservation)
+            self._check_room(message, client)
+            reservation = self.budget.reserve(
+                tokens, headroom, layout.itemsize, marks, beginning.there, spare
+            )
+            if beginning.alone:
+                # Blocks may be written into its memory as long as anyone holds the reservation.
+                reservation.finally_do(beginning.release)
+            session = Session(message, client, layout, reservation, beginning, partition)
             self._sessions[session.id] = session
             reservation.hold()  # for the allocating thread
-        self._allocator.submit(self._allocate, session, headroom)
         return session
+
+    def compute(self, message: Open, client: Owner, job: Job) -> Session:
+        """The session of a prompt that the receiver computes itself, with the job that does: its
+        memory is reserved. Raises WireError as ``open`` does."""
+        self.earlier.prepare(job)
+        reservation = job.reservation
+        assert reservation is not None
+        try:
+            with self._lock:
+                self._check_room(message, client)
+                reservation.hold()
+                session = Session(message, client, NO_KV, reservation)
+                session.job = job
+                self._sessions[session.id] = session
+        except WireError:
+            reservation.release()
+            raise
+        return session
+
+    def _check_room(self, message: Open, client: Owner) -> None:
+        """Raise WireError where there is no place for the session. The lock is held."""
+        if message.session in self._sessions:
+            raise WireError(E_SESSION, f"session {message.session} exists already")
+        if not self._accepting:
+            raise WireError(E_CAPACITY, "the receiver is stopping")
+        if len(self._sessions) >= self.max_sessions:
+            raise WireError(E_CAPACITY, f"{len(self._sessions)} sessions are open (--max-sessions)")
+        owners = {s.opener.id for s in self._sessions.values()}
+        # Some of the last places are for clients that have none.
+        kept = min(len(self._keys.keys() - owners), self.max_sessions // 4)
+        if client.id in owners and len(self._sessions) >= self.max_sessions - kept:
+            raise WireError(
+                E_CAPACITY,
+                f"{len(self._sessions)} sessions are open, and {kept} of {self.max_sessions} "
+                "are kept for other clients (--max-sessions)",
+            )
 
     def get(self, session_id: int) -> Session | None:
         """The session of that id, unless it has ended."""
@@ -184,8 +247,7 @@ class SessionStore:
             self._events.failed(session, code, reason)
 
     def sweep(self) -> None:
-        """Answer attaches that waited too long; give up sessions that have come to nothing: whose
-        last blocks never came, for which nothing comes, and unclaimed ones that nobody wants."""
+        """Answer attaches that waited too long; give up sessions that have come to nothing."""
         now = time.monotonic()
         with self._lock:
             late = {
@@ -195,38 +257,11 @@ class SessionStore:
             }
             for key in late:
                 del self._waiting[key]
-            stalled = [
-                s
-                for s in self._sessions.values()
-                if s.first_token is not None
-                and not s.complete
-                and s.last_progress + STALL_SECONDS < now
-            ]
-            idle = [
-                s
-                for s in self._sessions.values()
-                if s.first_token is None
-                and not s.unclaimed
-                and s.last_progress + IDLE_SECONDS < now
-            ]
-            unclaimed = [
-                s
-                for s in self._sessions.values()
-                if s.unclaimed and s.last_progress + LEASE_SECONDS < now
-            ]
+            sessions = list(self._sessions.values())
         for (_, session_id), replies in late.items():
             _answer(replies, DataReply(session_id, False, E_SESSION, "no such session was opened"))
-        for session in stalled:
-            self.fail(
-                session,
-                E_BLOCK,
-                f"no block came for {STALL_SECONDS:.0f} s, but the cache is incomplete: "
-                f"{session.missing()}",
-            )
-        for session in idle:
-            self.fail(session, E_SESSION, f"no block and no Start came for {IDLE_SECONDS:.0f} s")
-        for session in unclaimed:
-            self.fail(session, E_SESSION, f"nobody claimed it within {LEASE_SECONDS:.0f} s")
+        for session, code, reason in overdue(sessions, now):
+            self.fail(session, code, reason)
 
     def close(self) -> None:
         """Accept nothing any more and end every session."""
@@ -235,17 +270,24 @@ class SessionStore:
             sessions = list(self._sessions.values())
         for session in sessions:
             self.end(session, "shutdown")
-        self._allocator.shutdown(wait=False, cancel_futures=True)
+        self.earlier.close()
+        self._allocation.close()
+
+    def built(self, session: Session) -> None:
+        """The session's memory is the decoder's from here on."""
+        self.earlier.take(session.beginning, session.reservation)
+        session.beginning = NEW
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the budget that nothing is reserved in."""
-        return self.budget.free
+        """Bytes of the budget that are free, or can be made free."""
+        return self.budget.free + self.residents.nbytes
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of the budget that are taken, also by sessions that end and by local jobs."""
-        return self.budget.reserved
+        """Bytes of the budget that are taken, also by sessions that end and by local jobs, but not
+        by what is kept of texts until somebody needs the room."""
+        return self.budget.reserved - self.residents.nbytes
 
     @property
     def budget_bytes(self) -> int:
@@ -267,32 +309,14 @@ class SessionStore:
         with self._lock:
             return list(self._recent)
 
-    def _allocate(self, session: Session, headroom: int) -> None:
-        try:
-            self._give_memory(session, headroom)
-        finally:
-            session.reservation.release()
-
-    def _give_memory(self, session: Session, headroom: int) -> None:
-        try:
-            assert self._cache is not None  # or there would be no memory to reserve
-            buffers = self._cache.allocate(session.layout, session.tokens, headroom)
-        except Exception as error:
-            logger.exception("allocating session %s failed", session.id)
-            self.fail(session, E_CAPACITY, f"allocating its KV memory failed: {error}")
-            return
-        if not session.give_memory(buffers):
-            return
+    def _opened(self, session: Session) -> None:
+        """The session's memory is there: tell who waits for it."""
         with self._lock:
             waiting = self._waiting.pop((session.opener.id, session.id), [])
+        self._metrics.held_tokens.inc(session.held_tokens)
         self._events.opened(session)
-        _answer(waiting, DataReply(session.id, True))
-        try:
-            while session.memory_grew() and buffers.grow():
-                pass
-        except Exception as error:
-            logger.exception("allocating session %s failed", session.id)
-            self.fail(session, E_CAPACITY, f"allocating its KV memory failed: {error}")
+        session.told()
+        _answer(waiting, DataReply(session.id, True, held=session.held))
 
     # --- BlockSink: called from the transports' threads ----------------------------------------
 
@@ -316,7 +340,7 @@ class SessionStore:
                     return
                 answer = DataReply(session, False, E_CAPACITY, "too many workers wait to attach")
             else:
-                answer = DataReply(session, True)
+                answer = DataReply(session, True, held=known.held)
         reply(answer)
 
     def detached(self, client: str, session: int) -> None:

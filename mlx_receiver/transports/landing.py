@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -77,8 +77,9 @@ def checksum(buffers: Sequence[memoryview]) -> int:
     return digest.intdigest() & 0xFFFFFFFF or 1
 
 
-def scatter(sources: Sequence[memoryview], targets: Sequence[memoryview]) -> None:
-    """Copy the sources' bytes into the targets, one after the other; both hold as many."""
+def scatter(sources: Iterable[memoryview], targets: Sequence[memoryview]) -> None:
+    """Copy the sources' bytes into the targets, one after the other; both hold as many. A source is
+    asked for once the one before it has been copied."""
     # NumPy lets other threads run while it copies; a memoryview's slice assignment does not.
     chunks: Iterator[memoryview] = iter(sources)
     chunk = next(chunks, memoryview(b""))

@@ -14,16 +14,14 @@ from mlx_receiver.wire.messages import (
     Cancel,
     ClientMessage,
     Hello,
-    Name,
     Open,
     Ping,
     ReceiverMessage,
-    Sampling,
-    SessionId,
     Start,
-    TokenId,
     WireError,
 )
+from mlx_receiver.wire.ranges import Name, SessionId, TokenId
+from mlx_receiver.wire.sampling import Sampling
 
 _T = TypeVar("_T")
 

@@ -4,7 +4,8 @@ A BLOCK is a rectangle of one part of one layer (``layout``): ``heads`` x ``toke
 head-major and contiguous (``[heads, tokens, width]``), so that each head's rows land in the
 receiver's ``[1, heads, tokens, width]`` cache with one contiguous read a head. Of a part that is
 not indexed by token, the header's tokens are its rows. Blocks may arrive in any order, from any
-number of connections (one for each vLLM worker).
+number of connections (one for each vLLM worker). What a quantised one looks like, ``quantised``
+says.
 
 The first six bytes, MAGIC and the version, are the same in every version. How frames look on a
 protected ``tcp`` connection, ``transports/seal.py`` says.
@@ -21,16 +22,10 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, MAX_PARTS, CacheLayout
-from mlx_receiver.wire.messages import (
-    E_BLOCK,
-    E_PROTOCOL,
-    PROTOCOL_VERSION,
-    Code,
-    SessionId,
-    Text,
-    WireError,
-)
+from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, MAX_PARTS, NOTHING, CacheLayout, Held
+from mlx_receiver.wire.messages import E_BLOCK, E_PROTOCOL, PROTOCOL_VERSION, Code, WireError
+from mlx_receiver.wire.quantised import CODECS, RAW, quantisable, row_bytes
+from mlx_receiver.wire.ranges import SessionId, Text
 
 MAGIC: Final = b"MDKV"
 
@@ -60,6 +55,9 @@ class Kind(enum.IntEnum):
 #: One byte holds the dtype's code above the part's index.
 _PART_BITS: Final = MAX_PARTS.bit_length() - 1
 
+#: One byte holds the codec's code above the kind.
+_KIND_BITS: Final = 4
+
 _HEADER: Final = struct.Struct("<4sHBBQHHHHIIIIqqq")
 HEADER_BYTES: Final = _HEADER.size
 
@@ -68,7 +66,8 @@ HEADER_BYTES: Final = _HEADER.size
 class Header:
     """The header of any frame. Fields after ``payload_bytes`` are zero unless it is a BLOCK.
 
-    ``part`` is the part's index in its layer's layout. Times are the sender's monotonic clock in
+    ``part`` is the part's index in its layer's layout; ``dtype`` is that of its numbers, and
+    ``codec`` (``quantised``) says how they travel. Times are the sender's monotonic clock in
     nanoseconds: ``computed_ns`` when the layer's part of the cache existed, ``gathered_ns`` when
     it left the paged cache, ``sent_ns`` when the frame was handed to the network. ``checksum`` is
     the payload's (``landing.checksum``), or 0 where none was made.
@@ -89,13 +88,14 @@ class Header:
     computed_ns: int = 0
     gathered_ns: int = 0
     sent_ns: int = 0
+    codec: str = RAW
 
     def pack(self) -> bytes:
         """The header as ``HEADER_BYTES`` bytes, little-endian."""
         return _HEADER.pack(
             MAGIC,
             PROTOCOL_VERSION,
-            self.kind,
+            (CODECS.index(self.codec) << _KIND_BITS) | self.kind,
             (DTYPES.index(self.dtype) << _PART_BITS) | self.part,
             self.session,
             self.layer,
@@ -155,8 +155,8 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
     if payload > MAX_PAYLOAD:
         raise WireError(E_PROTOCOL, f"a data frame of {payload} bytes is over {MAX_PAYLOAD}")
     try:
-        frame_kind = Kind(kind)
-    except ValueError:
+        frame_kind, codec = Kind(kind & (1 << _KIND_BITS) - 1), CODECS[kind >> _KIND_BITS]
+    except (ValueError, IndexError):
         raise WireError(E_PROTOCOL, f"a data frame of unknown kind {kind}") from None
     if bits >> _PART_BITS >= len(DTYPES):
         raise WireError(E_PROTOCOL, f"a data frame of unknown dtype code {bits >> _PART_BITS}")
@@ -176,16 +176,37 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         computed_ns=computed,
         gathered_ns=gathered,
         sent_ns=sent,
+        codec=codec,
     )
     if frame_kind is Kind.BLOCK:
-        expected = heads * tokens * width * ITEMSIZE[header.dtype]
-        if expected == 0 or payload != expected:
+        _check_size(header)
+    elif codec != RAW:
+        raise WireError(E_PROTOCOL, f"a {frame_kind.name} whose payload is {codec}")
+    return header
+
+
+def _check_size(header: Header) -> None:
+    """Whether a block's payload has the size that follows from its shape, here and once it is
+    decoded. Raises WireError (``block``)."""
+    rows, width, dtype = header.heads * header.tokens, header.width, header.dtype
+    if header.codec != RAW:
+        if not quantisable(dtype, width):
+            raise WireError(
+                E_BLOCK, f"{header.describe()}: rows of {width} x {dtype} cannot be {header.codec}"
+            )
+        if rows * row_bytes(RAW, dtype, width) > MAX_PAYLOAD:
             raise WireError(
                 E_BLOCK,
-                f"{header.describe()}: {payload} payload bytes, but {heads} heads x {tokens} "
-                f"tokens x {width} x {header.dtype} are {expected}",
+                f"{header.describe()}: {header.codec}, it stands for more than {MAX_PAYLOAD} bytes",
             )
-    return header
+    expected = rows * row_bytes(header.codec, dtype, width)
+    if expected == 0 or header.payload_bytes != expected:
+        how = "" if header.codec == RAW else f" in {header.codec}"
+        raise WireError(
+            E_BLOCK,
+            f"{header.describe()}: {header.payload_bytes} payload bytes, but {header.heads} heads "
+            f"x {header.tokens} tokens x {width} x {dtype}{how} are {expected}",
+        )
 
 
 def unpack_client(head: bytes | bytearray | memoryview) -> Header:
@@ -261,12 +282,14 @@ class DataProof(msgspec.Struct, frozen=True):
 
 
 class DataReply(msgspec.Struct, frozen=True):
-    """Payload of REPLY: the session may receive blocks, or it may not and why."""
+    """Payload of REPLY: the session may receive blocks, beside what is ``held`` of it, or it may
+    not and why."""
 
     session: SessionId
     accepted: bool
     code: Code | Literal[""] = ""
     reason: Text = ""
+    held: Held = NOTHING
 
 
 hello_decoder: Final = msgspec.msgpack.Decoder(DataHello)

@@ -29,8 +29,13 @@ class HandoffSummary(msgspec.Struct, frozen=True, kw_only=True):
     """One hand-off in the list."""
 
     request_id: str
+    #: Who does what: see ``planning.cost.Strategy``.
+    strategy: str = "split"
+    #: Why vLLM's side chose to hand it off like this, for people.
+    plan: str = ""
     state: str = ""
     prompt_tokens: int
+    held_tokens: int = 0
     output_tokens: int = 0
     kv_bytes: int
     opened_ns: int

@@ -6,14 +6,8 @@ from __future__ import annotations
 import msgspec
 
 from mlx_receiver.wire.layout import CacheLayout
-from mlx_receiver.wire.messages import (
-    E_PROTOCOL,
-    E_VERSION,
-    PROTOCOL_VERSION,
-    Hello,
-    Name,
-    WireError,
-)
+from mlx_receiver.wire.messages import E_PROTOCOL, E_VERSION, PROTOCOL_VERSION, Hello, WireError
+from mlx_receiver.wire.ranges import Name
 from mlx_receiver.wire.signature import ModelSignature
 
 

@@ -31,7 +31,6 @@ from zmq.utils import z85
 from mlx_receiver.wire.messages import DataTicket
 
 NONCE_BYTES: Final = 32
-PROOF_BYTES: Final = 32
 
 #: The same in every version, so that versions which differ can tell each other.
 _SALT: Final = b"vllm-mac-decode control channel"

@@ -38,6 +38,19 @@ _Count = Annotated[int, Meta(ge=1, le=1 << 20)]
 MAX_PARTS: Final = 16
 
 
+class Held(msgspec.Struct, frozen=True):
+    """What the receiver has of a prompt's cache before anything arrives: the rows of its first
+    ``tokens``, of parts that keep every token, and if ``bounded`` of those that keep the last ones
+    only. States of the whole text always travel."""
+
+    tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    bounded: bool = False
+
+
+#: Nothing of it.
+NOTHING: Final = Held()
+
+
 class Part(msgspec.Struct, frozen=True):
     """One array of a layer's cache: ``[heads, tokens, width]``, or ``[heads, rows, width]`` where
     ``by_token`` is false and it describes the whole text (the state of a recurrent layer).
@@ -76,6 +89,24 @@ class Part(msgspec.Struct, frozen=True):
             return (prompt_tokens - 1) // self.chunk * self.chunk
         return max(0, prompt_tokens - (self.window or prompt_tokens))
 
+    @property
+    def bounded(self) -> bool:
+        """Whether it keeps the last tokens only."""
+        return self.window is not None or self.chunk is not None
+
+    def start(self, prompt_tokens: int, held: Held) -> int:
+        """The first token that travels of a prompt of so many; ``prompt_tokens`` if none does."""
+        first = self.first(prompt_tokens)
+        if not self.by_token or (self.bounded and not held.bounded):
+            return first
+        return max(first, min(held.tokens, prompt_tokens))
+
+    def travels(self, prompt_tokens: int, held: Held) -> int:
+        """Rows of each head that travel."""
+        if not self.by_token:
+            return self.rows
+        return prompt_tokens - self.start(prompt_tokens, held)
+
 
 class LayerLayout(msgspec.Struct, frozen=True):
     """One layer's cache: its ``kind`` says what the parts mean."""
@@ -105,18 +136,39 @@ class CacheLayout(msgspec.Struct, frozen=True):
         """Bytes that each token of a prompt adds, while no window is full."""
         return self.nbytes(2) - self.nbytes(1)
 
-    def nbytes(self, prompt_tokens: int, itemsize: int | None = None) -> int:
-        """Bytes of a prompt's cache, as it travels or with numbers of ``itemsize`` bytes."""
+    def nbytes(self, prompt_tokens: int, itemsize: int | None = None, held: Held = NOTHING) -> int:
+        """Bytes of a prompt's cache beside what is ``held``, as it travels or with numbers of
+        ``itemsize`` bytes."""
         return sum(
-            part.tokens(prompt_tokens) * part.row * (itemsize or ITEMSIZE[part.dtype])
+            part.travels(prompt_tokens, held) * part.row * (itemsize or ITEMSIZE[part.dtype])
             for layer in self.layers
             for part in layer.parts
         )
 
-    def cells(self, prompt_tokens: int) -> int:
-        """Rows of all parts' heads: what coverage has a mark for."""
+    def kept_alike(self, tokens: int, more_tokens: int) -> bool:
+        """Whether what parts that keep the last tokens have of a text of ``tokens`` reaches back
+        as far as what they need of one of ``more_tokens`` that begins alike."""
+        return all(
+            part.first(tokens) <= part.first(more_tokens)
+            for layer in self.layers
+            for part in layer.parts
+            if part.bounded
+        )
+
+    def cells(self, prompt_tokens: int, held: Held = NOTHING) -> int:
+        """Rows of all parts' heads that travel: what coverage has a mark for."""
         return sum(
-            part.heads * part.tokens(prompt_tokens) for layer in self.layers for part in layer.parts
+            part.heads * part.travels(prompt_tokens, held)
+            for layer in self.layers
+            for part in layer.parts
+        )
+
+    @property
+    def every_token(self) -> bool:
+        """Whether each part keeps a row of every token: such a cache can be computed from the front
+        while it arrives from the end."""
+        return all(
+            part.by_token and not part.bounded for layer in self.layers for part in layer.parts
         )
 
     def limit(self, other: CacheLayout) -> int | None:

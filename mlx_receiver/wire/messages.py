@@ -14,6 +14,11 @@ A conversation::
                                     <-       Step([Decoded(session, ...), ...]) once a decode step
     Cancel(session)                 ->
                                     <-       Failed(session, reason) when the receiver gives up
+    Open(session, compute all)      ->
+                                    <-       Opened, then Complete and Step without Start
+    Open(session, compute="front")  ->
+       ... KV comes from the end, the receiver computes from the front ...
+                                    <-       Complete(session) once the two have met
     Open(session, proof) .. Start   ->
                                     <-       Proven(session, same, text) instead of Step
     Ping                            ->
@@ -32,6 +37,27 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from mlx_receiver.wire.layout import NOTHING, Held
+from mlx_receiver.wire.profile import Profile
+from mlx_receiver.wire.ranges import (
+    MAX_LOGPROBS,
+    MAX_PROOF_TOKENS,
+    MAX_ROWS,
+    MAX_STEP_TOKENS,
+    MAX_TEXT,
+    Bytes,
+    Count,
+    Logprob,
+    Name,
+    Nanoseconds,
+    Port,
+    Positive,
+    SessionId,
+    Text,
+    TokenId,
+)
+from mlx_receiver.wire.sampling import Sampling
+
 #: Version of everything under ``mlx_receiver.wire``. Both sides must have the same one.
 #: 1: first release.
 #: 2: connections are authenticated by keys instead of a token in Hello and HELLO; every value has a
@@ -43,7 +69,13 @@ from msgspec import Meta
 #: own before anything is handed off.
 #: 5: a part's numbers may be 8-bit floats, with a scale. One that is not indexed by token has rows:
 #: the states of convolutions have one for each channel, so that a worker can send its own.
-PROTOCOL_VERSION: Final = 5
+#: 6: of a prompt that begins like an earlier text only the rest travels (``Held``). Sampling has a
+#: grammar that the text conforms to, the tokens that may end it, and those whose log-probabilities
+#: are wanted.
+#: 7: a session's KV may come in another codec, the receiver may compute some or all of the prompt
+#: itself (``Open.compute``), and Welcome says how fast it is.
+#: Sampling may have a budget for the model's reasoning.
+PROTOCOL_VERSION: Final = 7
 
 #: Largest control message accepted, in bytes: a prompt of a million tokens fits.
 MAX_MESSAGE_BYTES: Final = 16 << 20
@@ -81,82 +113,14 @@ Code = Literal[
 #: Why a text ends; "" while it goes on.
 FinishReason = Literal["", "stop", "length"]
 
-# --- ranges ---------------------------------------------------------------------------------
-# The vLLM that is named bounds the same thing as strictly (0.32, ``vllm/envs.py``).
-
-MAX_INT: Final = 2**31 - 1
-#: Members of one ``Step``, and sessions of one ``Status``.
-MAX_ROWS: Final = 4096
-#: Output tokens of one session in one ``Decoded``.
-MAX_STEP_TOKENS: Final = 64
-#: Alternatives for each token; vLLM's default for ``--max-logprobs``.
-MAX_LOGPROBS: Final = 20
-#: Words, and their tokens together: VLLM_MAX_NUM_BAD_WORDS, VLLM_MAX_BAD_WORDS_TOTAL_TOKENS.
-MAX_BAD_WORDS: Final = 128
-MAX_BAD_WORDS_TOKENS: Final = 1024
-#: Token ids that end a text; models have a handful.
-MAX_STOP_TOKENS: Final = 1024
-#: Biased tokens: a dictionary takes longer to build than a list.
-MAX_LOGIT_BIAS: Final = 8192
-#: Tokens of a prompt whose cache is compared.
-MAX_PROOF_TOKENS: Final = 1024
-#: Longest name of something, in characters.
-MAX_NAME: Final = 1024
-
-#: Longest text of a reason or name, in characters.
-MAX_TEXT: Final = 4096
-
-Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
-Positive = Annotated[int, Meta(ge=1, le=MAX_INT)]
-Nanoseconds = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Bytes = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Port = Annotated[int, Meta(ge=1, le=65535)]
-#: A session's number: random, chosen by the client.
-SessionId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-#: An index into the model's vocabulary; ``trust.check`` compares it with the vocabulary's size.
-TokenId = Annotated[int, Meta(ge=0, le=MAX_INT, extra={"index": "vocabulary"})]
-#: JSON's and msgpack's numbers; minus infinity is a token that cannot come.
-Logprob = Annotated[float, Meta(le=1e-3, extra={"infinite": True})]
-Name = Annotated[str, Meta(max_length=MAX_NAME)]
-Text = Annotated[str, Meta(max_length=MAX_TEXT)]
-
 
 def clipped(text: str, limit: int = MAX_TEXT) -> str:
     """The text, shortened to what a message may carry."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the receiver samples; every field means what vLLM's ``SamplingParams`` says.
-
-    ``max_tokens`` and ``min_tokens`` count from the first output token, the one that vLLM
-    sampled itself. ``eos_token_id`` ends the text with ``stop_reason`` None, a member of
-    ``stop_token_ids`` with ``stop_reason`` set to itself. ``logprobs`` is the number of
-    alternatives per token (None: none wanted).
-    """
-
-    max_tokens: Positive
-    min_tokens: Count = 0
-    temperature: Annotated[float, Meta(ge=0)] = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Count = 0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Annotated[dict[TokenId, float], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
-    bad_words_token_ids: (
-        Annotated[
-            list[Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_BAD_WORDS_TOKENS)]],
-            Meta(max_length=MAX_BAD_WORDS),
-        ]
-        | None
-    ) = None
-    eos_token_id: TokenId | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] = []
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+#: What the receiver computes of a prompt whose session is opened.
+Compute = Literal["nothing", "front", "all"]
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -192,9 +156,14 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     """Ask for a session. ``session`` is a random number below 2**63, chosen by the client.
 
     ``prompt_token_ids`` are the tokens whose KV will arrive; the receiver never tokenises.
+    What was kept of earlier texts is used only for prompts of the same client, ``salt`` and
+    ``codec`` (``quantised``).
     An ``unclaimed`` session gets no Start: it waits for whoever shows its id over HTTP, with a
     first token and sampling of their own, and expires if nobody does. Of a ``proof`` nothing is
     decoded: ``Proven`` tells whether the receiver computes the same cache itself.
+    What of the prompt the receiver is to ``compute``: nothing; the "front", until it meets the KV
+    that comes from the end; or "all", and no KV comes, no Start either, and its first token is the
+    receiver's. ``plan`` says for people why that was chosen.
     """
 
     session: SessionId
@@ -204,6 +173,9 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     codec: Name = "raw"
     unclaimed: bool = False
     proof: bool = False
+    salt: Name = ""
+    compute: Compute = "nothing"
+    plan: Text = ""
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -260,7 +232,8 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """The client may open sessions. ``receiver`` changes when the receiver restarts.
 
     ``proof_token_ids`` is the prompt of the proof that the two engines' caches are the same; empty
-    where that is known.
+    where that is known. ``profile`` says how fast the receiver computes the model; None while it
+    does not know that.
     """
 
     receiver: Name
@@ -271,6 +244,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     max_tokens: Positive  # longest prompt + output that one session may have
     codecs: Annotated[list[Name], Meta(max_length=64)]
     proof_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_PROOF_TOKENS)] = []
+    profile: Profile | None = None
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
@@ -284,10 +258,10 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
-    """The session's memory is reserved. ``prefix_tokens`` are held already: do not send them."""
+    """The session's memory is reserved. What is ``held`` already need not be sent."""
 
     session: SessionId
-    prefix_tokens: Count = 0
+    held: Held = NOTHING
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -299,10 +273,14 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Complete(msgspec.Struct, frozen=True, tag="complete"):
-    """Every (layer, token, head) of the session's cache is resident."""
+    """Every (layer, token, head) of the session's cache is resident: ``kv_bytes`` of it came, and
+    where the receiver computes the front, ``computed_bytes`` are its own. What is still to be sent
+    is not wanted any more. Where it computes all, so many tokens were ``computed``."""
 
     session: SessionId
     kv_bytes: Bytes
+    computed_bytes: Bytes = 0
+    computed: Count = 0
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -320,8 +298,9 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 class Decoded(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one session.
 
-    ``position`` counts output tokens: vLLM's own first token is 0, so the first one decoded by
-    the receiver is 1. ``finish`` is "" while the text goes on, else "stop" or "length".
+    ``position`` counts output tokens: vLLM's own first token, where there is one, is 0, so the
+    first one decoded by the receiver is 1. ``finish`` is "" while the text goes on, else "stop" or
+    "length".
     """
 
     session: SessionId
@@ -356,16 +335,17 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):
-    """One session as the receiver sees it.
+    """One session as the receiver sees it; ``kv_bytes`` of its cache came or were computed.
 
     ``receiving``: its cache is incomplete; ``waiting``: for Start; ``queued``: for room in the
-    batch; ``decoding``: in it.
+    batch; ``decoding``: in it. ``computed``: tokens of the prompt that the receiver has computed.
     """
 
     session: SessionId
     state: Literal["receiving", "waiting", "queued", "decoding", "ended"]
     kv_bytes: Bytes
     tokens: Count
+    computed: Count = 0
 
 
 class Status(msgspec.Struct, frozen=True, tag="status"):
@@ -373,7 +353,8 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
 
     ``load`` is how many texts the receiver is working on or waiting for, whoever asked for them.
     ``ping_ns`` returns the Ping's own time and ``clock_ns`` the receiver's monotonic clock, so
-    that the client can put both sides' times on one axis.
+    that the client can put both sides' times on one axis. ``profile`` is there when it is another
+    than the client was told.
     """
 
     ping_ns: Nanoseconds
@@ -382,6 +363,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     free_bytes: Bytes
     sessions: Annotated[list[Progress], Meta(max_length=MAX_ROWS)]
     load: Count = 0
+    profile: Profile | None = None
 
 
 ClientMessage = Hello | Open | Start | Cancel | Ping

@@ -23,7 +23,9 @@ class ModelSignature(msgspec.Struct, frozen=True):
     """What gives the numbers of a cache their meaning, quantisation of weights aside.
 
     ``rope`` holds the rotary parameters as sorted ``(name, value)`` pairs in text form; none where
-    layers differ in them, which configurations spell in too many ways to be compared.
+    layers differ in them, which configurations spell in too many ways to be compared. Mistral's own
+    format, which vLLM prefers for its models, has no ``model_type`` and spells rotations otherwise:
+    neither is compared then. The proof tells what they would.
     """
 
     model_type: _Text
@@ -36,7 +38,7 @@ class ModelSignature(msgspec.Struct, frozen=True):
         lines = []
         for field in self.__struct_fields__:
             mine, theirs = getattr(self, field), getattr(other, field)
-            if field == "rope" and not (mine and theirs):
+            if field in ("model_type", "rope") and not (mine and theirs):
                 continue
             if mine != theirs:
                 lines.append(f"{field}: {_show(mine)} here, {_show(theirs)} there")
@@ -53,7 +55,7 @@ def signature_from_config(config: Mapping[str, Any]) -> ModelSignature:
         model_type=str(c.get("model_type", "")),
         hidden_size=need(c, "hidden_size"),
         vocab_size=need(c, "vocab_size"),
-        rope=_rope(c),
+        rope=_rope(c) if c.get("model_type") else [],
     )
 
 

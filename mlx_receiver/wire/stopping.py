@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from mlx_receiver.wire.messages import FinishReason, Sampling
+from mlx_receiver.wire.messages import FinishReason
+from mlx_receiver.wire.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +15,12 @@ class Finish:
 
     reason: FinishReason = ""
     stop_reason: int | None = None
+
+
+#: Of most tokens.
+GOES_ON: Final = Finish()
+_END: Final = Finish("stop")
+_FULL: Final = Finish("length")
 
 
 def check_stop(
@@ -24,9 +32,9 @@ def check_stop(
     longest prompt and output together.
     """
     if token == sampling.eos_token_id:
-        return Finish("stop")
+        return _END
     if token in sampling.stop_token_ids:
         return Finish("stop", token)
     if all_tokens >= max_tokens or output_tokens >= sampling.max_tokens:
-        return Finish("length")
-    return Finish()
+        return _FULL
+    return GOES_ON

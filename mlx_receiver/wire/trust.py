@@ -133,3 +133,18 @@ def _optional(check_member: _Check) -> _Check:
             check_member(path, value, vocab_size)
 
     return check_optional
+
+
+def within_depth(values: list[Any], most: int) -> bool:
+    """Whether no dict or list in ``values``, which hold JSON, lies more than ``most`` deep."""
+    level: list[Any] = [values]
+    for _ in range(most):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return True
+    return False

@@ -34,7 +34,7 @@ class Host:
     def shape(self, cable: int, mbits: int) -> None:
         """Let so much through its end of the cable."""
         rate = f"root tbf rate {mbits}mbit burst 256kb limit 4mb".split()
-        command(*self.place.command(["tc", "qdisc", "add", "dev", self.cables[cable], *rate]))
+        command(*self.place.command(["tc", "qdisc", "replace", "dev", self.cables[cable], *rate]))
 
     def address(self, cable: int, version: int) -> str:
         """The one of that version that its end of the cable has."""

@@ -145,3 +145,94 @@ def test_a_path_says_what_it_is() -> None:
     path = DataPath("10.0.0.1", 1_200_000_000, 400_000, 9000)
     assert path.text == "10.0.0.1 (9.60 Gbit/s, 0.4 ms, MTU 9000)"
     assert PROBE_BYTES <= 64 << 20
+
+
+@contextmanager
+def seldom(pause: float) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "_AGAIN_PAUSE", pause)
+        yield
+
+
+def test_the_way_that_is_used_is_measured_again(way: Way) -> None:
+    """What its link carries has changed; where blocks go has not."""
+    spark, _, target, hosts = way
+    chosen = Paths(target, lambda: [])
+    assert first(chosen, spark) == target
+    before = chosen.used
+    assert before is not None and before.host == hosts[0]
+    spark.shape(0, 20 * RATES[0])
+    try:
+        with seldom(0.0):
+            spark.run(chosen.again)
+            assert eventually(lambda: chosen.used is not before, 10, 0.01)
+    finally:
+        spark.shape(0, RATES[0])
+    after = chosen.used
+    assert after is not None and after.host == hosts[0] and after.rate > 3 * before.rate
+    assert look(chosen, spark, lambda: True) == "", "the way stays"
+
+
+def test_a_slow_way_is_measured_again_with_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def measure(host: str, target: DataTarget, nbytes: int, seconds: float) -> DataPath:
+        asked.append(nbytes)
+        return DataPath(host, rate, 1)
+
+    monkeypatch.setattr(paths, "measure", measure)
+    chosen = Paths(DataTarget(Endpoint("tcp", "127.0.0.1", 9), "r", TICKET), lambda: [])
+    for rate in (1, 12_500_000, 1_250_000_000, 10**12):
+        chosen.used = DataPath("127.0.0.1", rate, 1)
+        chosen._measure_again()
+    assert asked == [256 << 10, 1_250_000, 16 << 20, 16 << 20]
+
+
+def test_a_way_that_has_become_fast_is_measured_with_more_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is sent first is over before TCP is fast: a hundredth of a second's bytes pass at a
+    tenth of the rate."""
+    asked: list[int] = []
+
+    def measure(host: str, target: DataTarget, nbytes: int, seconds: float) -> DataPath:
+        asked.append(nbytes)
+        return DataPath(host, int(min(100 * nbytes, 1.25e9)), 1)
+
+    monkeypatch.setattr(paths, "measure", measure)
+    chosen = Paths(DataTarget(Endpoint("tcp", "127.0.0.1", 9), "r", TICKET), lambda: [])
+    chosen.used = DataPath("127.0.0.1", 12_500_000, 1)
+    chosen._measure_again()
+    assert asked == [1_250_000, 12_500_000, 16 << 20]
+    assert chosen.used == DataPath("127.0.0.1", int(1.25e9), 1)
+    asked.clear()
+    chosen.used = DataPath("127.0.0.1", 100, 1)
+    monkeypatch.setattr(paths, "_AGAIN_BYTES", (1, 1 << 40))
+    chosen._measure_again()
+    assert len(asked) == paths._AGAIN_TIMES, "not for ever"
+
+
+def test_it_is_not_measured_all_the_time() -> None:
+    """Of an address of this machine, too, which is no choice."""
+    listener = TcpListener("127.0.0.1", 0, MemorySink())
+    try:
+        chosen = Paths(DataTarget(listener.endpoint, "r", TICKET), lambda: [])
+        assert chosen.first() is not None and chosen.used is None
+        chosen.again()
+        assert eventually(lambda: chosen.used is not None, 10, 0.01)
+        used = chosen.used
+        for _ in range(20):
+            chosen.again()
+        time.sleep(0.3)
+        assert chosen.used is used
+        with seldom(0.0):
+            chosen.again()
+            assert eventually(lambda: chosen.used is not used, 10, 0.01)
+    finally:
+        listener.close()
+    with seldom(0.0):
+        used = chosen.used
+        assert eventually(lambda: chosen._thread is None, 10, 0.01)
+        chosen.again()
+        assert eventually(lambda: chosen._thread is None, 10, 0.01)
+        assert chosen.used is used, "nobody is there any more"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mlx_receiver.discovery.announce import label
 from mlx_receiver.discovery.service import SERVICE_TYPE, Announced, decode, encode, why_not
-from mlx_receiver.wire.messages import MAX_INT, PROTOCOL_VERSION
+from mlx_receiver.wire.messages import PROTOCOL_VERSION
+from mlx_receiver.wire.ranges import MAX_INT
 from mlx_receiver.wire.seldom import printable
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"

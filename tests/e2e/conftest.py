@@ -23,7 +23,7 @@ def served(
 ) -> Iterator[tuple[Vllm, Receiver]]:
     """vLLM and a receiver for the tiny Llama, in fp32."""
     logs = tmp_path_factory.mktemp("served")
-    with pair(tiny_llama_path, logs, args=ARGS) as servers:
+    with pair(tiny_llama_path, logs, args=ARGS, fresh=True) as servers:
         yield servers
 
 

@@ -25,12 +25,15 @@ PROMPTS: Final = [
     [1 + (7 * i + 3 * n) % 500 for i in range(length)] for n, length in enumerate(LENGTHS)
 ]
 
+#: What is said in the second turn.
+THEN: Final = [11, 12, 13, 14, 15, 16, 17]
+
 #: vLLM 0.32's CPU kernel rotates queries and keys of three dimensions wrongly, as these models pass
 #: them (``docs/models.md``); PyTorch does not.
 NATIVE_ROTATION: Final = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 #: A chunk must be of whole blocks.
 OPTIONS: Final = {
-    "lfm2": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION,
+    "lfm2": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION, "glm4_moe_lite": NATIVE_ROTATION,
     "llama4": {"block_size": 32},
 }  # fmt: skip
 
@@ -58,6 +61,18 @@ class Offline:
         assert "error" not in answer, (answer, self.log.read_text()[-3000:])
         return answer
 
+    def alone_and_together(
+        self, model: Path, receiver_log: Path, **order: Any
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """The tokens of vLLM alone, and the answer of the same order with a receiver."""
+        order |= {"model": str(model)}
+        alone = self.run(receiver="", **order)["tokens"]
+        receiver = start_receiver(model, receiver_log)
+        try:
+            return alone, self.run(receiver=receiver.address, **order)
+        finally:
+            receiver.server.stop()
+
     def said(self) -> str:
         """What the connector's log has."""
         lines = self.log.read_text(errors="replace").splitlines()
@@ -74,7 +89,8 @@ class Offline:
 
 @dataclass
 class Outcome:
-    """What a family's prompts gave. Tokens are lists for each prompt, of ``OUTPUT``."""
+    """What a family's prompts gave, in two turns. Tokens are lists for each prompt and turn, of
+    ``OUTPUT``: those of the second turn follow the others."""
 
     #: The folder that vLLM loaded.
     model: Path
@@ -91,7 +107,7 @@ class Outcome:
     @property
     def wanted(self) -> int:
         """``handed_off`` where nothing was decoded by vLLM."""
-        return len(PROMPTS) * (OUTPUT - 1)
+        return 2 * len(PROMPTS) * (OUTPUT - 1)
 
 
 def by_mlx_alone(receiver: Receiver, prompt: list[int]) -> list[int]:
@@ -135,21 +151,24 @@ def hand_off(
                 receiver=receiver.address,
                 prompts=PROMPTS,
                 tokens=OUTPUT,
+                then=THEN,
                 dtype=dtype,
                 options=OPTIONS.get(family, {}) if options is None else options,
             )
             receiver.assert_idle()
+            first = answer["tokens"]
+            second = [p + t + THEN for p, t in zip(PROMPTS, first, strict=True)]
             outcome = Outcome(
                 model,
-                alone,
-                answer["tokens"],
+                alone + [by_mlx_alone(receiver, prompt) for prompt in second],
+                first + answer["then"],
                 int(answer["handed_off"]),
                 httpx.get(f"{receiver.url}/handoffs").json(),
                 _proof(log := receiver.server.log.read_text()),
                 log,
             )
             refused = "do not compute the same cache" in outcome.log
-            wrong = family not in IN_BF16 and outcome.tokens != alone
+            wrong = family not in IN_BF16 and outcome.tokens != outcome.by_mlx_alone
             if outcome.handed_off == outcome.wanted or refused or wrong:
                 break
         return outcome

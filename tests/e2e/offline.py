@@ -1,7 +1,8 @@
 """vLLM without its server, one model after the other: ``python -m tests.e2e.offline``.
 
 Reads an order a line, as JSON: a model, a receiver, prompts and a number of tokens; answers each
-with the tokens, once the receiver is connected; without a receiver vLLM decodes alone.
+with the tokens, once the receiver is connected; without a receiver vLLM decodes alone. ``then`` are
+tokens that go on behind each answer, in a second turn.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import sys
 import time
 from typing import Any
 
-_CONNECT_SECONDS = 120.0
+from tests.warm import fork_what_is_spawned, possible
+
+#: How long a first hand-off may take, unless an order says otherwise (``connect``).
+CONNECT_SECONDS = 120.0
 
 
 def run(order: dict[str, Any]) -> dict[str, Any]:
@@ -40,15 +44,25 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
         **options,
     )
     try:
-        until = time.monotonic() + (_CONNECT_SECONDS if order["receiver"] else 0.0)
+        until = time.monotonic() + (
+            order.get("connect", CONNECT_SECONDS) if order["receiver"] else 0
+        )
         while not _handed_off(model) and time.monotonic() < until:
             _generate(model, [[1, 2, 3]], 3)
             time.sleep(0.1)
         _generate(model, [[1, 2, 3]], 1)  # the counts move with the engine's steps
         before = _handed_off(model)
-        tokens = _generate(model, order["prompts"], order["tokens"])
+        turns = [_generate(model, order["prompts"], order["tokens"])]
+        if "then" in order:
+            asked = zip(order["prompts"], turns[0], strict=True)
+            prompts = [prompt + answer + order["then"] for prompt, answer in asked]
+            turns.append(_generate(model, prompts, order["tokens"]))
         _generate(model, [[1, 2, 3]], 1)
-        return {"tokens": tokens, "handed_off": _handed_off(model) - before}
+        return {
+            "tokens": turns[0],
+            "then": turns[-1],
+            "handed_off": _handed_off(model) - before,
+        }
     finally:
         model.llm_engine.engine_core.shutdown()
 
@@ -74,6 +88,8 @@ def _handed_off(model: Any) -> float:
 
 def main() -> None:
     """Serve orders until there are none."""
+    if possible():
+        fork_what_is_spawned()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints
     for line in sys.stdin:

@@ -21,6 +21,7 @@ from tests.conftest import free_port
 from tests.mlx_alone import greedy
 from tests.servers import Receiver, Server, Vllm, start_receiver, start_vllm
 from tests.waiting import eventually
+from tests.warm import VLLM
 
 pytestmark = pytest.mark.server
 
@@ -83,6 +84,7 @@ def broken(*args, **kwargs):
 setattr(owner, method, broken)
 # OFFLINE
     open(os.environ["ARMED"], "w").close()
+    prompts = [prompt[::-1] for prompt in prompts]  # others: the receiver holds what was said
     meanwhile = generate(prompts, tokens)
     time.sleep(1)
     before, began = decoded(), time.monotonic()
@@ -232,7 +234,7 @@ def run_offline(text: str, arguments: list[Any], folder: Path, **env: str) -> st
     script = folder / "offline.py"
     script.write_text(text)
     command = [sys.executable, str(script), json.dumps(arguments)]
-    program = Server(command, folder / "offline.log", {"VLLM_CPU_KVCACHE_SPACE": "1"} | env)
+    program = Server(command, folder / "offline.log", {"VLLM_CPU_KVCACHE_SPACE": "1"} | env, VLLM)
     try:
         status = program.process.wait(240)
     finally:
@@ -281,7 +283,8 @@ def test_a_fault_of_ours_leaves_the_engine_serving(
 ) -> None:
     """Scheduler half, worker half and the export's thread: with responses in every state."""
     # Two at a time in small steps: one has ended and one is being exported when the third comes.
-    prompts = [prompt_of(n, 700 + n) for n in (60, 300, 50, 200)]
+    # Of its own for each, since the receiver holds what was said before.
+    prompts = [prompt_of(n, n + sum(method.encode())) for n in (60, 300, 50, 200)]
     arguments = [str(tiny_llama_path), other.address, f"{other.url}/metrics", prompts, 16, True]
     output = run_offline(
         BROKEN.replace("# OFFLINE", OFFLINE),
@@ -291,7 +294,7 @@ def test_a_fault_of_ours_leaves_the_engine_serving(
         ARMED=str(tmp_path / "armed"),
     )
     meanwhile, afterwards, by_receiver, seconds = printed(output, "FAULTY")
-    expected = greedy(tiny_llama_path, prompts, 16)
+    expected = greedy(tiny_llama_path, [prompt[::-1] for prompt in prompts], 16)
     assert meanwhile == expected
     assert afterwards == expected
     assert by_receiver == 0, "it is off for good"

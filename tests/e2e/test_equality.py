@@ -34,12 +34,7 @@ from tests.servers import Vllm, start_vllm
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 #: Differences that are known and meant: case -> where -> why.
-KNOWN_DIFFERENCES: dict[str, dict[str, str]] = {
-    "completions: an earlier answer in the prompt": {
-        ".usage.prompt_tokens_details.cached_tokens": "vLLM has no KV of tokens that the receiver "
-        "decoded, so a follow-up finds only the earlier prompt in its prefix cache",
-    },
-}
+KNOWN_DIFFERENCES: dict[str, dict[str, str]] = {}
 
 #: What vLLM's own dashboards show; each must count the same.
 DASHBOARD = (

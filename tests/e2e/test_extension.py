@@ -75,10 +75,15 @@ def served(
             patch.setenv("PYTHONPATH", os.pathsep.join(path))
             args = ("--max-num-batched-tokens", "256")
             vllm = start_vllm(
-                tiny_llama_path, logs / "vllm.log", receiver=addresses, args=args, wait=False
+                tiny_llama_path,
+                logs / "vllm.log",
+                receiver=addresses,
+                args=args,
+                wait=False,
+                fresh=True,
             )
             stack.callback(vllm.server.stop)
-            receiver = start_receiver(tiny_llama_path, logs / "with.log", port=ports[0])
+            receiver = start_receiver(tiny_llama_path, logs / "with.log", port=ports[0], fresh=True)
             stack.callback(receiver.server.stop)
         vllm.wait_healthy()
         vllm.wait_connected(receiver)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import ReasoningConfig, StructuredOutputsConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -18,11 +19,13 @@ from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.request import Request
 
+from mlx_receiver.wire.sampling import Thinking
 from tests.e2e.equality_cases import CASES, HANDED_OFF, NOT_DECODED
 from tests.servers import Receiver, start_receiver
 from tests.waiting import eventually
 from vllm_mac_decode.engine.adapter import engine_rules
 from vllm_mac_decode.scheduler import eligibility
+from vllm_mac_decode.scheduler.decisions import PLANNED_LOCAL
 from vllm_mac_decode.scheduler.eligibility import local_reason
 from vllm_mac_decode.scheduler.fleet import Fleet
 from vllm_mac_decode.scheduler.port import EngineRules
@@ -61,11 +64,12 @@ REQUESTS = {
     "streaming_input": lambda: like(resumable=True),
     "router": lambda: request(extra_args={"kv_transfer_params": {"do_remote_prefill": True}}),
     "short_output": lambda: request(1),
-    "structured_output": lambda: request(structured_outputs=StructuredOutputsParams(regex="a")),
+    "structured_output": lambda: request(
+        structured_outputs=StructuredOutputsParams(regex="a"), min_tokens=2
+    ),
     "logprobs": lambda: request(logprobs=-1),
-    "logprob_token_ids": lambda: request(logprobs=0, logprob_token_ids=[5]),
+    "logprob_token_ids": lambda: request(logprobs=0, logprob_token_ids=[5] * 21),
     "thinking_budget": lambda: request(thinking_token_budget=5),
-    "min_tokens": lambda: request(min_tokens=3, ignore_eos=True),
     "extra_args": lambda: request(extra_args={"mine": 1}),
     "trace_decode": lambda: request(trace_decode_token_ids=[5]),
 }
@@ -79,11 +83,11 @@ def _embeddings() -> Any:
 
 def returned() -> set[str]:
     """Every label that there is in the code."""
-    decide = (eligibility, engine_rules, Remote.local_reason, Relay._chosen, Relay._decide)
+    decide = (eligibility, engine_rules, Remote.local_reason, Relay._chosen, Relay._sampling)
     sources = [inspect.getsource(part) for part in decide]
     found = re.findall(r'(?:return|everything =) "(\w+)"', "".join(sources))
     assert len(found) > 15
-    return set(found)
+    return {*found, *PLANNED_LOCAL.values(), "planned"}
 
 
 def documented() -> set[str]:
@@ -99,8 +103,9 @@ def test_the_table_has_every_reason() -> None:
 def test_every_reason_is_tried() -> None:
     battery = {case.where for case in CASES} - {HANDED_OFF, NOT_DECODED}
     engine = {"short_prompt", "logprobs_mode", "logits_processors", "watermark"}
-    # In tests/vllm_mac_decode/scheduler/test_relay.py: they need a receiver's answers.
-    answers = {"receiver_full", "receiver_context", "out_of_range"}
+    # In tests/vllm_mac_decode/scheduler: they need a receiver's answers, or an engine's.
+    answers = {"receiver_full", "receiver_context", "out_of_range", "reasoning"}
+    answers |= {"offload_never", "offload_threshold", "planned"}
     assert battery | set(REQUESTS) | engine | set(UNAVAILABLE) | answers == documented()
 
 
@@ -112,6 +117,8 @@ def test_such_requests_stay_local(reason: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [{}, {"min_tokens": 3}, {"min_tokens": 3, "stop_token_ids": [9]}, {"ignore_eos": True},
+     {"min_tokens": 3, "ignore_eos": True}, {"logprobs": 0, "logprob_token_ids": [5]},
+     {"structured_outputs": StructuredOutputsParams(regex="a")},
      {"logprobs": 20}, {"seed": 1, "temperature": 0.5}, {"bad_words": []},
      {"watermarking": True}],
     ids=str,
@@ -145,6 +152,55 @@ def test_only_raw_log_probabilities_are_the_receivers(tiny_llama_path: Path) -> 
     assert local_reason(request(), Settings(), processed) is None
 
 
+def test_what_the_engine_says_of_grammars(tiny_llama_path: Path) -> None:
+    compact = StructuredOutputsConfig(
+        backend="guidance", disable_any_whitespace=True, disable_additional_properties=True
+    )
+    found = rules(tiny_llama_path, structured_outputs_config=compact)
+    assert found == EngineRules(compact_json=True, closed_json=True)
+    assert rules(tiny_llama_path, reasoning_parser="granite") == EngineRules(reasons=True)
+    within = StructuredOutputsConfig(enable_in_reasoning=True)
+    inside = rules(tiny_llama_path, reasoning_parser="granite", structured_outputs_config=within)
+    assert inside == EngineRules()
+
+
+def test_what_the_engine_says_of_reasoning(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is vLLM's own reading of its flags; its model runner has the rule."""
+
+    def told(start: str, end: str, **arguments: Any) -> Thinking | None:
+        marks = ReasoningConfig(reasoning_start_str=start, reasoning_end_str=end)
+        return rules(tiny_llama_path, reasoning_config=marks, **arguments).thinking
+
+    one = told("<file_sep>", "<filename>")
+    assert one is not None and one == Thinking(0, one.start, one.end, one.end, "v1")
+    assert len(one.start) == len(one.end) == 1 and one.start != one.end
+    budget = request(thinking_token_budget=5)
+    assert local_reason(budget, Settings(), EngineRules(thinking=one)) is None
+    phrase = told("<file_sep>", "Enough of it.<filename>")
+    assert phrase is not None and phrase.end == phrase.forced and phrase.forced[-1:] == one.end
+    assert told("<file_sep> Well,", "<filename>") is None
+    assert told("<file_sep>", "Enough of it. " * 400 + "<filename>") is None
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    assert told("<file_sep>", "<filename>", speculative_config=drafts) is None
+
+    config = EngineArgs(
+        model=str(tiny_llama_path),
+        dtype="float32",
+        reasoning_config=ReasoningConfig(
+            reasoning_start_str="<file_sep> Well,", reasoning_end_str="<filename>"
+        ),
+    ).create_engine_config()
+    assert engine_rules(config).thinking is None
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    found = engine_rules(config).thinking
+    if hasattr(ReasoningConfig, "natural_reasoning_end_token_ids"):  # vLLM 0.28 on
+        assert found is not None and found.runner == "v2" and len(found.start) > 1
+    else:
+        assert found is None
+
+
 # --- reasons that are the moment's rather than the request's -------------------------------------
 
 UNAVAILABLE = ("disabled", "no_receiver", "unproven", "circuit_open", "weights_changed")
@@ -175,10 +231,10 @@ def test_a_receiver_that_is_not_there_or_fails_is_left_alone(
     me = read_model(str(tiny_llama_path))
     # vLLM's engine is not needed to decide.
     engine = SimpleNamespace(
-        rules=EngineRules(), weights_changed=False, max_model_len=2048, idle=False
+        rules=EngineRules(), weights_changed=False, max_model_len=2048, idle=False, draining=False
     )
     relay.engine = engine  # type: ignore[assignment]
-    relay.vocab_size = me.signature.vocab_size
+    relay.vocab_size, relay.layout = me.signature.vocab_size, me.layout
     fleet = Fleet(settings, me, relay.join)
     try:
         assert eventually(lambda: any(remote.welcome for remote in relay._receivers))

@@ -17,6 +17,7 @@ from tests.conftest import free_port
 from tests.lying_receiver import CONTEXT
 from tests.servers import Server, Vllm, metric, start_vllm
 from tests.waiting import eventually
+from tests.warm import RECEIVER
 
 pytestmark = pytest.mark.server
 
@@ -48,7 +49,7 @@ CAUSES = {
     "creeps": "stalled",
     "counts_tokens": "stalled",
     "queues": "queued",
-    "queues_off_and_on": "queued",
+    "queues_off_and_on": "stalled",
 }
 #: These end the connection, and so every hand-off.
 LOST = ("token_beyond_the_vocabulary", "not_a_message", "several_parts")
@@ -112,7 +113,8 @@ def liar(tiny_llama_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         known = logs / "answers.json"
         known.write_text(json.dumps([(n.split()[0], *a) for n, a in answers.items()]))
         command = [sys.executable, "-m", "tests.lying_receiver", str(port), str(tiny_llama_path)]
-        server = Server([*command, str(known), "--hold", "0.7"], logs / "liar.log")
+        command += [str(known), "--hold", "0.7"]
+        server = Server(command, logs / "liar.log", imported=RECEIVER)
         try:
             found = Liar(vllm, server, answers)
             connected(found)

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
 from tests.conftest import free_port
 from tests.mlx_alone import greedy
@@ -40,6 +41,10 @@ def ask(base: str, path: str = "completions", **fields: Any) -> dict[str, Any]:
 
 
 def text(answer: dict[str, Any]) -> str:
+    if "output" in answer:
+        return answer["output"][0]["content"][0]["text"]
+    if "content" in answer:
+        return answer["content"][0]["text"]
     choice = answer["choices"][0]
     return choice["text"] if "text" in choice else choice["message"]["content"]
 
@@ -49,7 +54,9 @@ def decoded(receiver: Receiver) -> float:
 
 
 def kv_bytes(receiver: Receiver) -> float:
-    return receiver.metric("mlx_receiver_kv_bytes_total")
+    """What came from P, now or with an earlier text, which counts, too."""
+    names = ("mlx_receiver_kv_bytes_total", "mlx_receiver_held_tokens_total")
+    return sum(receiver.metric(name) for name in names)
 
 
 class Proxy:
@@ -60,7 +67,8 @@ class Proxy:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 request = httpx.Response(200, content=body).json()
-                first = request | {"max_tokens": 1, "stream": False, "kv_transfer_params": PREFILL}
+                limit = "max_output_tokens" if "responses" in self.path else "max_tokens"
+                first = request | {limit: 1, "stream": False, "kv_transfer_params": PREFILL}
                 answer = httpx.post(prefill + self.path, json=first, timeout=60).json()
                 second = request | {"kv_transfer_params": answer["kv_transfer_params"]}
                 final = httpx.post(decode + self.path, json=second, timeout=60)
@@ -163,6 +171,25 @@ def test_chats_streams_and_stop_strings(
         assert shown == expected
 
 
+def for_agents(path: str, said: str) -> dict[str, Any]:
+    """A request to one of the APIs that agents speak."""
+    if path == "responses":
+        return {"input": said, "max_output_tokens": TOKENS}
+    return {"messages": [{"role": "user", "content": said}]}
+
+
+@pytest.mark.parametrize("path", ["responses", "messages"])
+def test_responses_and_messages(path: str, proxy: str, vllm: Vllm, receiver: Receiver) -> None:
+    fields = for_agents(path, f"What do agents think of {path}?")
+    before = decoded(receiver), kv_bytes(receiver)
+    got = ask(proxy, path, **fields)
+    assert decoded(receiver) - before[0] == TOKENS - 1, "P's first token was not sampled again"
+    assert kv_bytes(receiver) > before[1], "the KV came from P"
+    p_alone, d_alone = ask(vllm.url, path, **fields), ask(api(receiver), path, model=None, **fields)
+    assert text(got) == text(p_alone) == text(d_alone)
+    assert got["usage"]["output_tokens"] == TOKENS
+
+
 def test_token_ids_and_log_probabilities(proxy: str, vllm: Vllm, tiny_llama_path: Path) -> None:
     prompt = ids(150, 3)
     (expected,) = greedy(tiny_llama_path, [prompt], TOKENS)
@@ -217,6 +244,31 @@ def front_door(
 def paths(receiver: Receiver) -> list[float]:
     name = "mlx_receiver_frontdoor_requests_total"
     return [metric(api(receiver), name, path=path) for path in ("local", "remote", "fallback")]
+
+
+@pytest.mark.parametrize("path", ["responses", "messages"])
+def test_the_front_door_for_agents(
+    path: str, front_door: str, vllm: Vllm, receiver: Receiver, tiny_llama_path: Path
+) -> None:
+    said = "Tell me of harbours, and of the ships in them. " * 20
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_path)
+    chat = [{"role": "user", "content": said}]
+    written = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.encode(written, add_special_tokens=False)
+    (expected,) = greedy(tiny_llama_path, [prompt], TOKENS)
+    before, tokens = paths(receiver), decoded(receiver)
+    got = ask(front_door, path, model=None, **for_agents(path, said))
+    assert text(got) == tokenizer.decode(expected)
+    assert [n - b for n, b in zip(paths(receiver), before, strict=True)] == [0, 1, 0]
+    assert decoded(receiver) - tokens == TOKENS - 1
+    # The second time vLLM finds the prompt in its prefix cache, and both APIs say so.
+    usage = ask(front_door, path, model=None, **for_agents(path, said))["usage"]
+    cached = (
+        usage["input_tokens_details"]["cached_tokens"]
+        if path == "responses"
+        else usage["cache_read_input_tokens"]
+    )
+    assert cached >= 128
 
 
 def test_the_front_door(

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from mlx_receiver.wire import codec, frames, trust
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.handshake import introduction
+from mlx_receiver.wire.quantised import BITS, CODECS, row_bytes
+from mlx_receiver.wire.sampling import Sampling
 from tests.fuzz.structures import VOCABULARY, right, variants
 
 
@@ -85,7 +87,7 @@ def _rely_on_client(message: m.ClientMessage) -> None:
             assert parts and all(1 <= part.row <= 1 << 40 for part in parts)
 
 
-def _rely_on_sampling(s: m.Sampling) -> None:
+def _rely_on_sampling(s: Sampling) -> None:
     assert 1 <= s.max_tokens < 1 << 31 and 0 <= s.min_tokens < 1 << 31
     assert 0 <= s.temperature < math.inf and 0 < s.top_p <= 1 and 0 <= s.min_p <= 1
     assert 0 <= s.top_k < 1 << 31 and 0 < s.repetition_penalty < math.inf
@@ -95,6 +97,19 @@ def _rely_on_sampling(s: m.Sampling) -> None:
     assert s.allowed_token_ids is None or s.allowed_token_ids
     assert len(s.bad_words_token_ids or ()) <= 128 and all(s.bad_words_token_ids or ())
     assert all(map(math.isfinite, (s.logit_bias or {}).values()))
+    grammar = s.grammar
+    assert grammar is None or len(grammar.text) <= 1 << 17
+    assert len(s.logprob_token_ids) <= 20 and len(s.end_token_ids) <= 1024
+    after = [] if grammar is None or grammar.after is None else [grammar.after]
+    told = s.thinking
+    marks = [] if told is None else [told.start, told.end, told.forced]
+    assert all(1 <= len(mark) <= 1024 for mark in marks)
+    assert told is None or (0 <= told.budget < 1 << 31 and told.runner in ("v1", "v2"))
+    for token in [*s.logprob_token_ids, *s.ends, *after]:
+        _token(token)
+    for mark in marks:
+        for token in mark:
+            _token(token)
     ends = s.stop_token_ids if s.eos_token_id is None else [*s.stop_token_ids, s.eos_token_id]
     words = [token for word in s.bad_words_token_ids or () for token in word]
     for token in [*ends, *(s.allowed_token_ids or ()), *(s.logit_bias or ()), *words]:
@@ -163,9 +178,11 @@ def data_payloads(drawn: tuple[Any, Any]) -> int:
 #: One value for each field of a frame's header, mostly small.
 header_fields = st.tuples(
     st.sampled_from([frames.MAGIC, frames.MAGIC, frames.MAGIC, b"MDKX", b"\0\0\0\0"]),
-    st.sampled_from([3, 3, 3, 2, 4, 0xFFFF]),
-    st.integers(0, 9),
-    st.sampled_from([*range(8), 255]),
+    st.sampled_from([*[m.PROTOCOL_VERSION] * 3, m.PROTOCOL_VERSION - 1, 0xFFFF]),
+    # The kind, and above it the codec.
+    st.sampled_from([*range(10), 3, 3, 3, 0x13, 0x13, 0x23, 0x23, 0x12, 0x33, 0xF3]),
+    # The part, and above it the dtype.
+    st.sampled_from([*range(8), 0x10, 0x20, 0x21, 0x30, 0x50, 255]),
     st.sampled_from([0, 1, 7, 2**63 - 1, 2**63, 2**64 - 1]),
     *[st.sampled_from([0, 1, 2, 3, 4, 64, 0x7FFF, 0xFFFF])] * 4,
     *[st.sampled_from([0, 1, 2, 16, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1])] * 4,
@@ -178,12 +195,15 @@ _EDGES = {"B": 8, "H": 16, "I": 32, "Q": 64}
 def headers(fields: tuple[Any, ...]) -> int:
     """Frame headers: each field at every edge of its width, and sizes that fit the shape."""
     heads, dim, tokens = fields[7], fields[8], fields[10]
+    sizes = [heads * tokens * dim * 2]
+    sizes += [heads * tokens * row_bytes(c, d, dim) for c in BITS for d in ("float16", "float32")]
     count = 0
     for place, code in enumerate("4HBBQHHHHIIIIqqq"):
         if code not in _EDGES:
             continue
         top = (1 << _EDGES[code]) - 1
-        for value in (0, 1, 2, 3, top >> 1, (top >> 1) + 1, top, heads * dim * tokens * 2 & top):
+        fitting = [size & top for size in sizes]
+        for value in (0, 1, 2, 3, top >> 1, (top >> 1) + 1, top, *fitting):
             changed = (*fields[:place], value, *fields[place + 1 :])
             count += 1
             try:
@@ -193,9 +213,20 @@ def headers(fields: tuple[Any, ...]) -> int:
             assert header.kind in (frames.Kind.ATTACH, frames.Kind.BLOCK, frames.Kind.PROBE)
             assert header.payload_bytes <= frames.MAX_PAYLOAD
             if header.kind is frames.Kind.BLOCK:
-                size = header.heads * header.tokens * header.width
-                assert header.payload_bytes == size * frames.ITEMSIZE[header.dtype] > 0
+                rows, numbers = header.heads * header.tokens, header.width
+                size = rows * numbers * frames.ITEMSIZE[header.dtype]
+                assert 0 < size <= frames.MAX_PAYLOAD, "what it is once it is decoded"
+                if header.codec == "raw":
+                    assert header.payload_bytes == size
+                else:
+                    assert header.dtype in ("bfloat16", "float16", "float32")
+                    assert numbers % 64 == 0
+                    ends = 2 * (numbers // 64) * frames.ITEMSIZE[header.dtype]
+                    packed = numbers // {"q8": 1, "q4": 2}[header.codec]
+                    assert header.payload_bytes == rows * (packed + ends) < size
             elif header.kind is frames.Kind.ATTACH:
                 assert not header.payload_bytes
-            assert 0 <= header.session < 1 << 63
+            assert 0 <= header.session < 1 << 63 and header.codec in CODECS
+            assert header.codec == "raw" or header.kind is frames.Kind.BLOCK
+            assert frames.unpack(header.pack()) == header
     return count

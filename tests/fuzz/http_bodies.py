@@ -9,16 +9,44 @@ import json
 import math
 from typing import Any
 
+from mlx_receiver.http.anthropic import bodies as anthropic_bodies
+from mlx_receiver.http.anthropic import chats as anthropic
+from mlx_receiver.http.anthropic.bodies import CountBody, MessagesBody
 from mlx_receiver.http.errors import ApiError
 from mlx_receiver.http.openai import claims
 from mlx_receiver.http.openai.bodies import ChatBody, CompletionBody, SamplingBody, parse
+from mlx_receiver.http.responses import bodies as responses_bodies
+from mlx_receiver.http.responses import chats as responses
+from mlx_receiver.http.responses.bodies import ResponsesBody
 from tests.fuzz.structures import VOCABULARY, variants
 
-BODIES = (CompletionBody, ChatBody)
+ITEMS = (
+    responses_bodies.Message,
+    responses_bodies.FunctionCall,
+    responses_bodies.FunctionCallOutput,
+    responses_bodies.ReasoningItem,
+)
+BLOCKS = (
+    anthropic_bodies.Text,
+    anthropic_bodies.ToolUse,
+    anthropic_bodies.ToolResult,
+    anthropic_bodies.Thinking,
+)
+#: Parts of a body, with the rest of it around them.
+AROUND = {
+    **dict.fromkeys(ITEMS, (ResponsesBody, b'{"input": [%s]}')),
+    **dict.fromkeys(
+        BLOCKS,
+        (MessagesBody, b'{"max_tokens": 9, "messages": [{"role": "user", "content": [%s]}]}'),
+    ),
+    responses_bodies.FunctionTool: (ResponsesBody, b'{"input": "", "tools": [%s]}'),
+    anthropic_bodies.Tool: (MessagesBody, b'{"max_tokens": 9, "messages": [], "tools": [%s]}'),
+}
+BODIES = (CompletionBody, ChatBody, ResponsesBody, MessagesBody, CountBody, *AROUND)
 
 
 def bodies(drawn: tuple[Any, Any]) -> int:
-    """Completions and chats: every field at, beyond and outside its range."""
+    """Completions, chats, and what becomes one: every field at, beyond and outside its range."""
     kind, value = drawn
     count = 0
     for variant in variants(kind, value):
@@ -28,7 +56,7 @@ def bodies(drawn: tuple[Any, Any]) -> int:
         except (TypeError, ValueError):
             continue  # what JSON cannot say
         try:
-            body = parse(raw, kind, VOCABULARY)
+            body = _read(raw, kind)
             claims.hand_off(body.kv_transfer_params, VOCABULARY)
         except ApiError as error:
             assert 400 <= error.status < 500, f"{error.status}: {error.message}"
@@ -59,11 +87,26 @@ def hand_offs(drawn: tuple[Any, Any]) -> int:
     return count
 
 
+def _read(raw: bytes, kind: Any) -> SamplingBody:
+    if kind in AROUND:
+        kind, around = AROUND[kind]
+        raw = around % raw
+    if issubclass(kind, SamplingBody):
+        return parse(raw, kind, VOCABULARY)
+    if issubclass(kind, CountBody):
+        return anthropic.chat(anthropic_bodies.parse(raw, kind, VOCABULARY), lambda: True)
+    body = responses_bodies.parse(raw, VOCABULARY)
+    return responses.chat(body, responses.function_tools(body))
+
+
 def _rely(body: SamplingBody) -> None:
     ids = [*(body.allowed_token_ids or ()), *(body.stop_token_ids or ())]
     if isinstance(body, CompletionBody) and isinstance(body.prompt, list):
         for prompt in body.prompt:
             ids += prompt if isinstance(prompt, list) else []
+    if isinstance(body, ChatBody):
+        assert all(isinstance(message, dict) for message in body.messages)
+        assert body.tools is None or body.tools
     for token in ids:
         assert not isinstance(token, int) or token >= 0
     assert body.n is None or 1 <= body.n <= 16384

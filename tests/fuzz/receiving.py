@@ -7,6 +7,7 @@ hears of its own sessions only and in the protocol's order, and in the end all m
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 from typing import Any
@@ -15,13 +16,15 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mlx_receiver.receiver import Receiver
-from mlx_receiver.sessions.service import Client
+from mlx_receiver.sessions.client import Client
 from mlx_receiver.settings import Settings
 from mlx_receiver.wire import keys
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.handshake import Introduction
-from mlx_receiver.wire.layout import ITEMSIZE, layout_from_config
+from mlx_receiver.wire.layout import layout_from_config
+from mlx_receiver.wire.quantised import row_bytes
+from mlx_receiver.wire.sampling import Sampling
 from tests.conftest import cached_model
 from tests.models import MODELS
 from tests.waiting import eventually
@@ -37,12 +40,13 @@ event = st.one_of(
     st.tuples(
         st.just("open"), _client, st.sampled_from([1, 3, 17]), st.sampled_from([1, 2, 5]),
         st.sampled_from(["", "", "", "unclaimed", "proof", "both"]), st.sampled_from([None, 3, 70]),
+        st.sampled_from(["raw", "raw", "q8", "q4"]),
     ),
     st.tuples(st.just("reopen"), _client, _session),
     st.tuples(st.just("blocks"), _client, _session),
     st.tuples(
         st.just("block"), _client, _session, st.integers(0, 1), st.integers(0, 1), _span,
-        st.sampled_from(["right", "right", "other", "torn", "dtype"]),
+        st.sampled_from(["right", "right", "other", "torn", "dtype", "codec"]),
     ),
     st.tuples(st.just("start"), _client, _session, st.sampled_from([3, 50, 99])),
     st.tuples(st.just("start"), _client, _session, st.sampled_from([3, 50, 99])),
@@ -61,13 +65,15 @@ events = st.lists(event, min_size=10, max_size=60)
 
 @functools.cache
 def receiver() -> Receiver:
-    """One receiver for all examples; it serves until the process ends."""
-    model = cached_model("fuzz-llama", MODELS["fuzz-llama"])
+    """One receiver for all examples; it serves until the process ends. Then it is stopped: Python
+    ends a thread that comes back from MLX after it, which C++ takes for a failure and aborts."""
+    model = cached_model("fuzz-llama-64", MODELS["fuzz-llama-64"])
     settings = Settings(
         model=str(model), host="127.0.0.1", discovery=False, port=0, http_port=None,
-        kv_memory=16 << 20, max_sessions=6, max_batch=2,
+        kv_memory=16 << 20, max_sessions=6, max_batch=2, profile=False,
     )  # fmt: skip
     started = Receiver(settings)
+    atexit.register(started.stop)
     started.start()
     assert started.wait_ready(120)
     return started
@@ -115,14 +121,17 @@ class _Machine:
 
     # --- events ---------------------------------------------------------------------------------
 
-    def do_open(self, client: int, tokens: int, limit: int, kind: str, eos: int | None) -> None:
+    def do_open(
+        self, client: int, tokens: int, limit: int, kind: str, eos: int | None, codec: str
+    ) -> None:
         message = m.Open(
             session=_next_session(),
             request_id="fuzz",
             prompt_token_ids=[(7 * i + tokens) % 100 for i in range(tokens)],
-            sampling=m.Sampling(max_tokens=limit, temperature=0.0, eos_token_id=eos),
+            sampling=Sampling(max_tokens=limit, temperature=0.0, eos_token_id=eos),
             unclaimed=kind in ("unclaimed", "both"),
             proof=kind in ("proof", "both"),
+            codec=codec,
         )
         self.sessions.open(self.clients[client], message)
         self.opened.append((client, message))
@@ -150,10 +159,12 @@ class _Machine:
         start = span[0] if span[0] < len(opened.prompt_token_ids) else 0
         count = min(span[1], len(opened.prompt_token_ids) - start)
         dtype = "bfloat16" if what == "dtype" else "float32"
+        others = {"raw": "q8", "q8": "q4", "q4": "raw"}
+        codec = others[opened.codec] if what == "codec" else opened.codec
         header = Header(
             Kind.BLOCK,
             opened.session,
-            count * shape.row * ITEMSIZE[dtype],
+            shape.heads * count * row_bytes(codec, dtype, shape.width),
             layer,
             part,
             dtype,
@@ -161,6 +172,7 @@ class _Machine:
             width=shape.width,
             token_start=start,
             tokens=count,
+            codec=codec,
         )
         sender = self.clients[client].id
         try:
@@ -195,7 +207,7 @@ class _Machine:
     def do_claim(self, place: int, right: bool) -> None:
         _, opened = self._of(place)
         prompt = opened.prompt_token_ids if right else [*opened.prompt_token_ids, 1]
-        sampling = m.Sampling(max_tokens=3, temperature=0.0)
+        sampling = Sampling(max_tokens=3, temperature=0.0)
         client = self.sessions.claim(opened.session, prompt, sampling, self.heard[-1].append)
         assert right and opened.unclaimed and not opened.proof
         self.claimed.add(opened.session)

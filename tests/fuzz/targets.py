@@ -45,7 +45,7 @@ TARGETS = {
         20,
     ),
     "headers": Target(decoders.header_fields, decoders.headers, 10, 60),
-    "HTTP bodies": Target(decoders.tagged(http_bodies.BODIES), http_bodies.bodies, 20, 12),
+    "HTTP bodies": Target(decoders.tagged(http_bodies.BODIES), http_bodies.bodies, 20, 25),
     "hand-offs over HTTP": Target(decoders.tagged((HandOff,)), http_bodies.hand_offs, 5, 15),
     "receiver's sessions": Target(receiving.events, receiving.sessions, 1, 60),
 }

@@ -37,12 +37,12 @@ from mlx_receiver.wire.messages import (
     Ping,
     Refused,
     Rejected,
-    Sampling,
     Start,
     Status,
     Step,
     Welcome,
 )
+from mlx_receiver.wire.sampling import Sampling
 
 #: Options of a receiver for this machine alone.
 HERE: dict[str, Any] = {"host": "127.0.0.1", "discovery": False}
@@ -80,8 +80,11 @@ class FakeVllm:
         kv_dtype: str = "float32",
         host: str = "127.0.0.1",
         known: keys.ClientKeys | None = None,
+        weights: str = "",
     ) -> None:
-        """``known`` are its keys, where they are not the token's."""
+        """``known`` are its keys, where they are not the token's; ``weights`` the fingerprint of
+        its model's, "" where it does not know that."""
+        self.weights = weights
         self.receiver = receiver
         self.host = host
         self._context = zmq.Context()
@@ -105,7 +108,8 @@ class FakeVllm:
     def hello(self, seconds: float = 20.0, **changes: Any) -> Any:
         envelope = {name: changes.pop(name) for name in ("protocol", "payload") if name in changes}
         source = self.receiver.source
-        me = Introduction(source.signature, layout_of(source, self.kv_dtype), "test")
+        layout = layout_of(source, self.kv_dtype)
+        me = Introduction(source.signature, layout, "test", fingerprint=self.weights)
         hello = msgspec.structs.replace(me, **changes).hello()
         self.send(msgspec.structs.replace(hello, **envelope))
         answer = self.wait(lambda m: isinstance(m, Welcome | Rejected), seconds)
@@ -268,8 +272,10 @@ def _cuts(length: int, rng: random.Random | None) -> list[slice]:
 
 @contextmanager
 def started(model: Path, **options: Any) -> Iterator[Receiver]:
-    """A receiver on free ports, without HTTP unless it is asked for."""
-    settings = {**HERE, "port": 0, "http_port": None, "kv_memory": 1 << 28, **options}
+    """A receiver on free ports, without HTTP unless it is asked for. It keeps nothing of earlier
+    texts unless that is asked for: ``FakeVllm`` sends whole caches. Nor does it measure itself."""
+    settings = {**HERE, "port": 0, "http_port": None, "kv_memory": 1 << 28}
+    settings |= {"prompt_cache": False, "profile": False, **options}
     with Receiver(Settings(model=str(model), **settings)) as receiver:
         yield receiver
 

@@ -18,7 +18,8 @@ Prefill = Callable[..., Prefilled]
 
 @pytest.fixture(scope="session")
 def prefill(tiny_llama_path: Path) -> Prefill:
-    """``prefill(tokens, decode=8, seed=0)``: MLX's own cache and greedy text of a prompt."""
+    """``prefill(tokens, decode=8, seed=0)``: MLX's own cache and greedy text of a prompt of so many
+    tokens, or of those given."""
     import mlx.core as mx
 
     source = find_model(str(tiny_llama_path))
@@ -26,9 +27,13 @@ def prefill(tiny_llama_path: Path) -> Prefill:
     model = loaded.model
 
     @functools.cache
-    def run(tokens: int, decode: int = 8, seed: int = 0) -> Prefilled:
-        rng = np.random.default_rng((tokens, seed))
-        prompt = rng.integers(20, source.signature.vocab_size, tokens).tolist()
+    def run(wanted: int | tuple[int, ...], decode: int = 8, seed: int = 0) -> Prefilled:
+        if isinstance(wanted, int):
+            rng = np.random.default_rng((wanted, seed))
+            prompt = rng.integers(20, source.signature.vocab_size, wanted).tolist()
+        else:
+            prompt = list(wanted)
+        tokens = len(prompt)
         cache = loaded.cache.empty()
         if tokens > 1:
             # Only the cache is evaluated: logits of every position would take most of the time.

@@ -109,10 +109,13 @@ def test_models_that_cannot_be_served(tmp_path: Path, config: str | None, names:
     assert "Traceback" not in text
 
 
-def test_a_missing_folder_is_named() -> None:
-    code, text = run("start", "--model", "/no/such/folder")
+@pytest.mark.parametrize("folder", ["/no/such/folder", "~nobody-of-that-name/model"])
+@pytest.mark.parametrize("command", ["start", "profile"])
+def test_a_missing_folder_is_named(command: str, folder: str) -> None:
+    code, text = run(command, "--model", folder)
     assert code == 2
-    assert "there is no folder /no/such/folder" in text
+    assert f"there is no folder {folder}" in text
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from mlx_receiver import plugins
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings, SettingsError
 from mlx_receiver.transports.transport import Sender
-from mlx_receiver.wire.messages import Sampling, Welcome
+from mlx_receiver.wire.messages import Welcome
+from mlx_receiver.wire.sampling import Sampling
 from tests.mlx_receiver.client import HERE, FakeVllm, started
 from tests.mlx_receiver.conftest import Prefill
 

@@ -28,6 +28,7 @@ MODELS = (
     "Qwen/Qwen3-1.7B",
     "Qwen/Qwen3-8B",
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "claude-3-7-sonnet-latest",
     "facebook/opt-125m",
     "openai-community/gpt2",
 )

@@ -26,8 +26,10 @@ class Params:
     bad_words_token_ids: list[list[int]] | None = None
     eos_token_id: int | None = None
     stop_token_ids: list[int] = field(default_factory=list)
+    stop: list[str] = field(default_factory=list)
     all_stop_token_ids: set[int] = field(default_factory=set)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
     structured_outputs: Any = None
     thinking_token_budget: int | None = None
@@ -48,8 +50,12 @@ class Request:
     lora_request: Any = None
     mm_features: tuple[Any, ...] = ()
     prompt_embeds: Any = None
+    cache_salt: str | None = None
     resumable: bool = False
+    cache_salt: str | None = None
+    block_hashes: list[Any] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.max_tokens = self.sampling_params.max_tokens
@@ -75,6 +81,7 @@ class Stats:
     """``SchedulerStats``."""
 
     num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
 
 
 @dataclass

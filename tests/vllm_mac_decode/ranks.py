@@ -23,7 +23,9 @@ from mlx_receiver.transports.transport import Landing
 from mlx_receiver.wire.frames import Header
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.layout import FULL, full_attention
-from mlx_receiver.wire.messages import Endpoint, Open, Sampling
+from mlx_receiver.wire.messages import Endpoint, Open
+from mlx_receiver.wire.quantised import RAW
+from mlx_receiver.wire.sampling import Sampling
 from tests.waiting import eventually
 from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
@@ -72,7 +74,8 @@ class Store(SessionStore):
         return super().landing(client, header)
 
     def add(self, request: Request) -> Session:
-        message = Open(request.session, request.id, [1] * request.tokens, Sampling(max_tokens=1))
+        prompt, once = [1] * request.tokens, Sampling(max_tokens=1)
+        message = Open(request.session, request.id, prompt, once, request.codec)
         return self.open(message, self, self.layout)
 
     def stop(self) -> None:
@@ -89,7 +92,9 @@ class Request:
     blocks: list[int]
     layers: int = LAYERS
     dim: int = DIM
+    codec: str = RAW
     session: int = field(default_factory=lambda: next(_ids))
+    from_end: bool = False
 
     def __post_init__(self) -> None:
         self.id = f"request-{self.session}"
@@ -98,7 +103,16 @@ class Request:
 
     def span(self, start: int, end: int, block_size: int = BLOCK) -> ExportSpan:
         blocks = self.blocks[start // block_size : -(-end // block_size)]
-        return ExportSpan(self.session, self.id, start, end, self.tokens, [blocks])
+        return ExportSpan(
+            self.session,
+            self.id,
+            start,
+            end,
+            self.tokens,
+            [blocks],
+            self.codec,
+            self.from_end,
+        )
 
     def check(self, session: Session) -> None:
         """Every byte of it is in the session's memory."""

@@ -45,7 +45,13 @@ def test_every_setting_can_come_from_the_environment() -> None:
         checksum=True,
         plain_data=True,
         discovery=False,
+        offload="mac",
+        offload_threshold=9,
         proof=False,
+        shadow_prefill=False,
+        shadow_chunk=64,
+        profile=False,
+        codec="q8",
     )
     values = msgspec.structs.asdict(wanted)
     assert set(values) == set(Settings.__struct_fields__)
@@ -136,6 +142,7 @@ def test_good_addresses(address: str, expected: tuple[str, int]) -> None:
         ({"queue_timeout": -1}, "queue_timeout must be at least 0 seconds"),
         ({"stall_timeout": -2}, "stall_timeout must be above 0 seconds"),
         ({"staging_mib": 15}, "staging_mib must be at least 16"),
+        ({"offload_threshold": -1}, "offload_threshold must be at least 0 tokens"),
         ({"min_output_tokens": 1}, "min_output_tokens must be at least 2"),
         ({"staging_mib": "plenty"}, "staging_mib"),
         ({"enabled": "perhaps"}, "enabled"),

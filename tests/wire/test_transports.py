@@ -188,9 +188,8 @@ def test_a_slow_receiver_blocks_the_sender(connect: Any, sink: MemorySink) -> No
         time.sleep(0.7)
     # Nothing has landed, so all that was sent waits somewhere: at most 64 MiB.
     assert len(sent) <= 32
-    began = time.monotonic()
     sender.replies()
-    assert time.monotonic() - began < 0.5, "replies() waited for send()"
+    assert thread.is_alive() and not sink.landed, "replies() waited for send()"
     sink.gate.set()
     thread.join(60)
     sink.wait(lambda: len(sink.landed) == 100)

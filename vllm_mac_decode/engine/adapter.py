@@ -7,9 +7,13 @@ once per process and only acting where the connector is ours:
   constructor is already running when the connector is made);
 - ``Scheduler.update_from_output``: the relay sees each step's outputs before the clients do, and
   adds the responses that it knows of to the number that runs;
+- ``Scheduler.add_request``: the relay sees each request before vLLM's scheduler does, which is not
+  given those that a receiver does all of; ``DPEngineCoreProc.add_request``: it steps with the
+  others all the same, which wait for it;
 - ``EngineCore.abort_requests``: the relay hears of clients that went away;
 - ``Scheduler.finish_requests`` and ``set_pause_state``: vLLM ends or holds every request, when it
   stops, sleeps or is paused, and the receiver's are among them;
+- ``Scheduler.reset_prefix_cache``: a shadow's blocks do not keep vLLM from it;
 - ``EngineCoreProc._reject_add_in_shutdown`` and, from vLLM 0.33, ``_reject_add_while_paused``: the
   local continuation of a response is no new request.
 
@@ -20,6 +24,7 @@ Checked against vLLM 0.26 to 0.33; fields that differ are read with ``getattr``.
 from __future__ import annotations
 
 import functools
+import itertools
 import queue
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -31,6 +36,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import (
+    EngineCoreEventType,
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequestType,
@@ -38,10 +44,19 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 from vllm.v1.outputs import LogprobsLists
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from mlx_receiver.wire.messages import Decoded, Logprobs
-from vllm_mac_decode.scheduler.port import EngineListener, EngineRules
+from vllm_mac_decode.engine import grammars, reasoning
+from vllm_mac_decode.engine.machine import machine
+from vllm_mac_decode.engine.prefix_cache import LAST, prefix_cache
+from vllm_mac_decode.scheduler.port import (
+    EngineListener,
+    EngineLoad,
+    EngineRules,
+    Machine,
+    PrefixCache,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,6 +64,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.mac_decode.engine")
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+#: Requests of each queue that are looked at for what the engine has to do.
+_LOOKED_AT = 128
 _INSTALLED = "_mac_decode_installed"
 
 
@@ -59,10 +76,13 @@ def install() -> None:
     setattr(EngineCore, _INSTALLED, True)
     for engine in (EngineCoreProc, DPEngineCoreProc):
         engine.run_busy_loop = _attaching(engine.run_busy_loop)
+    Scheduler.add_request = _deciding(Scheduler.add_request)
+    DPEngineCoreProc.add_request = _joining(DPEngineCoreProc.add_request)
     Scheduler.update_from_output = _rewriting(Scheduler.update_from_output)
     EngineCore.abort_requests = _aborting(EngineCore.abort_requests)
     Scheduler.finish_requests = _finishing(Scheduler.finish_requests)
     Scheduler.set_pause_state = _pausing(Scheduler.set_pause_state)
+    Scheduler.reset_prefix_cache = _resetting(Scheduler.reset_prefix_cache)
     for name in ("_reject_add_in_shutdown", "_reject_add_while_paused"):
         if hasattr(EngineCoreProc, name):
             setattr(EngineCoreProc, name, _continuing(getattr(EngineCoreProc, name)))
@@ -77,6 +97,30 @@ def _attaching(run_busy_loop: Callable[[Any], None]) -> Callable[[Any], None]:
         run_busy_loop(self)
 
     return run
+
+
+def _deciding(add_request: Callable[[Any, Request], None]) -> Callable[[Any, Request], None]:
+    @functools.wraps(add_request)
+    def add(self: Any, request: Request) -> None:
+        # More input for a request that vLLM has is no new one.
+        if request.request_id not in self.requests and _ask(
+            self, "on_new_request", lambda relay: relay.on_new_request(request)
+        ):
+            return
+        add_request(self, request)
+
+    return add
+
+
+def _joining(add_request: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(add_request)
+    def add(self: Any, request: Request, *args: Any, **kwargs: Any) -> None:
+        add_request(self, request, *args, **kwargs)
+        # The request has started the other engines, whose steps need one of this engine, too.
+        if _ask(self.scheduler, "given_away", lambda relay: relay.given_away(request.request_id)):
+            self.engines_running = True
+
+    return add
 
 
 def _rewriting(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,6 +163,18 @@ def _pausing(set_pause_state: Callable[..., None]) -> Callable[..., None]:
     return pause
 
 
+def _resetting(reset_prefix_cache: Callable[..., bool]) -> Callable[..., bool]:
+    @functools.wraps(reset_prefix_cache)
+    def reset(self: Any, *args: Any, **kwargs: Any) -> bool:
+        nobodys = _ask(self, "cache_reset", lambda relay: relay.cache_reset()) or []
+        if known := [request_id for request_id in nobodys if request_id in self.requests]:
+            # Blocks of a request that nobody knows must not keep vLLM from it.
+            self.finish_requests(known, RequestStatus.FINISHED_ABORTED)
+        return reset_prefix_cache(self, *args, **kwargs)
+
+    return reset
+
+
 def _continuing(reject: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(reject)
     def rejected(self: Any, request: Request) -> bool:
@@ -157,7 +213,16 @@ def engine_rules(config: VllmConfig) -> EngineRules:
         everything = "logits_processors"
     elif getattr(config, "watermark_config", None) is not None:
         everything = "watermark"
-    return EngineRules(everything, config.model_config.logprobs_mode == "raw_logprobs")
+    structured = config.structured_outputs_config
+    return EngineRules(
+        everything,
+        raw_logprobs=config.model_config.logprobs_mode == "raw_logprobs",
+        compact_json=structured.disable_any_whitespace,
+        closed_json=structured.disable_additional_properties,
+        reasons=bool(structured.reasoning_parser)
+        and not getattr(structured, "enable_in_reasoning", False),
+        thinking=reasoning.thinking(config),
+    )
 
 
 class EngineAdapter:
@@ -174,6 +239,8 @@ class EngineAdapter:
         self.max_model_len: int = core.vllm_config.model_config.max_model_len
         self.rules = engine_rules(core.vllm_config)
         self._first_weights = self._weight_version()
+        self.prefixes: PrefixCache | None = prefix_cache(core)
+        self.machine: Machine | None = machine(core)
 
     @property
     def draining(self) -> bool:
@@ -196,6 +263,22 @@ class EngineAdapter:
             and self._input.empty()
             and not self._core.scheduler.has_unfinished_requests()
         )
+
+    def load(self, besides: str) -> EngineLoad:
+        """See ``EnginePort.load``."""
+        scheduler = self._core.scheduler
+        pending, rows = [], 0
+        for request in itertools.chain(
+            itertools.islice(scheduler.running, _LOOKED_AT),
+            itertools.islice(scheduler.waiting, _LOOKED_AT),
+        ):
+            left = request.num_prompt_tokens - request.num_computed_tokens
+            if left <= 0:
+                rows += 1
+            elif request.request_id != besides:
+                pending.append((request.request_id, left))
+        unseen = max(0, len(scheduler.waiting) - _LOOKED_AT)
+        return EngineLoad(len(pending) + unseen, tuple(pending), rows)
 
     def wake(self) -> None:
         """Make an idle engine look whether there is something to do."""
@@ -233,11 +316,27 @@ class EngineAdapter:
                     new_logprobs=_logprobs(tokens.logprobs) if tokens.logprobs else None,
                     finish_reason=_FINISH[tokens.finish] if tokens.finish else None,
                     stop_reason=tokens.stop_reason,
+                    events=request.take_events(),
+                    prefill_stats=request.take_prefill_stats(),
                     trace_headers=request.trace_headers,
                 )
             )
         for client, outputs in clients.items():
             self.emit(client, outputs)
+
+    def prefilled_elsewhere(
+        self, request: Request, cached: int, arrived: float, begun: float
+    ) -> None:
+        """See ``EnginePort.prefilled_elsewhere``; vLLM's own requests bring the same along."""
+        if request.prefill_stats is not None:
+            request.prefill_stats.set(request.num_prompt_tokens, 0, cached)
+        if self._core.scheduler.log_stats:
+            request.record_event(EngineCoreEventType.QUEUED, arrived)
+            request.record_event(EngineCoreEventType.SCHEDULED, begun)
+
+    def requeue(self, request: Request) -> None:
+        """Queue a request of which nothing was produced, as it came."""
+        self._input.put_nowait((EngineCoreRequestType.ADD, (request, 0)))
 
     def resume(self, request: Request, as_id: str, tokens: list[int], max_tokens: int) -> bool:
         """Queue a local continuation of a request that has produced ``tokens``.
@@ -270,8 +369,25 @@ class EngineAdapter:
             trace_headers=request.trace_headers,
             block_hasher=self._core.request_block_hasher,
         )
+        # With the grammar where it is: another one would begin anew, and nobody would compile it.
+        continuation.structured_output_request = request.structured_output_request
         self._input.put_nowait((EngineCoreRequestType.ADD, (continuation, 0)))
         return True
+
+    def reasoning_end(self, request: Request) -> int | None:
+        """See ``EnginePort.reasoning_end``."""
+        try:
+            return grammars.reasoning_end(self._core.structured_output_manager, request)
+        except (AttributeError, ImportError) as error:  # a release that does it in another way
+            raise LookupError(f"this vLLM does not tell where reasoning ends: {error}") from error
+
+    def grammar_ready(self, request: Request) -> bool:
+        """See ``EnginePort.grammar_ready``."""
+        return grammars.ready(request)
+
+    def accept(self, request: Request, tokens: list[int], after: int | None) -> int:
+        """See ``EnginePort.accept``."""
+        return grammars.accept(request, tokens, after)
 
     def prefill(self, as_id: str, tokens: list[int]) -> Request:
         """Queue a request of nobody's for one token behind these, which its output will bring."""
@@ -285,6 +401,24 @@ class EngineAdapter:
         # Of no wave that there is: where there are several engines, the others are woken, too.
         self._input.put_nowait((EngineCoreRequestType.ADD, (request, -1)))
         return request
+
+    def trial(self, as_id: str, tokens: list[int], output: int) -> None:
+        """See ``EnginePort.trial``."""
+        params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+        request = Request(
+            request_id=as_id,
+            prompt_token_ids=tokens,
+            sampling_params=params,
+            pooling_params=None,
+            priority=LAST,
+            block_hasher=self._core.request_block_hasher,
+        )
+        # Of no wave, as in ``prefill``.
+        self._input.put_nowait((EngineCoreRequestType.ADD, (request, -1)))
+
+    def withdraw(self, request_id: str) -> None:
+        """See ``EnginePort.withdraw``."""
+        self._input.put_nowait((EngineCoreRequestType.ABORT, [request_id]))
 
     def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:
         """Turn a continuation's output into one of the first request's."""

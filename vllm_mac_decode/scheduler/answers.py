@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mlx_receiver.planning.cost import Strategy
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.sampling import Sampling
 from mlx_receiver.wire.seldom import Seldom, printable
 from vllm_mac_decode.scheduler.handoff import Handoff, Phase
-from vllm_mac_decode.scheduler.handoffs import Handoffs
 from vllm_mac_decode.scheduler.link import Unusable
 from vllm_mac_decode.scheduler.promise import BrokenPromise, Promise
 from vllm_mac_decode.scheduler.remote import Remote
+from vllm_mac_decode.scheduler.whole import Whole
 from vllm_mac_decode.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ logger = logging.getLogger("vllm.mac_decode.relay")
 _LEASE_SECONDS = 60.0
 
 
-class Answers(Handoffs):
+class Answers(Whole):
     """The half of the relay that the receivers' links call, each from its own thread."""
 
     def __init__(self, settings: Settings) -> None:
@@ -49,11 +51,13 @@ class Answers(Handoffs):
         with self._lock:
             self.disconnected(remote)
             self._receivers.remove(remote)
+            self._planning.homes.leave(remote)
 
     def close(self) -> None:
         """There are no receivers any more, and will be none: what was decided is taken back."""
         with self._lock:
             self._closed = True
+            self._shadow.clear()
             for remote in self._receivers:
                 self.disconnected(remote)
             for session in list(self._sessions.values()):
@@ -74,6 +78,9 @@ class Answers(Handoffs):
             if self._closed or self.taken(welcome.receiver, remote):
                 return False
             remote.enter(welcome)
+            if remote.process != welcome.receiver:
+                remote.process = welcome.receiver
+                self._planning.homes.restarted(remote)
             remote.proven = remote.proven or not self._settings.proof
             return True
 
@@ -93,8 +100,8 @@ class Answers(Handoffs):
         with self._lock:
             match message:
                 case m.Step():
-                    self._decoded(remote, message.decoded)
-                    self._counts.relay_times.append(time.perf_counter() - arrived)
+                    self._decoded(remote, message.decoded, arrived)
+                    self._paced(remote, message.decoded)
                 case m.Status():
                     remote.heard(message)
                     for progress in message.sessions:
@@ -103,6 +110,11 @@ class Answers(Handoffs):
                     self._told(remote, message)
                 case _:
                     pass
+
+    def look(self, remote: Remote, now: float) -> None:
+        """See how fast the way to it is, for its link's thread."""
+        with self._lock:
+            remote.look(now)
 
     def idle(self, remote: Remote) -> bool:
         """Whether no hand-off to it is under way."""
@@ -121,8 +133,13 @@ class Answers(Handoffs):
         nothing else to do."""
         with self._lock:
             self._prove(now)
+            self._shadow.look(self.engine, now)
+            self.profiling.look(self.engine, now, any(remote.proven for remote in self._receivers))
             for session in list(self._sessions.values()):
+                self._catch_up(session)
                 promise = session.promise
+                if session.early:
+                    continue  # it waits for vLLM
                 if promise is None or session.phase not in (Phase.DECODING, Phase.PREFILLED):
                     continue
                 routed = session.phase is Phase.PREFILLED
@@ -146,20 +163,38 @@ class Answers(Handoffs):
             match message:
                 case m.Progress():
                     promise.progress(message, now)
+                    if message.state == "queued":
+                        session.begun_at = now
                 case m.Opened():
                     promise.opened(message)
+                    if session.proof and message.held.tokens:
+                        raise BrokenPromise("it holds part of what it is to compare")
+                    self._counts.events["held_tokens"] += message.held.tokens
+                    if session.plan is not None and not session.whole:  # ``Complete`` tells then
+                        remote.held(message.held.tokens, session.plan.expected)
                 case m.Complete():
                     promise.completed(message, now)
                     self._counts.events["kv_bytes"] += message.kv_bytes
+                    remote.throughput.complete(session.session, message.kv_bytes, now)
+                    if session.strategy is Strategy.MEET:
+                        self._counts.events["computed_bytes"] += message.computed_bytes
+                        self._tell_workers(session)  # what has not left yet is not wanted
+                    if session.whole:
+                        self._counts.events["computed_tokens"] += message.computed
+                        self._counts.events["held_tokens"] += session.cached
+                        if session.plan is not None:
+                            remote.held(session.cached, session.plan.expected)
                     if session.phase is Phase.PREFILLED and not session.proof:
                         self._finish_unclaimed(session)
                 case m.Proven():
                     self._compared(remote, session, message)
                 case m.Refused():
                     promise.refused(message)
-                    self._failed(session, f"refused_{message.code}", message.reason)
+                    self._failed(session, f"refused_{message.code}", message)
                 case m.Failed():
-                    self._failed(session, f"failed_{message.code}", message.reason, breaker=True)
+                    # What it cannot do for this request says nothing about others.
+                    fault = message.code != m.E_UNSUPPORTED
+                    self._failed(session, f"failed_{message.code}", message, breaker=fault)
         except BrokenPromise as error:
             self._broken(session, error)
 
@@ -181,7 +216,7 @@ class Answers(Handoffs):
             if not tokens:
                 continue  # no text would fit: nothing can be handed off either
             request = engine.prefill(f"mac-decode-proof-{secrets.token_hex(8)}", tokens)
-            session = Handoff(secrets.randbits(62), request, 1, m.Sampling(max_tokens=1))
+            session = Handoff(secrets.randbits(62), request, 1, Sampling(max_tokens=1))
             session.proof, session.receiver = True, remote
             self._sessions[session.session] = session
             self._by_request[session.request_id] = session
@@ -200,8 +235,18 @@ class Answers(Handoffs):
         where = remote.link.where if remote.link is not None else ""
         logger.info("the receiver at %s computes the same cache: %s", where, text)
 
-    def _failed(self, session: Handoff, cause: str, reason: str, breaker: bool = False) -> None:
-        logger.debug("session of %s: %s", session.request_id, printable(reason))
+    def _failed(
+        self, session: Handoff, cause: str, message: m.Refused | m.Failed, breaker: bool = False
+    ) -> None:
+        reason = printable(message.reason)
+        if message.code == m.E_UNSUPPORTED:
+            self._complaints.warning(
+                "the receiver cannot decode request %s, which goes on locally: %s",
+                session.request_id,
+                reason,
+            )
+        else:
+            logger.debug("session of %s: %s", session.request_id, reason)
         self._fall_back(session, cause, breaker)
 
     def _broken(self, session: Handoff, error: BrokenPromise) -> None:
@@ -213,18 +258,23 @@ class Answers(Handoffs):
         )
         self._fall_back(session, "failed_protocol")
 
-    def _decoded(self, remote: Remote, step: list[m.Decoded]) -> None:
+    def _decoded(self, remote: Remote, step: list[m.Decoded], arrived: float = 0.0) -> None:
+        """Send on what a step brought that came when ``perf_counter`` was at ``arrived``."""
         now = time.monotonic()
         produced: dict[int, tuple[Request, m.Decoded]] = {}
-        # Given up once their tokens, if there are any, are on their way: what ends the response
-        # must not overtake them.
+        # What follows from them is done once the tokens are on their way: nothing holds them up,
+        # and what ends a response does not overtake them.
+        taken: list[tuple[Handoff, m.Decoded]] = []
         broken: list[tuple[Handoff, BrokenPromise]] = []
-        full: list[Handoff] = []
+        ending: list[tuple[Handoff, str]] = []
         for decoded in step:
             found = self._of(remote, decoded.session)
             if found is None:
                 continue
             session, promise = found
+            grammar = session.sampling.grammar
+            if grammar is not None and self._too_early(session, decoded):
+                continue
             try:
                 if session.proof:
                     raise BrokenPromise("it decoded what it was to compare")
@@ -234,24 +284,83 @@ class Answers(Handoffs):
             except BrokenPromise as error:
                 broken.append((session, error))
                 continue
-            if len(session.tokens) == 1:
+            if grammar is not None:
+                assert self.engine is not None
+                tokens = decoded.token_ids
+                accepted = self.engine.accept(session.request, tokens, grammar.after)
+                if accepted < len(tokens):
+                    # Two libraries read a grammar in two ways: vLLM goes on from where they part.
+                    decoded, context_full = _shortened(decoded, accepted), False
+                    ending.append((session, "grammar"))
+            if session.whole:
+                self._begin_text(session, decoded)
+            elif len(session.tokens) == 1:
                 self._counts.handoff_gaps.append(now - session.first_token_at)
             session.tokens += decoded.token_ids
-            self._counts.events["tokens"] += len(decoded.token_ids)
             if context_full:
                 decoded = msgspec.structs.replace(decoded, finish="")
-                full.append(session)
+                ending.append((session, "context"))
             if decoded.token_ids or decoded.finish:
                 produced[decoded.session] = (session.request, decoded)
-            if decoded.finish:
-                self._counts.events["completed"] += 1
-                remote.succeeded()
-                self._tell_workers(session)
-                self._forget(session)
+            taken.append((session, decoded))
         if produced:
             assert self.engine is not None
             self.engine.emit_decoded(list(produced.values()))
+        if arrived:
+            self._counts.relay_times.append(time.perf_counter() - arrived)
+        for session, decoded in taken:
+            self._counts.events["tokens"] += len(decoded.token_ids)
+            if decoded.finish:
+                self._finished(remote, session, now)
+            elif self.engine is not None:
+                self._shadow.grown(session.session, self.engine)
         for session, problem in broken:
-            self._broken(session, problem)
-        for session in full:
-            self._fall_back(session, "context", breaker=False)
+            if session.pending:
+                self._broken(session, problem)
+        for session, cause in ending:
+            self._fall_back(session, cause, breaker=False)
+
+    def _finished(self, remote: Remote, session: Handoff, now: float) -> None:
+        """The receiver's part of the text was its end."""
+        self._counts.events["completed"] += 1
+        remote.succeeded()
+        self._tell_workers(session)
+        if session.plan is not None:
+            tokens, rate = len(session.tokens), remote.throughput.link.rate
+            self._note(self._planning.finished(session.plan, tokens, rate, now))
+        self._forget(session)
+
+    def _paced(self, remote: Remote, step: list[m.Decoded]) -> None:
+        """See how fast the receiver decodes, once the tokens are on their way."""
+        now = time.monotonic()
+        sessions = tokens = context = 0
+        for decoded in step:
+            session = self._sessions.get(decoded.session)
+            if session is None or decoded.finish:
+                sessions = 0  # the next step is of other texts
+                break
+            sessions += 1
+            tokens += len(decoded.token_ids)
+            context += session.request.num_prompt_tokens + len(session.tokens)
+        if not sessions or self._computes_prompts(remote):
+            remote.pace.step(0, 0, 0, 0, now, remote.speed)
+            return
+        remote.pace.step(
+            sessions, remote.others, tokens, (context - tokens) // sessions, now, remote.speed
+        )
+
+    def _computes_prompts(self, remote: Remote) -> bool:
+        """Whether it may compute a prompt of ours between its steps, which then take longer."""
+        return any(
+            s.receiver is remote and s.promise is not None and not s.promise.complete
+            for s in self._sessions.values()
+            if s.strategy in (Strategy.MAC, Strategy.MEET)
+        )
+
+
+def _shortened(decoded: m.Decoded, tokens: int) -> m.Decoded:
+    """Its first tokens, behind which the text goes on."""
+    rows = decoded.logprobs and decoded.logprobs[:tokens]
+    return m.Decoded(
+        decoded.session, decoded.position, decoded.token_ids[:tokens], logprobs=rows or None
+    )

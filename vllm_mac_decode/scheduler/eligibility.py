@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_receiver.wire.messages import Sampling
+from mlx_receiver.wire.sampling import Sampling
+from vllm_mac_decode.scheduler import order, thinking
+from vllm_mac_decode.scheduler.grammars import grammar_of, is_known
 from vllm_mac_decode.scheduler.port import EngineRules
 from vllm_mac_decode.settings import Settings
 
@@ -52,23 +54,23 @@ def local_reason(
 
 
 def _sampling_reason(params: SamplingParams, engine: EngineRules) -> str | None:
-    if params.structured_outputs is not None:
+    structured = params.structured_outputs
+    if structured is not None and (params.min_tokens > 1 or not is_known(structured)):
+        # A text that is complete before its least length has no next token; releases differ in what
+        # becomes of it.
         return "structured_output"
     if (params.logprobs or 0) > MAX_LOGPROBS or params.logprobs == -1:
         return "logprobs"
-    if params.logprobs is not None and not engine.raw_logprobs:
+    told = params.logprobs is not None or params.logprob_token_ids
+    if told and not engine.raw_logprobs:
         return "logprobs_mode"
-    if params.logprob_token_ids:
+    if len(params.logprob_token_ids or ()) > MAX_LOGPROBS:
         return "logprob_token_ids"
-    if params.thinking_token_budget is not None:
+    if params.thinking_token_budget is not None and not thinking.is_known(params, engine):
         return "thinking_budget"
     if params.repetition_detection is not None:
         return "repetition_detection"
-    if params.min_tokens and params.all_stop_token_ids - {params.eos_token_id} - set(
-        params.stop_token_ids or ()
-    ):
-        return "min_tokens"  # vLLM masks the end-of-text token that ignore_eos lets pass
-    if params.extra_args:
+    if order.others(params.extra_args):
         return "extra_args"  # addressed to custom logits processors or other plugins
     # ``watermarking`` says nothing by itself (vLLM 0.30 and 0.31 set it in every request): what
     # counts is whether the engine has a watermark. The other one is there from vLLM 0.29 on.
@@ -77,10 +79,14 @@ def _sampling_reason(params: SamplingParams, engine: EngineRules) -> str | None:
     return None
 
 
-def sampling(request: Request, max_tokens: int) -> Sampling:
+def sampling(request: Request, max_tokens: int, engine: EngineRules = _NO_RULES) -> Sampling:
     """The request's sampling parameters for the receiver; ``max_tokens`` is the client's."""
     params = request.sampling_params
     assert params is not None
+    structured = params.structured_outputs
+    # Among them is the end of text that ``ignore_eos`` lets pass.
+    ends = params.all_stop_token_ids if params.min_tokens or structured is not None else ()
+    named = list(params.logprob_token_ids or ())
     # Each once: the receiver takes no more than its vocabulary has.
     allowed = params.allowed_token_ids and list(dict.fromkeys(params.allowed_token_ids))
     return Sampling(
@@ -99,5 +105,10 @@ def sampling(request: Request, max_tokens: int) -> Sampling:
         bad_words_token_ids=params.bad_words_token_ids,
         eos_token_id=params.eos_token_id,
         stop_token_ids=sorted(params.stop_token_ids or ()),
-        logprobs=params.logprobs,
+        # vLLM tells of the named ones, whatever number was asked for.
+        logprobs=len(named) if named else params.logprobs,
+        logprob_token_ids=named,
+        end_token_ids=sorted(ends),
+        grammar=grammar_of(structured, engine) if structured is not None else None,
+        thinking=thinking.thinking_of(params, engine),
     )

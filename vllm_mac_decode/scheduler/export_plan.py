@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mlx_receiver.wire.quantised import RAW
 from vllm_mac_decode.export import ExportSpan
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 class _Exported:
     session: int
     prompt_tokens: int
+    codec: str
+    from_end: bool
     blocks: list[list[int]] = field(default_factory=list)  # of each KV cache group
     upto: int = 0
 
@@ -34,9 +37,16 @@ class ExportPlan:
         self._announced: set[str] = set()
         self._kept: set[str] = set()  # finished requests that vLLM keeps until workers report them
 
-    def add(self, request_id: str, session: int, prompt_tokens: int) -> None:
-        """From now on the request's prompt is exported to the session."""
-        self._requests[request_id] = _Exported(session, prompt_tokens)
+    def add(
+        self,
+        request_id: str,
+        session: int,
+        prompt_tokens: int,
+        codec: str = RAW,
+        from_end: bool = False,
+    ) -> None:
+        """From now on the request's prompt is exported to the session, in that codec."""
+        self._requests[request_id] = _Exported(session, prompt_tokens, codec, from_end)
 
     def drop(self, request_id: str) -> None:
         """No more spans for the request (its session ended)."""
@@ -105,6 +115,7 @@ class ExportPlan:
             held[start // size : -(-end // size)]
             for held, size in zip(exported.blocks, self._block_sizes, strict=True)
         ]
+        prompt, codec, from_end = exported.prompt_tokens, exported.codec, exported.from_end
         return [
-            ExportSpan(exported.session, request_id, start, end, exported.prompt_tokens, blocks)
+            ExportSpan(exported.session, request_id, start, end, prompt, blocks, codec, from_end)
         ]

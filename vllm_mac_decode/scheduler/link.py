@@ -36,6 +36,8 @@ from vllm_mac_decode.settings import Settings
 logger = logging.getLogger("vllm.mac_decode.link")
 
 _PING_SECONDS: Final = 0.25
+#: Messages come more often than anything has to be looked after.
+_TICK_SECONDS: Final = 0.05
 _RETRY_SECONDS: Final = (0.5, 1.0, 2.0, 5.0)
 _REJECTED_SECONDS: Final = 10.0
 _JOIN_SECONDS: Final = 2.0
@@ -97,8 +99,8 @@ class Problem:
 
 
 class Link:
-    """Owns the thread. ``send``, ``target``, ``problem`` and ``close`` may be used from any
-    other."""
+    """Owns the thread. ``send``, ``target``, ``path``, ``problem`` and ``close`` may be used from
+    any other."""
 
     def __init__(
         self,
@@ -155,6 +157,16 @@ class Link:
         """Blocks did not arrive: perhaps another address of the receiver's still works."""
         if self._paths is not None:
             self._paths.doubt()
+
+    @property
+    def path(self) -> m.DataPath | None:
+        """What was measured last of the way that blocks take; another object each time."""
+        return self._paths.used if self._paths is not None else None
+
+    def measure(self) -> bool:
+        """Measure it again, for a moment, while nothing is sent. False where that cannot be
+        done."""
+        return self._paths is None or self._paths.again()
 
     def close(self, wait: bool = True) -> None:
         """Ask the thread to end, which frees its sockets, and (``wait``) wait for that a while."""
@@ -323,7 +335,7 @@ class Link:
             printable(welcome.engine),
             printable(welcome.model),
         )
-        pinged = 0.0
+        pinged = ticked = 0.0
         heard = time.monotonic()
         while not self._closing:
             control.wait(_PING_SECONDS / 2, self._wake_in)
@@ -341,8 +353,10 @@ class Link:
                 control.send(m.Ping(time.monotonic_ns(), paths.used))
             if now - heard > self._settings.stall_timeout:
                 raise _Lost(f"it has been silent for {now - heard:.1f} s")
-            self._target = paths.look(self._listener.idle()) or self._target
-            self._listener.tick(now)
+            if now - ticked > _TICK_SECONDS:
+                ticked = now
+                self._target = paths.look(self._listener.idle()) or self._target
+                self._listener.tick(now)
 
     def _measured(self, control: ControlSocket, paths: Paths) -> DataTarget:
         """Where blocks go at first; the receiver is kept company until that is known. Raises

@@ -29,6 +29,14 @@ logger = logging.getLogger("vllm.mac_decode.link")
 PROBE_BYTES: Final = 64 << 20
 _PROBE_SECONDS: Final = 0.5
 _MOST: Final = 6
+#: The same where only what is known is renewed: at least so many bytes, or as many as are known to
+#: pass in that time; and how soon that may be repeated.
+_AGAIN_BYTES: Final = (256 << 10, 16 << 20)
+_AGAIN_SECONDS: Final = 0.1
+#: It is tried so often at once while it turns out to be so many times as fast as was known.
+_AGAIN_TIMES: Final = 4
+_FASTER: Final = 1.5
+_AGAIN_PAUSE: Final = 1.0
 #: Seconds in which a connection must stand, and in which what was sent must be acknowledged.
 _CONNECT_SECONDS: Final = 1.0
 _ANSWER_SECONDS: Final = 2.0
@@ -56,7 +64,7 @@ class Paths:
         self._hosts = hosts
         self._tried: frozenset[str] = frozenset()
         self._doubted = False
-        self._measured_at = self._looked_at = 0.0
+        self._measured_at = self._looked_at = self._again_at = 0.0
         self._thread: threading.Thread | None = None
         self._found: list[DataPath] = []
         #: Where blocks go, if that was measured.
@@ -94,6 +102,38 @@ class Paths:
             self._looked_at = now
             self._survey(self._doubted and now - self._measured_at > _DOUBT_SECONDS)
         return None
+
+    def again(self) -> bool:
+        """Measure the way that is used once more; ``used`` tells what came of it. False where that
+        cannot be done."""
+        now = time.monotonic()
+        if self._target.endpoint.transport not in _MEASURED:
+            return False
+        if self._thread is not None or now - self._again_at < _AGAIN_PAUSE:
+            return True
+        self._again_at = now
+        self._thread = threading.Thread(
+            target=self._measure_again, name="mac-decode-paths", daemon=True
+        )
+        self._thread.start()
+        return True
+
+    def _measure_again(self) -> None:
+        least, most = _AGAIN_BYTES
+        latest = self.used
+        known = latest.rate if latest is not None else most
+        try:
+            for _ in range(_AGAIN_TIMES):
+                nbytes = min(max(least, int(_AGAIN_SECONDS * known)), most)
+                found = measure(self._target.endpoint.host, self._target, nbytes, _AGAIN_SECONDS)
+                latest = found or latest
+                if found is None or nbytes == most or found.rate < _FASTER * known:
+                    break
+                known = found.rate  # and more, perhaps: few bytes are over before they are fast
+            self.used = latest
+        finally:
+            if not self._has_choice:
+                self._thread = None  # ``look`` does not look after it
 
     @property
     def _has_choice(self) -> bool:
@@ -140,7 +180,12 @@ class Paths:
         return moves
 
 
-def measure(host: str, target: DataTarget) -> DataPath | None:
+def measure(
+    host: str,
+    target: DataTarget,
+    nbytes: int = PROBE_BYTES,
+    seconds: float = _PROBE_SECONDS,
+) -> DataPath | None:
     """Send for a moment to one address; None where that does not work."""
     endpoint = msgspec.structs.replace(target.endpoint, host=host)
     try:
@@ -154,14 +199,14 @@ def measure(host: str, target: DataTarget) -> DataPath | None:
         _acknowledged(sender, 1)
         round_trip = time.perf_counter() - began
         began = time.perf_counter()
-        frames = 0
-        while frames * _FRAME_BYTES < PROBE_BYTES:
-            _probe(sender, _FRAME_BYTES)
+        frames, size = 0, min(nbytes, _FRAME_BYTES)
+        while frames * size < nbytes:
+            _probe(sender, size)
             frames += 1
-            if time.perf_counter() - began > _PROBE_SECONDS:
+            if time.perf_counter() - began > seconds:
                 break
         _acknowledged(sender, frames)
-        rate = frames * _FRAME_BYTES / (time.perf_counter() - began)
+        rate = frames * size / (time.perf_counter() - began)
         return DataPath(host, int(rate), int(1e9 * round_trip), getattr(sender, "mtu", 0))
     except (TransportError, WireError, TimeoutError) as error:
         logger.debug("%s is no way: %s", spelled(host, endpoint.port), error)

@@ -5,8 +5,8 @@ protocol promises ends the hand-off, and nobody sees a token of it. ``trust.chec
 token ids with the vocabulary by then.
 
 A promise has a clock, too. Only what brings the response forward winds it up: tokens, and before
-them the prompt's KV. A session that waits for room in the receiver's batch does not stall, but
-waits ``queue_timeout`` at most.
+them the prompt's KV, which arrives or is computed there. A session that waits for room in the
+receiver's batch does not stall, but waits ``queue_timeout`` at most.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from mlx_receiver.wire.messages import Complete, Decoded, Opened, Progress, Refused, Sampling
-from mlx_receiver.wire.stopping import Finish, check_stop
+from mlx_receiver.wire.layout import CacheLayout
+from mlx_receiver.wire.messages import Complete, Compute, Decoded, Opened, Progress, Refused
+from mlx_receiver.wire.sampling import Sampling
+from mlx_receiver.wire.stopping import GOES_ON, Finish, check_stop
 
 #: Of the prompt's KV, what must arrive within each ``stall_timeout``: a receiver that counts up
 #: byte by byte must not keep a response waiting for ever.
 _KV_SHARE: Final = 64
+
+#: The same for the tokens of a prompt that the receiver computes, which takes it longer.
+_TOKEN_SHARE: Final = 512
 
 
 class BrokenPromise(Exception):
@@ -29,22 +34,42 @@ class BrokenPromise(Exception):
 class Promise:
     """One session, as the receiver has to serve it."""
 
-    def __init__(self, sampling: Sampling, prompt_tokens: int, kv_bytes: int, context: int) -> None:
-        """``sampling`` and the number of prompt tokens as ``Open`` has them, the bytes of the
-        prompt's KV, and the receiver's ``Welcome.max_tokens``."""
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt_tokens: int,
+        layout: CacheLayout,
+        context: int,
+        compute: Compute = "nothing",
+    ) -> None:
+        """``sampling``, the number of prompt tokens and what of them the receiver computes as
+        ``Open`` has them, the layout of the prompt's cache, and the receiver's
+        ``Welcome.max_tokens``."""
         self._sampling = sampling
         self._prompt_tokens = prompt_tokens
-        self._need = kv_bytes
+        self._layout = layout
+        self._computes = compute == "front"
+        self._whole = compute == "all"
+        #: Bytes of KV that the receiver must get.
+        self._need = 0 if self._whole else layout.nbytes(prompt_tokens)
         self._context = context
         self._opened = False
         #: The whole cache is there.
         self.complete = False
         self._started = False
         self._arrived = self._counted = 0  # bytes of KV: the latest, and what moved the clock
+        #: Tokens of the prompt that the receiver has computed, as it said last.
+        self.computed = 0
+        self._credited = 0  # those that moved the clock
         self._reported = 0  # tokens
         self._moved = 0.0
         self._queued = False
         self._queued_since: float | None = None
+
+    @property
+    def missing(self) -> int:
+        """Bytes of KV that are not known to have arrived."""
+        return 0 if self.complete else self._need - self._arrived
 
     # --- what is said -------------------------------------------------------------------------
 
@@ -52,11 +77,17 @@ class Promise:
         """Raises BrokenPromise, as the next four do."""
         if self._opened:
             raise BrokenPromise("it opened the session twice")
-        if message.prefix_tokens > self._prompt_tokens:
+        held = message.held
+        if held.tokens > self._prompt_tokens:
             raise BrokenPromise(
-                f"it holds {message.prefix_tokens} tokens of a prompt of {self._prompt_tokens}"
+                f"it holds {held.tokens} tokens of a prompt of {self._prompt_tokens}"
             )
+        if self._whole and held.tokens:
+            raise BrokenPromise("it holds part of a prompt that it is to compute")
         self._opened = True
+        if self._whole:
+            return
+        self._need = self._layout.nbytes(self._prompt_tokens, held=held)
 
     def refused(self, message: Refused) -> None:
         """See ``opened``."""
@@ -69,11 +100,20 @@ class Promise:
             raise BrokenPromise(
                 f"it completed the cache {'twice' if self.complete else 'before it was open'}"
             )
-        if message.kv_bytes != self._need:
+        if message.computed_bytes and not self._computes:
+            raise BrokenPromise("it computed what was to be sent")
+        has = message.kv_bytes + message.computed_bytes
+        if has != self._need:
             raise BrokenPromise(
-                f"it completed a cache of {message.kv_bytes} bytes; the prompt's has {self._need}"
+                f"it completed a cache of {has} bytes; the prompt's has {self._need}"
+            )
+        if self._whole and not max(1, self.computed) <= message.computed <= self._prompt_tokens:
+            raise BrokenPromise(
+                f"it computed {message.computed} tokens after {self.computed}; "
+                f"the prompt has {self._prompt_tokens}"
             )
         self.complete = True
+        self.computed = message.computed
         self._arrived = self._counted = self._need
         self._moved = now
 
@@ -88,7 +128,7 @@ class Promise:
         if message.position != count:
             raise BrokenPromise(f"its tokens begin at {message.position}; {count} are there")
         # Only the first token is not the receiver's own, so that it may find the text ended.
-        finish = self._finish(tokens[0], 1) if count == 1 else Finish()
+        finish = self._finish(tokens[0], 1) if count == 1 else GOES_ON
         if not message.token_ids and not finish.reason:
             raise BrokenPromise("it sent a step without a token")
         for token in message.token_ids:
@@ -118,14 +158,29 @@ class Promise:
                 f"{self._sampling.max_tokens} are the limit"
             )
         self._arrived, self._reported = message.kv_bytes, message.tokens
+        self._count_computed(message.computed, now)
         share = max(1, self._need // _KV_SHARE)
         if self._arrived - self._counted >= share or self._counted < self._arrived == self._need:
             self._counted, self._moved = self._arrived, now
-        self._queued = message.state == "queued" and self.complete
+        queued = message.state == "queued" and (self.complete or self._whole)
+        # It waits once, until a token comes: one that says so off and on gains no time by it.
+        self._queued = queued and (self._queued or self._queued_since is None)
         if self._queued:
-            # Once it has waited, a token only gives it more time: it may not say so off and on.
             self._queued_since = now if self._queued_since is None else self._queued_since
             self._moved = now
+
+    def _count_computed(self, computed: int, now: float) -> None:
+        """What ``Progress`` says of a prompt that the receiver computes."""
+        if not self._whole or self.complete:
+            return
+        if not self.computed <= computed <= self._prompt_tokens:
+            raise BrokenPromise(
+                f"it reports {computed} computed tokens after {self.computed}; "
+                f"the prompt has {self._prompt_tokens}"
+            )
+        self.computed = computed
+        if computed - self._credited >= max(1, self._prompt_tokens // _TOKEN_SHARE):
+            self._credited, self._moved = computed, now
 
     # --- the clock ----------------------------------------------------------------------------
 
@@ -143,12 +198,12 @@ class Promise:
 
     def _finish(self, token: int, count: int) -> Finish:
         sampling = self._sampling
-        ends = token == sampling.eos_token_id or token in sampling.stop_token_ids
-        if ends and count <= sampling.min_tokens:
+        finish = check_stop(sampling, token, count, self._prompt_tokens + count, self._context)
+        if finish.reason == "stop" and count <= sampling.min_tokens:
             raise BrokenPromise(
                 f"token {count} ends the text, which has {sampling.min_tokens} at least"
             )
-        return check_stop(sampling, token, count, self._prompt_tokens + count, self._context)
+        return finish
 
     def _check_logprobs(self, message: Decoded) -> None:
         wanted, rows = self._sampling.logprobs, message.logprobs

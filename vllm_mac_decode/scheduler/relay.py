@@ -7,8 +7,10 @@ same response goes on locally: before the first token by giving the request its 
 after it by a continuation request, whose prompt is everything produced so far (so that vLLM's
 prefix cache answers for most of it) and whose outputs carry the first request's id.
 
-This module is what vLLM's engine asks, ``answers`` what the receiver says, ``handoffs`` what both
-work on, ``promise`` what is expected of the receiver. One lock guards the sessions.
+This module is what vLLM's engine asks, with ``decisions`` on each new request and ``step_outputs``
+of each step; ``answers`` is what the receiver says, ``handoffs`` what all of them work on,
+``promise`` what is expected of the receiver, ``shadow`` what vLLM prefills of it when it is idle.
+One lock guards the sessions.
 """
 
 from __future__ import annotations
@@ -19,81 +21,88 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from mlx_receiver.planning.cost import Strategy
 from mlx_receiver.wire import messages as m
-from mlx_receiver.wire import trust
-from vllm_mac_decode.scheduler import eligibility
-from vllm_mac_decode.scheduler.answers import Answers
+from mlx_receiver.wire.quantised import RAW, ratio
+from vllm_mac_decode.scheduler import codecs, eligibility
+from vllm_mac_decode.scheduler.decisions import Decisions
 from vllm_mac_decode.scheduler.handoff import Counts, Handoff, Phase
 from vllm_mac_decode.scheduler.promise import Promise
+from vllm_mac_decode.scheduler.step_outputs import StepOutputs
+from vllm_mac_decode.scheduler.whole import opening
 
 if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.request import Request
 
     from vllm_mac_decode.export import DataTarget
 
 logger = logging.getLogger("vllm.mac_decode.relay")
 
-#: Our key in the ``kv_transfer_params`` that routers carry to the receiver.
-ROUTER_KEY = "mac_decode"
 
-_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
-
-
-class Relay(Answers):
+class Relay(Decisions, StepOutputs):
     """Sessions of one engine, as vLLM's engine thread sees them. See the module's text."""
 
     # --- the engine's thread ----------------------------------------------------------------
 
-    def on_new_request(self, request: Request) -> None:
-        """Decide whether the request will be handed off, and if so end it after one token."""
+    def on_new_request(self, request: Request) -> bool:
+        """Decide who does what for the request. One that will be handed off ends after one token;
+        True: it is the receiver's altogether, and vLLM's scheduler must not get it."""
         with self._lock:
+            if self._shadow.owns(request.request_id):
+                self._shadow.added(request.request_id)
+                return False
+            if self.profiling.owns(request.request_id):
+                self.profiling.added(request.request_id)
+                return False
+            self._shadow.give_way(self.engine)
+            self.profiling.busy(self.engine, time.monotonic())
+            self._observing.added(request.request_id, request.num_prompt_tokens)
             if (session := self._by_request.get(request.request_id)) is not None:
-                if session.phase is Phase.CONTINUING:
-                    session.enter(Phase.CONTINUED)
-                return
-            sampling = self._decide(request)
-            if isinstance(sampling, str):
-                self._counts.local[sampling] += 1
-                logger.debug("request %s decodes locally: %s", request.request_id, sampling)
-                return
+                return self._came_back(session)
+            decided = self._decide(request)
+            if isinstance(decided, str):
+                self._counts.local[decided] += 1
+                logger.debug("request %s decodes locally: %s", request.request_id, decided)
+                return False
+            remote, sampling, plan = decided
             session = Handoff(secrets.randbits(62), request, request.max_tokens, sampling)
+            session.plan = plan
             session.routed = eligibility.is_routed(request)
+            taken = False
+            match plan.decision.strategy:
+                case Strategy.MAC:
+                    taken = self._give_away(session, remote)
+                case planned:
+                    session.strategy = planned
             self._sessions[session.session] = session
             self._by_request[request.request_id] = session
-            request.max_tokens = 1
+            if taken:
+                self._observing.gone(request.request_id)
+            else:
+                request.max_tokens = 1
+            return taken
 
-    def _decide(self, request: Request) -> m.Sampling | str:
-        """How the receiver is to sample, or why the request decodes locally."""
-        chosen = self._chosen(request.num_prompt_tokens)
-        if isinstance(chosen, str):
-            return chosen
-        assert self.engine is not None
-        reason = eligibility.local_reason(request, self._settings, self.engine.rules)
-        if reason is not None:
-            return reason
-        if eligibility.is_routed(request):
-            return m.Sampling(max_tokens=1)  # whoever decodes tells the rest
-        room = self.engine.max_model_len - request.num_prompt_tokens
-        sampling = eligibility.sampling(request, min(request.max_tokens, room))
-        try:
-            # The receiver hangs up on a client whose messages are out of range.
-            trust.validated(sampling, self.vocab_size)
-        except m.WireError as error:
-            logger.debug("request %s: %s", request.request_id, error)
-            return "out_of_range"
-        return sampling
-
-    def scheduled(self, request_id: str) -> Handoff | None:
-        """The request is about to be prefilled for the first time: open its session."""
+    def given_away(self, request_id: str) -> bool:
+        """See ``EngineListener.given_away``."""
         with self._lock:
+            session = self._by_request.get(request_id)
+            return session is not None and session.whole and session.phase is Phase.DECODING
+
+    def scheduled(self, request_id: str, cached: int = 0) -> Handoff | None:
+        """The request is about to be prefilled for the first time, from its token ``cached`` on:
+        open its session."""
+        with self._lock:
+            now = time.monotonic()
+            self._shadow.scheduled(request_id, cached)
+            self._computes(request_id, cached)
+            self._planning.scheduled(request_id)
             session = self._by_request.get(request_id)
             if session is None or session.phase is not Phase.DECIDED:
                 return None
             request, layout = session.request, self.layout
-            assert request.prompt_token_ids is not None and layout is not None
+            assert layout is not None
             # Only now: it may have waited for long, and receivers come and go.
-            chosen = self._chosen(request.num_prompt_tokens)
+            chosen = self._chosen(request)
             if session.proof and session.receiver is not None:
                 chosen = session.receiver
             if isinstance(chosen, str):
@@ -104,23 +113,27 @@ class Relay(Answers):
             assert chosen.welcome is not None
             session.enter(Phase.OPEN)
             session.receiver = chosen
+            meets = session.strategy is Strategy.MEET
+            compute: m.Compute = "front" if meets else "nothing"
+            if not (session.proof or meets):  # what is computed beside it must fit
+                planned = session.plan.decision.codec.name if session.plan is not None else RAW
+                ways = codecs.allowed(self._settings.codec, chosen.welcome.codecs, layout)
+                session.codec = codecs.agreed(planned, ways)
+                session.ratio = ratio(layout, session.codec)
+            if session.plan is not None and session.plan.expected:
+                # Perhaps it is another one than was planned with.
+                session.plan.expected = self._planning.homes.held(request, chosen, session.codec)
+            session.home = self._planning.homes.sent(request, chosen, session.codec)
+            codec = chosen.throughput.codec(session.codec, session.ratio)
+            chosen.throughput.began(session.session, now, meets, codec)
             session.promise = Promise(
                 session.sampling,
                 request.num_prompt_tokens,
-                layout.nbytes(request.num_prompt_tokens),
+                layout,
                 chosen.welcome.max_tokens,
+                compute,
             )
-            self._send(
-                session,
-                m.Open(
-                    session=session.session,
-                    request_id=m.clipped(request.request_id, 1024),
-                    prompt_token_ids=request.prompt_token_ids,
-                    sampling=session.sampling,
-                    unclaimed=session.routed,
-                    proof=session.proof,
-                ),
-            )
+            self._send(session, opening(session, compute))
             return session if session.pending else None
 
     def prefilled(self, request: Request) -> dict[str, Any]:
@@ -146,6 +159,10 @@ class Relay(Answers):
     def preempted(self, request_id: str) -> None:
         """vLLM took the request's blocks away: it starts over, locally."""
         with self._lock:
+            self._shadow.preempted(request_id, self.engine)
+            self._planning.forget(request_id)
+            self.profiling.gone(request_id, self.engine, time.monotonic())
+            self._observing.disturbed()  # nobody tells when vLLM goes on with it
             session = self._by_request.get(request_id)
             if session is not None:
                 self._fall_back(session, "preempted", breaker=False)
@@ -161,6 +178,7 @@ class Relay(Answers):
         """Sessions that ended since the last call, for the workers."""
         with self._lock:
             ended, self._ended = self._ended, []
+            self._uncounted = False
         return ended
 
     def targets(self, sessions: Iterable[int]) -> dict[int, DataTarget]:
@@ -182,9 +200,10 @@ class Relay(Answers):
             return session is not None and session.pending
 
     def has_news(self) -> bool:
-        """Whether ``take_ended`` and ``take_counts`` would tell of a session's end."""
+        """Whether a step would tell of a session's end, by ``take_ended`` and ``take_counts``, or
+        of a response that began without one."""
         with self._lock:
-            return bool(self._ended)
+            return bool(self._ended) or self._uncounted
 
     def busy(self) -> bool:
         """Whether there are responses, or blocks for a router, that vLLM's scheduler does not
@@ -195,35 +214,35 @@ class Relay(Answers):
                 for s in self._sessions.values()
             ) or any(s.phase is Phase.CONTINUING for s in self._by_request.values())
 
-    def rewrite(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """Adjust what one engine step is about to send to the clients, and to the metrics."""
+    def rest(self) -> None:
+        """vLLM's engine has nothing to do: it may prefill what came back from receivers."""
+        now = time.monotonic()
         with self._lock:
-            if not self._by_request:
+            if self.engine is None or self._closed:
                 return
-            for client, group in outputs.items():
-                kept = []
-                for output in group.outputs:
-                    session = self._by_request.get(output.request_id)
-                    if session is None or self._keep(client, session, output):
-                        kept.append(output)
-                group.outputs = kept
-                if group.finished_requests:
-                    group.finished_requests = {
-                        self._reported(r) for r in group.finished_requests if not self._hidden(r)
-                    }
-            # A response begins to be the receiver's in a step, and its end causes one.
-            elsewhere = self._elsewhere()
-            for group in outputs.values():
-                if group.scheduler_stats is not None:
-                    group.scheduler_stats.num_running_reqs += elsewhere
+            # Comparing caches comes first: responses are local until then.
+            if not any(remote.owes_proof(now) for remote in self._receivers):
+                self._shadow.work(self.engine, now)
+                if self._shadow.resting:
+                    self.profiling.work(self.engine, now)
 
-    def _elsewhere(self) -> int:
-        """Responses that run, although vLLM's scheduler does not know them."""
-        return sum(s.phase is Phase.DECODING for s in self._sessions.values()) + sum(
-            s.phase is Phase.CONTINUING
-            for name, s in self._by_request.items()
-            if name == s.continued_as
-        )
+    def steps(self) -> None:
+        """vLLM's engine makes a step, which may be one for nothing but a shadow in its queue."""
+        with self._lock:
+            self._shadow.look(self.engine, time.monotonic())
+
+    def cache_reset(self) -> list[str]:
+        """See ``EngineListener.cache_reset``."""
+        with self._lock:
+            shadow = self._shadow.reset(self.engine)
+            trials = self.profiling.reset(self.engine, time.monotonic())
+            return [*([shadow] if shadow else []), *trials]
+
+    def _computes(self, request_id: str, cached: int) -> None:
+        """vLLM begins to compute the request, from its token ``cached`` on."""
+        now = time.monotonic()
+        self.profiling.scheduled(request_id, cached, now)
+        self._observing.scheduled(request_id, cached, now)
 
     def abort(self, request_ids: list[str]) -> list[str]:
         """The client gave these requests up; returns the ids that vLLM's scheduler knows."""
@@ -237,13 +256,21 @@ class Relay(Answers):
                 local.append(session.continued_as or request_id)
                 # A continuation is forgotten when it has ended: an abort can overtake its start.
                 if not session.continued_as:
+                    if session.phase is Phase.DECODING:
+                        self._tell_gone(session)
                     self._abort(session)
+                elif session.phase is Phase.CONTINUING:
+                    session.given_up = True
             return local
 
     def aborted(self, request_id: str) -> None:
         """vLLM's scheduler ended the request without an output, for its client or because it
         pauses or stops."""
         with self._lock:
+            self._shadow.gone(request_id)
+            self._planning.gone(request_id)
+            self.profiling.gone(request_id, self.engine, time.monotonic())
+            self._observing.gone(request_id)
             session = self._by_request.get(request_id)
             if session is None:
                 return
@@ -280,89 +307,11 @@ class Relay(Answers):
                 self.aborted(request_id)
             return not draining
 
-    # --- both threads, with the lock --------------------------------------------------------
-
-    def _keep(self, client: int, session: Handoff, output: EngineCoreOutput) -> bool:
-        """Whether the step's output goes out with the step. False: it was sent from here."""
-        assert self.engine is not None
-        if session.proof:
-            self._keep_proof(session, output)
-            return False
-        if session.routed:
-            self._keep_prefilled(session, output)
-            return True
-        if session.continued_as:
-            if output.request_id != session.continued_as:
-                return True
-            self.engine.continue_output(output, session.request_id)
-            if output.finish_reason is not None:
-                self._forget(session)
-            return True
-        session.tokens += output.new_token_ids
-        if output.finish_reason is None:
-            return True
-        limit = self.engine.is_length(output) and len(session.tokens) < session.max_tokens
-        room = self.engine.max_model_len - session.request.num_prompt_tokens
-        if not limit or len(session.tokens) >= room:
-            # Finished by itself: a stop token, an error, or the client's own limit.
-            if session.pending:
-                self._part(session, "finished at the first token")
-            self._forget(session)
-            return True
-        output.finish_reason = None
-        session.first_token_at = time.monotonic()
-        # Sent from here, so that it is in the queue before the receiver can answer.
-        self.engine.emit(client, [output])
-        if not session.pending:
-            self._continue_locally(session)
-        else:
-            session.enter(Phase.DECODING)
-            assert session.promise is not None
-            session.promise.start(session.first_token_at)
-            self._send(session, m.Start(session.session, session.tokens[-1]))
-        return False
-
-    def _keep_prefilled(self, session: Handoff, output: EngineCoreOutput) -> None:
-        if output.finish_reason is None:
-            return
-        self._by_request.pop(session.request_id, None)
-        if session.phase in (Phase.DECIDED, Phase.OPEN):
-            self._part(session, "the prefill failed")
-            session.enter(Phase.OVER)
-        if output.kv_transfer_params and output.new_logprobs is not None:
-            # The router throws the first token's own response away.
-            ids, values, ranks, *_ = output.new_logprobs
-            output.kv_transfer_params[ROUTER_KEY]["logprobs"] = {
-                "token_ids": [int(token) for token in ids[0]],
-                "values": [max(float(value), _LOWEST_LOGPROB) for value in values[0]],
-                "rank": int(ranks[0]),
-            }
-
-    def _keep_proof(self, session: Handoff, output: EngineCoreOutput) -> None:
-        """Nobody waits for the output; the receiver compares once it has all."""
-        if output.finish_reason is None:
-            return
-        if session.phase is Phase.OPEN and output.new_token_ids:
-            session.enter(Phase.PREFILLED)
-            assert session.promise is not None
-            session.promise.start(time.monotonic())
-            self._send(session, m.Start(session.session, output.new_token_ids[-1]))
-            return
-        self._fall_back(session, "vLLM did not compute it")
-        self._forget(session)
-
-    def _hidden(self, request_id: str) -> bool:
-        session = self._by_request.get(request_id)
-        return session is not None and request_id != session.continued_as
-
-    def _reported(self, request_id: str) -> str:
-        session = self._by_request.get(request_id)
-        return session.request_id if session is not None else request_id
-
     # --- reporting --------------------------------------------------------------------------
 
     def take_counts(self) -> Counts:
         """What happened since the last call."""
         with self._lock:
             counts, self._counts = self._counts, Counts()
+            self._shadow.settle(counts)
         return counts

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
+from mlx_receiver.planning.live import Estimate
 from mlx_receiver.wire import messages as m
 from vllm_mac_decode.scheduler.breaker import CircuitBreaker
+from vllm_mac_decode.scheduler.pace import Pace
+from vllm_mac_decode.scheduler.planner import Corrections
+from vllm_mac_decode.scheduler.throughput import Throughput
 
 if TYPE_CHECKING:
     from vllm_mac_decode.scheduler.link import Link
@@ -16,6 +21,12 @@ logger = logging.getLogger("vllm.mac_decode.relay")
 
 #: Seconds between two attempts to compare its cache: the first ones, and the most.
 _PROOF_SECONDS: Final = (5.0, 60.0)
+
+#: What one answer counts for in the mean of how much of what is expected there is found, and the
+#: seconds without one in which what is missing falls to a third: what is not sent there for that
+#: cannot tell that it would be kept.
+_ONE_ANSWER: Final = 0.25
+_FORGET_SECONDS: Final = 300.0
 
 
 class User(Protocol):
@@ -39,6 +50,9 @@ class User(Protocol):
     def tick(self, now: float) -> None:
         """See ``LinkListener.tick``."""
 
+    def look(self, remote: Remote, now: float) -> None:
+        """As often, for the thread of its link: the way to it may have been measured."""
+
     def leave(self, remote: Remote) -> None:
         """It is gone for good."""
 
@@ -52,18 +66,34 @@ class Remote:
         self.link: Link | None = None
         #: The connected receiver's; None while there is none.
         self.welcome: m.Welcome | None = None
+        #: Its process, as it named itself last.
+        self.process = ""
         #: What its last Status said; ``others``: sessions of other vLLMs there.
         self.accepting = True
         self.others = 0
         #: Whether its model is known to compute the same cache.
         self.proven = False
         self._proof_pause, self._proof_due = _PROOF_SECONDS[0], 0.0
+        #: How fast it computes, and how fast the way there is.
+        self.speed = Estimate(None)
+        self.throughput = Throughput()
+        self.pace = Pace()
+        #: How much longer requests took there than was predicted.
+        self.corrections = Corrections()
+        #: The share of earlier texts that it had not any more when they went on, and since when.
+        self._lost, self._lost_at = 0.0, 0.0
+        self._path: m.DataPath | None = None
 
     def enter(self, welcome: m.Welcome | None) -> None:
         """Another conversation has begun, or (None) the last one has ended."""
         self.welcome, self.accepting, self.others = welcome, True, 0
         # The pause goes on growing with a receiver that comes and goes.
         self.proven = welcome is not None and not welcome.proof_token_ids
+        self.speed.measured(welcome.profile if welcome is not None else None)
+        self.throughput, self.pace = Throughput(), Pace()
+        self.corrections = Corrections()
+        self._lost, self._path = 0.0, None
+        self.look(time.monotonic())
 
     def prove(self) -> None:
         """Its cache is the same."""
@@ -83,6 +113,34 @@ class Remote:
         """What the receiver says of itself."""
         self.accepting = status.accepting
         self.others = max(0, status.load - len(status.sessions))
+        if status.profile is not None:
+            self.speed.measured(status.profile)
+        arrived = {progress.session: progress.kv_bytes for progress in status.sessions}
+        self.throughput.told(1e-9 * status.clock_ns, arrived, time.monotonic())
+
+    def held(self, tokens: int, expected: int) -> None:
+        """It has so many tokens of a prompt of which it was expected to have others."""
+        if expected > 0:
+            keeps = self.keeps
+            keeps += _ONE_ANSWER * (min(1.0, tokens / expected) - keeps)
+            self._lost, self._lost_at = 1.0 - keeps, time.monotonic()
+
+    @property
+    def keeps(self) -> float:
+        """The share of an earlier text that it still has when the text goes on."""
+        passed = time.monotonic() - self._lost_at
+        return 1.0 - self._lost * math.exp(-passed / _FORGET_SECONDS)
+
+    def look(self, now: float) -> None:
+        """See what its link has measured, and have it measure if that is needed."""
+        if self.link is None:
+            return
+        path = self.link.path
+        if path is not None and path is not self._path:
+            self._path = path
+            self.throughput.measured(path.rate, 1e-9 * path.round_trip_ns, now)
+        if self.throughput.unsure(now) and not self.link.measure():
+            self.throughput.forget(now)
 
     def local_reason(self, prompt_tokens: int) -> str:
         """Why a request with this prompt cannot be handed off to it now, as a metric label; "" if
@@ -145,6 +203,7 @@ class Remote:
     def tick(self, now: float) -> None:
         """See ``LinkListener.tick``."""
         self._user.tick(now)
+        self._user.look(self, now)
 
     def leave(self) -> None:
         """See ``fleet.Member.leave``."""

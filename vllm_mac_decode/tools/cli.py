@@ -8,34 +8,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from mlx_receiver.discovery import cli as discovery
-from mlx_receiver.options import typed
+from mlx_receiver.options import command, typed
 from mlx_receiver.pairing import cli as pairing
 from mlx_receiver.pairing.cli import with_keystore
 from mlx_receiver.settings import DEFAULT_HTTP_PORT
 from vllm_mac_decode import __version__
 from vllm_mac_decode.settings import ENV_PREFIX, Settings, SettingsError, load
 
-app = typer.Typer(
-    help="Prefill with vLLM, decode on a Mac with MLX: see, trace and check the hand-off.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = command(
+    "mac-decode",
+    __version__,
+    "Prefill with vLLM, decode on a Mac with MLX: see, trace and check the hand-off.",
 )
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"mac-decode {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -305,6 +289,93 @@ def bench(
         "them to an issue.",
         soft_wrap=True,
     )
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="A published model's name, or the path of a config.json.")
+    ],
+    prompt: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens in.")] = 8192,
+    output: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens out.")] = 32,
+    topology: Annotated[
+        str,
+        typer.Option(
+            help="Which machines: PREFILL+DECODE@LINK, as in spark+m3-ultra@10gbe, or a TOML file. "
+            "Default: what the two sides here have measured."
+        ),
+    ] = "",
+    svg: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Predict what a request takes on vLLM alone, on the Mac alone, and shared between them."""
+    import json
+
+    from rich.console import Console
+
+    from mlx_receiver.planning.plan import plan as planned
+    from vllm_mac_decode.tools.plan import picture, show
+    from vllm_mac_decode.tools.plan.sources import situation
+
+    try:
+        wanted, said = situation(model, prompt, output, topology)
+    except ValueError as error:
+        _give_up(str(error), 2)
+    made = planned(wanted)
+    if svg is not None:
+        try:
+            svg.write_text(picture.svg(made))
+        except OSError as error:
+            _give_up(str(error))
+    if as_json:
+        typer.echo(json.dumps(show.as_json(made, said)))
+        return
+    console = Console(highlight=False)
+    console.print(show.render(made, said, console.width))
+    if svg is not None:
+        console.print(f"Written: {svg}", soft_wrap=True)
+
+
+@app.command()
+def profile(
+    receiver_http: _ReceiverHttp = "http://127.0.0.1:7791",
+    svg: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    api_key: _ApiKey = "",
+) -> None:
+    """Show how fast vLLM and the receiver compute the model, and how that is known.
+
+    To be run on vLLM's machine: its own figures are in a file there. Exit status: 0 if both sides
+    are known, 1 if not.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from vllm_mac_decode.tools.profile import show, sources
+    from vllm_mac_decode.tools.profile.svg import draw
+
+    try:
+        known = sources.both(receiver_http, api_key)
+        links = sources.links(receiver_http, api_key)
+        if svg is not None:
+            svg.write_text(draw(known))
+    except (sources.ProfileError, OSError) as error:
+        _give_up(str(error))
+    if as_json:
+        sides: dict[str, object] = {
+            one.side: {
+                "profile": one.profile,
+                "origin": one.origin,
+                "measured": one.saved,
+                "errors": one.errors,
+            }
+            for one in known
+        }
+        typer.echo(msgspec.json.encode(sides | {"links": links}).decode())
+    else:
+        console = Console(highlight=False)
+        console.print(show.render(known, links, console.width))
+    raise typer.Exit(0 if all(one.profile is not None for one in known) else 1)
 
 
 def _give_up(text: str, status: int = 1) -> NoReturn:

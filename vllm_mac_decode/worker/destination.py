@@ -9,8 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,17 @@ from vllm.logger import init_logger
 
 from mlx_receiver.transports.transport import TransportError
 from mlx_receiver.wire.frames import DataReply, Header, Kind
+from mlx_receiver.wire.layout import NOTHING, Held
 from mlx_receiver.wire.messages import WireError
+from mlx_receiver.wire.quantised import RAW
 from vllm_mac_decode.export import DataTarget, ExportSpan
 from vllm_mac_decode.settings import Settings
+from vllm_mac_decode.worker.from_end import FromEnd
 from vllm_mac_decode.worker.ledger import BlockLedger
 from vllm_mac_decode.worker.paged_cache import ExportedLayer, PagedPart
-from vllm_mac_decode.worker.sender import DataChannel, Staged
-from vllm_mac_decode.worker.staging import SLOT_BYTES, DeviceClock, NoStaging, StagingRing
+from vllm_mac_decode.worker.quantise import Quantised, Scratch
+from vllm_mac_decode.worker.sender import DataChannel, Frame, Staged
+from vllm_mac_decode.worker.staging import SLOT_BYTES, DeviceClock, NoStaging, Slot, StagingRing
 
 logger = init_logger("vllm.mac_decode.exporter")
 
@@ -51,6 +55,7 @@ class Job:
 class _Session:
     generation: int = 0  # of the connections on which the receiver was asked; 0: not yet
     accepted: bool = False
+    held: Held = NOTHING  # what the receiver has of it, once it has accepted
     backlog: deque[Job] = field(default_factory=deque)
 
 
@@ -78,10 +83,12 @@ class Destination:
         self._target: DataTarget | None = None
 
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._sessions: dict[int, _Session] = {}  # gather thread only, like the next two
+        self._sessions: dict[int, _Session] = {}  # gather thread only, like the next three
+        self._from_end = FromEnd[Job]()
         #: The tensors' block ids of the latest span, by group and split.
         self._ids_of: ExportSpan | None = None
         self._ids: dict[tuple[int, int], torch.Tensor] = {}
+        self._scratch = Scratch()
         self._closing = False
         self._fault = fault
         loops = {"gather": self._gather_loop} | {
@@ -149,17 +156,25 @@ class Destination:
 
     def _gather_loop(self) -> None:
         while not self._closing:
-            pending = any(not s.accepted for s in self._sessions.values())
-            try:
-                job = self._jobs.get(timeout=_POLL_SECONDS if pending else _IDLE_SECONDS)
-            except queue.Empty:
-                job = None
+            job = self._next_job()
             if self._closing:
                 return
             if job is not None:
                 self._dispatch(job)
+            elif self._from_end:
+                self._gather_newest()
             self._take_replies()
             self._sweep()
+
+    def _next_job(self) -> Job | None:
+        """The next one, if it comes soon: what leaves from its end waits for later tokens."""
+        pending = any(not s.accepted for s in self._sessions.values())
+        try:
+            if self._from_end:
+                return self._jobs.get_nowait()
+            return self._jobs.get(timeout=_POLL_SECONDS if pending else _IDLE_SECONDS)
+        except queue.Empty:
+            return None
 
     def _dispatch(self, job: Job) -> None:
         span = job.span
@@ -171,7 +186,7 @@ class Destination:
             session = self._sessions[span.session] = _Session()
             self._attach(span.session, session)
         if session.accepted:
-            self._gather(job)
+            self._gather(job, session.held)
         else:
             session.backlog.append(job)
 
@@ -217,13 +232,13 @@ class Destination:
         if not reply.accepted:
             self._fail(reply.session, reply.reason)
             return
-        session.accepted = True
+        session.accepted, session.held = True, reply.held
         while session.backlog:
             job = session.backlog.popleft()
             if self._is_dead(reply.session):
                 self._ledger.read(job.span.request_id)
             else:
-                self._gather(job)
+                self._gather(job, session.held)
 
     def _fail(self, session_id: int, reason: str) -> None:
         """Give a session up. The receiver or the relay's clock tells vLLM's other half."""
@@ -240,70 +255,122 @@ class Destination:
     def _sweep(self) -> None:
         """Forget dead sessions and the jobs that waited for them."""
         for session_id in [s for s in self._sessions if self._is_dead(s)]:
-            for job in self._sessions.pop(session_id).backlog:
+            unsent = self._from_end.drop(session_id)
+            if unsent:
+                self._ring.settle()
+            for job in [*self._sessions.pop(session_id).backlog, *unsent]:
                 self._ledger.read(job.span.request_id)
 
-    def _gather(self, job: Job) -> None:
-        """Copy one layer of a span into staging, piece by piece, and queue it for sending."""
+    def _gather(self, job: Job, held: Held) -> None:
+        """Copy one layer of a span into staging and queue it for sending, now or from its end."""
         span, layer = job.span, job.layer
-        pieces = list(self._pieces(span, layer))
+        if not span.from_end or not layer.by_token:
+            self._read(job, list(self._pieces(span, layer, held)))
+            return
+        start = max(span.start, layer.start(span.prompt_tokens, held))
+        if start < span.end:
+            self._from_end.add(span.session, job, start, span.end)
+        else:
+            self._ledger.read(span.request_id)
+
+    def _gather_newest(self) -> None:
+        """One piece of what leaves from its end."""
+        job, low, high, last = self._from_end.take()
+        self._read(job, list(self._pieces(job.span, job.layer, NOTHING, low, high)), last)
+
+    def _read(self, job: Job, pieces: Sequence[_Piece], last: bool = True) -> None:
+        """Copy the pieces into staging, one by one, and queue them for sending; the ``last`` ones
+        of the job."""
+        span = job.span
         for piece in pieces:
             if self._is_dead(span.session) or self._closing:
                 self._ring.settle()
                 break
-            sizes = [part.nbytes(piece.rows) for part in layer.layout.parts]
             try:
-                slot = self._ring.acquire(sum(sizes))
+                slot, frames = self._stage(job, piece)
             except NoStaging as error:
                 self._give_up(span.session, str(error))
                 self._ring.settle()
                 break
-            slot.fill(
-                torch.uint8,
-                (sum(sizes),),
-                partial(layer.read, piece.blocks),
-                job.written,
-            )
-            frames = []
-            begin = 0
-            for index, (part, size) in enumerate(zip(layer.layout.parts, sizes, strict=True)):
-                rows = slot.memory[begin : begin + size]
-                for low, place, count in piece.runs(part):
-                    payload = _tokens(
-                        rows, part.heads, low * part.row_bytes, (low + count) * part.row_bytes
-                    )
-                    header = _header(job, layer.first_part + index, part, place, place + count)
-                    frames.append((header, payload))
-                begin += size
             # On a GPU the pieces are only queued so far, in order: the last one's bytes tell.
-            queued = self._ring.stream is not None and piece is pieces[-1]
+            queued = self._ring.stream is not None and piece is pieces[-1] and last
             read = partial(self._ledger.read, span.request_id)
             self._channel.put(Staged(slot, frames, read if queued else None))
             if queued:
                 return
-        self._ledger.read(span.request_id)
+        if last:
+            self._ledger.read(span.request_id)
 
-    def _pieces(self, span: ExportSpan, layer: ExportedLayer) -> Iterator[_Piece]:
-        """What of a layer a span brings, in pieces that fit into a slot."""
+    def _stage(self, job: Job, piece: _Piece) -> tuple[Slot, list[Frame]]:
+        """Have a piece read into a slot; its frames. Raises NoStaging."""
+        layer, read = job.layer, partial(job.layer.read, piece.blocks)
+        if job.span.codec != RAW and layer.by_token:
+            return self._stage_quantised(job, piece, read)
+        sizes = [part.nbytes(piece.rows) for part in layer.layout.parts]
+        slot = self._ring.acquire(sum(sizes))
+        slot.fill(torch.uint8, (sum(sizes),), read, job.written)
+        frames: list[Frame] = []
+        begin = 0
+        for index, (part, size) in enumerate(zip(layer.layout.parts, sizes, strict=True)):
+            rows = slot.memory[begin : begin + size]
+            for low, place, count in piece.runs(part):
+                payload = _tokens(
+                    rows, part.heads, low * part.row_bytes, (low + count) * part.row_bytes
+                )
+                header = _header(job, layer.first_part + index, part, place, place + count)
+                frames.append((header, payload))
+            begin += size
+        return slot, frames
+
+    def _stage_quantised(
+        self, job: Job, piece: _Piece, read: Callable[[torch.Tensor], None]
+    ) -> tuple[Slot, list[Frame]]:
+        """The same, of a session whose K and V travel quantised."""
+        layer, low, high = job.layer, piece.low - piece.first, piece.high - piece.first
+        content = Quantised(layer.layout.parts, job.span.codec, piece.rows, low, high)
+        slot = self._ring.acquire(content.nbytes)
+        fill = partial(content.fill, read, self._scratch)
+        try:
+            slot.fill(torch.uint8, (content.nbytes,), fill, job.written)
+        except torch.OutOfMemoryError as error:
+            self._ring.release(slot)
+            raise NoStaging(f"no memory to quantise blocks in: {error}") from None
+        frames: list[Frame] = []
+        for index, (part, codec, begin, end) in enumerate(content.places):
+            header = _header(job, layer.first_part + index, part, piece.low, piece.high)
+            header = replace(header, codec=codec, payload_bytes=end - begin)
+            frames.append((header, [slot.memory[begin:end]]))
+        return slot, frames
+
+    def _pieces(
+        self,
+        span: ExportSpan,
+        layer: ExportedLayer,
+        held: Held,
+        low: int = 0,
+        high: int | None = None,
+    ) -> Iterator[_Piece]:
+        """What of a layer a span brings beside what is held, in pieces that fit into a slot: of its
+        tokens ``low`` to ``high`` where it has a row of each."""
         layout, size = layer.layout, layer.layout.block_size
         if not layer.by_token:
             # States are those of all tokens so far, in the last one's block.
             if span.end == span.prompt_tokens:
                 yield _Piece(self._tensor_blocks(span, layer)[-1:], 1, 0, 0, 1)
             return
-        start = max(span.start, layer.first(span.prompt_tokens))
-        if start >= span.end:
+        start = max(low, span.start, layer.start(span.prompt_tokens, held))
+        end = span.end if high is None else high
+        if start >= end:
             return
         ids = self._tensor_blocks(span, layer)
         base = span.start - span.start % layer.block_size  # first token of ids[0]
         block = size * sum(part.heads * part.row_bytes for part in layout.parts)
         per_piece = max(1, SLOT_BYTES // block)
-        last = -(-(span.end - base) // size)
+        last = -(-(end - base) // size)
         for at in range((start - base) // size, last, per_piece):
             blocks = ids[at : min(at + per_piece, last)]
             first, rows = base + at * size, len(blocks) * size
-            low, high = max(start, first), min(span.end, first + rows)
-            yield _Piece(blocks, rows, first, low, high)
+            yield _Piece(blocks, rows, first, max(start, first), min(end, first + rows))
 
     def _tensor_blocks(self, span: ExportSpan, layer: ExportedLayer) -> torch.Tensor:
         """The tensor's block ids of a span, on its device; the same for every layer of a group."""

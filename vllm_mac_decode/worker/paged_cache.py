@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from mlx_receiver import plugins
-from mlx_receiver.wire.layout import ITEMSIZE, LayerLayout, Part, beside
+from mlx_receiver.wire.layout import ITEMSIZE, Held, LayerLayout, Part, beside
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -173,9 +173,9 @@ class ExportedLayer:
     def _part(self) -> Part:
         return self.described().parts[0]
 
-    def first(self, prompt_tokens: int) -> int:
-        """The first token that leaves, of a prompt of so many."""
-        return self._part.first(prompt_tokens)
+    def start(self, prompt_tokens: int, held: Held) -> int:
+        """The first token that leaves, of a prompt of so many of which some is held already."""
+        return self._part.start(prompt_tokens, held)
 
     def read(self, block_ids: torch.Tensor, out: torch.Tensor) -> None:
         """See ``PagedCache.read``. Raises RuntimeError naming who cannot."""

@@ -7,18 +7,19 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mlx_receiver.http.errors import ApiError
 from mlx_receiver.http.openai.bodies import SamplingBody
 from mlx_receiver.http.openai.generation import Delta, merged
 from mlx_receiver.http.openai.logprobs import Names
 from mlx_receiver.http.openai.responses import CachedTokens, ChoiceT, Reply, Usage
 from mlx_receiver.http.openai.sample import Sample
 from mlx_receiver.http.openai.service import Service
-from mlx_receiver.http.openai.streams import event, stream, unless_gone
+from mlx_receiver.http.openai.streams import DONE, Events, event, stream, unless_gone
 from mlx_receiver.http.replies import as_json
 
 _Body = TypeVar("_Body", bound=SamplingBody)
@@ -29,6 +30,7 @@ class Answer(ABC, Generic[_Body, ChoiceT]):
 
     prefix: ClassVar[str]
     kind: ClassVar[str]
+    end = DONE
     #: As many for each prompt, in the prompts' order.
     samples: list[Sample]
 
@@ -40,6 +42,15 @@ class Answer(ABC, Generic[_Body, ChoiceT]):
         name = http.headers.get("x-request-id", "")[:256] or uuid.uuid4().hex
         self._id = f"{self.prefix}-{name}"
         self._created = int(time.time())
+
+    @property
+    def streams(self) -> bool:
+        """Whether the client wants a stream."""
+        return bool(self.body.stream)
+
+    def failed(self, error: ApiError) -> bytes:
+        """An error in a stream."""
+        return event(error.body())
 
     @abstractmethod
     def token_ids(self, index: int) -> list[int]:
@@ -123,14 +134,25 @@ class Answer(ABC, Generic[_Body, ChoiceT]):
             yield self.reply([choice])
 
 
+class Told(Events, Protocol):
+    """An answer, in one or as a stream."""
+
+    @property
+    def streams(self) -> bool:
+        """Which of them the client wants."""
+
+    async def in_one(self) -> Response:
+        """The answer to a request that does not stream. Raises ApiError."""
+
+
 #: Makes an answer of a request's body: everything that takes long, in a thread.
-Prepare = Callable[[Service, bytes, Request], Answer[Any, Any]]
+Prepare = Callable[[Service, bytes, Request], Told]
 
 
 async def respond(service: Service, request: Request, prepare: Prepare) -> Response:
     """Answer a request. Raises ApiError."""
     raw = await request.body()
     answer = await service.workers.run(len(raw), prepare, service, raw, request)
-    if answer.body.stream:
-        return await stream(request, answer.events())
+    if answer.streams:
+        return await stream(request, answer)
     return await unless_gone(request, answer.in_one())

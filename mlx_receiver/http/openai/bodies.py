@@ -12,15 +12,14 @@ from msgspec import Meta, inspect
 
 from mlx_receiver.http.errors import bad_request
 from mlx_receiver.wire import trust
-from mlx_receiver.wire.messages import (
-    E_UNSUPPORTED,
+from mlx_receiver.wire.messages import E_UNSUPPORTED, WireError, clipped
+from mlx_receiver.wire.ranges import (
     MAX_BAD_WORDS,
     MAX_INT,
     MAX_LOGPROBS,
+    MAX_NAME,
     MAX_STOP_TOKENS,
     TokenId,
-    WireError,
-    clipped,
 )
 
 #: Samples of one request, its prompts times ``n``; each is a row of the batch.
@@ -36,9 +35,15 @@ MAX_DEPTH: Final = 64
 
 #: A prompt's token; ``local.check_prompt`` compares it with the vocabulary.
 _PromptToken = Annotated[int, Meta(ge=0, le=MAX_INT)]
-_Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+#: ``stop`` of every endpoint.
+StopStrings = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Word = Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
+#: What some templates make of it is their own affair.
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(msgspec.Struct):
@@ -48,15 +53,11 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = False
 
 
-class SamplingBody(msgspec.Struct, kw_only=True):
-    """What both endpoints share. None: the model's default, or off."""
+class CommonBody(msgspec.Struct, kw_only=True):
+    """What every endpoint that generates shares. None: the model's default, or off."""
 
     model: str | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] | None = 1
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0)] = 0
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
@@ -66,26 +67,36 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     logit_bias: Annotated[dict[str, float], Meta(max_length=MAX_BIASES)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
-    bad_words: Annotated[list[_Word], Meta(max_length=MAX_BAD_WORDS)] = []
-    stop: _Stop | Annotated[list[_Stop], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_NAME)] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+class SamplingBody(CommonBody, kw_only=True):
+    """What completions and chat completions share."""
+
+    n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] | None = 1
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    bad_words: Annotated[list[_Word], Meta(max_length=MAX_BAD_WORDS)] = []
+    stop: StopStrings | None = None
     spaces_between_special_tokens: bool = True
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
-    kv_transfer_params: dict[str, Any] | None = None
-    # Named only to be refused: ignoring them would silently give another answer.
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_LOGPROBS)] | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=-1)] | None = None
+    # Named only to be refused: ignoring them would silently give another answer.
     prompt_logprobs: int | None = None
-    logprob_token_ids: list[int] | None = None
     use_beam_search: bool = False
     truncate_prompt_tokens: int | None = None
     repetition_detection: dict[str, Any] | None = None
-    thinking_token_budget: int | None = None
 
 
 class CompletionBody(SamplingBody, kw_only=True):
@@ -128,13 +139,16 @@ class ChatBody(SamplingBody, kw_only=True):
     echo: bool = False
     tools: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | msgspec.UnsetType = msgspec.UNSET
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     chat_template: str | None = None
 
 
+_Any = TypeVar("_Any", bound=msgspec.Struct)
 _Body = TypeVar("_Body", bound=SamplingBody)
 
 #: What stands in an error's text for the field at fault.
@@ -144,6 +158,13 @@ _FIELD = re.compile(r"\.(\w+)")
 
 def parse(raw: bytes, kind: type[_Body], vocab_size: int) -> _Body:
     """The body. Raises ApiError naming the field that is wrong, or unsupported."""
+    body = read(raw, kind, vocab_size)
+    check(body)
+    return body
+
+
+def read(raw: bytes, kind: type[_Any], vocab_size: int) -> _Any:
+    """The body, its fields in their ranges. Raises ApiError naming the one that is not."""
     try:
         # What is in the lists is not looked at before their types are known: that would take long.
         given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
@@ -157,27 +178,29 @@ def parse(raw: bytes, kind: type[_Body], vocab_size: int) -> _Body:
         ) from None
     except WireError as error:
         raise bad_request(error.reason, _FIELD.findall(error.reason)[0]) from None
+    return body
+
+
+def check(body: SamplingBody) -> None:
+    """Raise ApiError for fields that are unsupported, or do not go together."""
     _check_depth(body)
     _refuse(body)
     if isinstance(body, ChatBody):
         _check_chat(body)
+    wanted = getattr(body, "logprobs", None)
+    if body.logprob_token_ids and (wanted is None or wanted is False):
+        raise bad_request("logprob_token_ids needs logprobs", "logprob_token_ids")
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true", "stream_options")
-    return body
 
 
 def _refuse(body: SamplingBody) -> None:
     """Raise ApiError for what cannot be honoured here."""
-    form = (body.response_format or {}).get("type", "text")
     refused = {
-        "response_format": form != "text",
-        "structured_outputs": bool(body.structured_outputs),
         "prompt_logprobs": body.prompt_logprobs is not None,
-        "logprob_token_ids": bool(body.logprob_token_ids),
         "use_beam_search": body.use_beam_search,
         "truncate_prompt_tokens": body.truncate_prompt_tokens is not None,
         "repetition_detection": bool(body.repetition_detection),
-        "thinking_token_budget": body.thinking_token_budget not in (None, -1),
     }
     if isinstance(body, CompletionBody):
         refused["suffix"] = bool(body.suffix)
@@ -196,12 +219,6 @@ def _check_chat(body: ChatBody) -> None:
     """Raise ApiError for fields that do not go together."""
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-    if body.tool_choice not in (None, "auto", "none"):
-        raise bad_request(
-            "tool_choice must be auto or none: this receiver cannot force a call", "tool_choice"
-        )
-    if body.tool_choice == "auto" and body.tools is None:
-        raise bad_request("tool_choice needs tools", "tool_choice")
     if body.continue_final_message and body.add_generation_prompt is True:
         raise bad_request(
             "continue_final_message and add_generation_prompt cannot both be true",
@@ -239,17 +256,8 @@ def _shapeless(kind: type[SamplingBody]) -> tuple[str, ...]:
 
 def _check_depth(body: SamplingBody) -> None:
     """Raise ApiError where objects and lists nest too deeply: templates recurse."""
-    level: list[Any] = [[getattr(body, name) for name in _shapeless(type(body))]]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise bad_request(f"the request body nests deeper than {MAX_DEPTH} levels")
+    if not trust.within_depth([getattr(body, name) for name in _shapeless(type(body))], MAX_DEPTH):
+        raise bad_request(f"the request body nests deeper than {MAX_DEPTH} levels")
 
 
 #: pydantic's words, which vLLM understands.
@@ -271,7 +279,7 @@ def _coerced(raw: bytes, given: dict[str, msgspec.Raw], kind: type) -> bytes:
         if name not in given or (text := bytes(given[name]))[:1] == b"[":
             continue
         if text[:1] == b"{":
-            if inspect.StructType in types:
+            if name == "stream_options":
                 inner = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
                 plain[name] = msgspec.Raw(_coerced(text, inner, StreamOptions))
             continue

@@ -28,14 +28,15 @@ from mlx_receiver.http.openai.responses import (
 )
 from mlx_receiver.http.openai.sample import Sample
 from mlx_receiver.http.openai.service import Service
-from mlx_receiver.http.openai.tools import ToolStream
+from mlx_receiver.http.openai.structured import forced
+from mlx_receiver.http.openai.tools import ForcedCalls, ToolStream
 
 
 @dataclass(slots=True)
 class _Grown:
     """What one sample has become."""
 
-    tools: ToolStream | None
+    tools: ToolStream | ForcedCalls | None
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -44,7 +45,9 @@ class _Grown:
     stop_reason: int | str | None = None
 
 
-class _Chat(Answer[ChatBody, ChatChoice]):
+class Chat(Answer[ChatBody, ChatChoice]):
+    """An answer to a conversation."""
+
     prefix = "chatcmpl"
     kind = "chat.completion.chunk"
 
@@ -59,7 +62,9 @@ class _Chat(Answer[ChatBody, ChatChoice]):
         super().__init__(service, body, http)
         self.prompt = prompt
         tools = body.tools if body.tools and body.tool_choice != "none" else None
-        parses = tools is not None and service.tokenizer.wrapper.has_tool_calling
+        self.forced = forced(body)
+        calls = self.forced is None and tools is not None
+        parses = calls and service.tokenizer.wrapper.has_tool_calling
         self.role, self.echo = _voice(body)
         rules = parameters.text_rules(body)
         if parses:
@@ -68,13 +73,25 @@ class _Chat(Answer[ChatBody, ChatChoice]):
         room = service.room(prompt)
         sampling = service.sampling(body)
         self.samples = [
-            Sample(index, prompt, parameters.fitted(sampling, room, index), rules)
+            Sample(
+                index,
+                prompt,
+                parameters.fitted(sampling, room, index),
+                rules,
+                body.cache_salt or "",
+            )
             for index in range(self.n)
         ]
         # vLLM answers with the parameters of the last sample.
         self.samples[-1].handoff = handoff
         self._grown = [
-            _Grown(ToolStream(service.tokenizer, tools) if parses and tools else None)
+            _Grown(
+                ForcedCalls(self.forced)
+                if self.forced is not None
+                else ToolStream(service.tokenizer, tools)
+                if parses and tools
+                else None
+            )
             for _ in self.samples
         ]
 
@@ -99,11 +116,14 @@ class _Chat(Answer[ChatBody, ChatChoice]):
         calls: list[ToolCall] = []
         if grown.tools is not None:
             content, calls = grown.tools.push(delta.text, delta.finish is not None)
+            if body.parallel_tool_calls is False:
+                calls = [call for call in calls if call.index == 0]
         grown.content += content
         grown.calls += calls
         grown.token_ids += delta.token_ids
         grown.finish, grown.stop_reason = delta.finish, delta.stop_reason
-        if delta.finish == "stop" and grown.calls:
+        # A call that was named is no news.
+        if delta.finish == "stop" and grown.calls and not self.forced:
             grown.finish = "tool_calls"
         silent = not content and not calls and delta.finish is None
         if silent and not (body.return_token_ids or delta.logprobs):
@@ -116,7 +136,9 @@ class _Chat(Answer[ChatBody, ChatChoice]):
         choice = ChatChoice(index=delta.index, delta=message, finish_reason=grown.finish)
         if body.logprobs:
             names = self.names(delta.index, len(delta.logprobs))
-            choice.logprobs = logprobs.for_chat(delta.logprobs, body.top_logprobs or 0, names)
+            named = len(body.logprob_token_ids or ())
+            count = named or body.top_logprobs or 0
+            choice.logprobs = logprobs.for_chat(delta.logprobs, count, names, bool(named))
         if delta.finish is not None:
             choice.stop_reason = delta.stop_reason
         if body.return_token_ids:
@@ -156,17 +178,21 @@ async def chat_completions(service: Service, request: Request) -> Response:
     return await respond(service, request, _prepare)
 
 
-def _prepare(service: Service, raw: bytes, http: Request) -> _Chat:
+def _prepare(service: Service, raw: bytes, http: Request) -> Chat:
+    return converse(service, parse(raw, ChatBody, service.vocab_size), http)
+
+
+def converse(service: Service, body: ChatBody, http: Request) -> Chat:
+    """The answer to a body that has been checked. Raises ApiError."""
     vocab = service.vocab_size
-    body = parse(raw, ChatBody, vocab)
     handoff = hand_off(body.kv_transfer_params, vocab)
     service.check_model(None if handoff else body.model)
     if handoff is not None:
-        return _Chat(service, body, handoff.prompt_token_ids, handoff, http)
+        return Chat(service, body, handoff.prompt_token_ids, handoff, http)
     prompt = forwarded_prompt(body.kv_transfer_params, vocab)
     if prompt is None or body.echo:
-        prompt = _prompt(service, body)
-    return _Chat(service, body, prompt, None, http)
+        prompt = prompt_ids(service, body)
+    return Chat(service, body, prompt, None, http)
 
 
 #: Parameters of the function that applies the template: not for clients, who could otherwise bring
@@ -178,7 +204,7 @@ _NO_OPTIONS: Final = frozenset(
 )  # fmt: skip
 
 
-def _prompt(service: Service, body: ChatBody) -> list[int]:
+def prompt_ids(service: Service, body: ChatBody) -> list[int]:
     """The conversation's token ids, by the model's chat template. Raises ApiError."""
     if not body.messages:
         raise bad_request("messages is empty", "messages")
@@ -187,6 +213,10 @@ def _prompt(service: Service, body: ChatBody) -> list[int]:
         raise bad_request(
             f"chat_template_kwargs cannot set {', '.join(refused)}", "chat_template_kwargs"
         )
+    if body.reasoning_effort is not None:
+        options["reasoning_effort"] = body.reasoning_effort
+        # For templates whose models think only when told to.
+        options.setdefault("enable_thinking", body.reasoning_effort != "none")
     if body.continue_final_message:
         options["continue_final_message"] = True
     options["add_generation_prompt"] = (
@@ -237,7 +267,7 @@ def _call(call: Any) -> dict[str, Any]:
         if isinstance(function.get("arguments"), str):
             function["arguments"] = json.loads(function["arguments"] or "{}")
         return {**call, "function": function}
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         raise bad_request(
             "a tool call needs a function whose arguments are JSON", "messages"
         ) from None

@@ -14,25 +14,23 @@ from msgspec import Meta
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.http.errors import bad_request
 from mlx_receiver.http.openai.decoding import Events, decode_locally
-from mlx_receiver.sessions.service import Client, SessionService
+from mlx_receiver.sessions.client import Client
+from mlx_receiver.sessions.service import SessionService
 from mlx_receiver.wire import trust
 from mlx_receiver.wire.messages import (
     E_SESSION,
     E_UNSUPPORTED,
-    MAX_LOGPROBS,
     Cancel,
-    Count,
     Decoded,
     Failed,
-    Logprob,
     Logprobs,
     ReceiverMessage,
-    Sampling,
     Start,
     Step,
-    TokenId,
     WireError,
 )
+from mlx_receiver.wire.ranges import MAX_LOGPROBS, Count, Logprob, TokenId
+from mlx_receiver.wire.sampling import Sampling
 from mlx_receiver.wire.stopping import check_stop
 
 logger = logging.getLogger(__name__)
@@ -175,10 +173,9 @@ class _Lost(Exception):
 class _Claim:
     """A session taken over from its vLLM."""
 
-    def __init__(self, sessions: SessionService, session: int, first_token: int) -> None:
+    def __init__(self, sessions: SessionService, session: int) -> None:
         self._sessions = sessions
         self._session = session
-        self._first_token = first_token
         self._events = Events()
         self._client: Client | None = None
         self._over = False
@@ -191,7 +188,7 @@ class _Claim:
         session = handoff.session_id
         if session is None:
             return None
-        claim = cls(sessions, session, handoff.first_token)
+        claim = cls(sessions, session)
         until = time.monotonic() + _OPEN_SECONDS
         while True:
             try:

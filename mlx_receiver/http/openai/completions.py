@@ -54,7 +54,11 @@ class _Completion(Answer[CompletionBody, CompletionChoice]):
             room = service.room(prompt.token_ids)
             for i in range(self.n):
                 fitted = parameters.fitted(sampling, room, i)
-                self.samples.append(Sample(len(self.samples), prompt.token_ids, fitted, rules))
+                self.samples.append(
+                    Sample(
+                        len(self.samples), prompt.token_ids, fitted, rules, body.cache_salt or ""
+                    )
+                )
             # vLLM answers with the parameters of the last sample.
             self.samples[-1].handoff = prompt.handoff
         self._grown = [_Grown() for _ in self.samples]
@@ -81,7 +85,10 @@ class _Completion(Answer[CompletionBody, CompletionChoice]):
         if body.logprobs is not None:
             names = self.names(delta.index, len(delta.logprobs))
             choice.logprobs, grown.offset = logprobs.for_completion(
-                delta.logprobs, body.logprobs, names, grown.offset
+                delta.logprobs,
+                len(body.logprob_token_ids or ()) or body.logprobs,
+                names,
+                grown.offset,
             )
         if body.return_token_ids:
             choice.prompt_token_ids = prompt.token_ids if first else None

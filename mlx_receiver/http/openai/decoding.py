@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
 from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.jobs import Job, Output
-from mlx_receiver.wire.messages import E_CAPACITY, Code, Decoded, Sampling, WireError
+from mlx_receiver.wire.messages import E_CAPACITY, Code, Decoded, WireError
+from mlx_receiver.wire.sampling import Sampling
 
 #: Steps that a sample may be ahead of its client. A client that reads nothing at all is cut off
 #: before (``connections``).
@@ -72,19 +73,28 @@ class _Sink:
 
 
 async def decode_locally(
-    engine: DecodeEngine, prompt: list[int], sampling: Sampling, first_token: int | None = None
+    engine: DecodeEngine,
+    prompt: list[int],
+    sampling: Sampling,
+    first_token: int | None = None,
+    salt: str | None = None,
+    held: Callable[[int], None] = lambda _: None,
 ) -> AsyncGenerator[Decoded, None]:
-    """MLX prefills the prompt, and ``first_token`` behind it if one was sampled already.
+    """MLX prefills the prompt, and ``first_token`` behind it if one was sampled already. Not what
+    an earlier text of the same ``salt`` has left: ``held`` is told its tokens. None: nobody's.
 
     Closing the generator cancels the job. Raises WireError.
     """
     events = Events()
-    job = Job(prompt, sampling, _Sink(events), first_token)
+    # Whoever may use the API is one identity.
+    partition = None if salt is None else f"http\n\n{salt}"
+    job = Job(prompt, sampling, _Sink(events), first_token, partition=partition)
     engine.submit(job)
     over = False
     try:
         while not over:
             decoded = await events.get()
+            held(job.held)
             over = bool(decoded.finish)
             yield decoded
     finally:

@@ -56,8 +56,11 @@ def extend(whole: _Found, part: _Found) -> None:
         getattr(whole, name).extend(values)
 
 
-def for_chat(rows: Iterable[Logprobs], count: int, names: Names) -> ChatLogprobs:
-    """OpenAI's ``logprobs`` of chat completions."""
+def for_chat(
+    rows: Iterable[Logprobs], count: int, names: Names, named: bool = False
+) -> ChatLogprobs:
+    """OpenAI's ``logprobs`` of chat completions; where tokens were ``named``, the sampled one is
+    among the alternatives."""
 
     def told(token: int, value: float) -> tuple[str, float, list[int]]:
         name = names.of(token)
@@ -66,7 +69,10 @@ def for_chat(rows: Iterable[Logprobs], count: int, names: Names) -> ChatLogprobs
     found = ChatLogprobs()
     for row in rows:
         sampled = told(row.token_ids[0], row.values[0])
+        others: Iterable[tuple[int, float]]
         others = zip(row.token_ids[1 : count + 1], row.values[1:], strict=False)
+        if named:
+            others = _alternatives(row, count)
         alternatives = [Alternative(*told(token, value)) for token, value in others]
         found.content.append(TokenLogprobs(*sampled, alternatives))
         names.sampled(row.token_ids[0])

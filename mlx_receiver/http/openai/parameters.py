@@ -11,15 +11,12 @@ import msgspec
 from mlx_receiver.decode.model import ModelSource
 from mlx_receiver.http.errors import bad_request
 from mlx_receiver.http.openai.bodies import ChatBody, CompletionBody, SamplingBody
+from mlx_receiver.http.openai.structured import grammar_of
 from mlx_receiver.http.openai.text import TextRules
 from mlx_receiver.http.openai.tokenizer import Tokenizer
-from mlx_receiver.wire.messages import (
-    MAX_BAD_WORDS,
-    MAX_BAD_WORDS_TOKENS,
-    MAX_INT,
-    Sampling,
-    clipped,
-)
+from mlx_receiver.wire.messages import clipped
+from mlx_receiver.wire.ranges import MAX_BAD_WORDS, MAX_BAD_WORDS_TOKENS, MAX_INT
+from mlx_receiver.wire.sampling import Sampling, Thinking
 
 #: vLLM raises lower temperatures to this, except 0.
 _LOWEST_TEMPERATURE: Final = 0.01
@@ -74,6 +71,9 @@ def sampling(body: SamplingBody, defaults: Defaults, tokenizer: Tokenizer) -> Sa
         raise bad_request(f"min_tokens must be in 0..{limit}", "min_tokens")
     eos = tokenizer.eos_token_id
     stops = set(body.stop_token_ids or ())
+    grammar = grammar_of(body)
+    # Held back by ``min_tokens``, and allowed at a grammar's end, although they may be ignored.
+    ends = stops | defaults.eos | ({eos} if eos is not None else set())
     if body.ignore_eos:
         eos = None
     else:
@@ -88,6 +88,10 @@ def sampling(body: SamplingBody, defaults: Defaults, tokenizer: Tokenizer) -> Sa
         eos_token_id=eos,
         stop_token_ids=sorted(stops),
         logprobs=_logprobs(body),
+        logprob_token_ids=body.logprob_token_ids or [],
+        end_token_ids=sorted(ends) if body.min_tokens or grammar else [],
+        grammar=grammar,
+        thinking=_thinking(body, tokenizer),
         **values,
     )
 
@@ -127,10 +131,28 @@ def _max_tokens(body: SamplingBody, defaults: Defaults) -> int:
 
 
 def _logprobs(body: SamplingBody) -> int | None:
+    if body.logprob_token_ids:
+        return len(body.logprob_token_ids)
     if isinstance(body, CompletionBody):
         return body.logprobs
     assert isinstance(body, ChatBody)
     return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _thinking(body: SamplingBody, tokenizer: Tokenizer) -> Thinking | None:
+    """The budget, -1 being none, by the rule of vLLM's model runner V2."""
+    budget = body.thinking_token_budget
+    if budget is None or budget < 0:
+        return None
+    marks = tokenizer.reasoning
+    if marks is None:
+        raise bad_request(
+            "thinking_token_budget needs a model whose tokenizer has tokens for reasoning, such as "
+            "<think> and </think>",
+            "thinking_token_budget",
+        )
+    start, end = marks
+    return Thinking(min(budget, MAX_INT), start, end, end, "v2")
 
 
 def _logit_bias(body: SamplingBody) -> dict[int, float] | None:

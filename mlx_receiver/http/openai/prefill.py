@@ -12,7 +12,7 @@ import msgspec
 
 from mlx_receiver.http.errors import ApiError
 from mlx_receiver.http.openai.claims import HandOff, hand_off
-from mlx_receiver.wire.messages import Sampling
+from mlx_receiver.wire.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +56,21 @@ class Prefill:
         await self._http.aclose()
 
     def pays(self, prompt: list[int], sampling: Sampling) -> bool:
-        """Whether vLLM should be asked. Its API takes bad words as text only."""
-        return len(prompt) >= self._min_tokens and not sampling.bad_words_token_ids
+        """Whether vLLM should be asked. Its API takes bad words as text only, its own grammar for
+        the first token may be another, and so may what ends the reasoning."""
+        own = sampling.grammar is not None or sampling.thinking is not None
+        as_it_is = not sampling.bad_words_token_ids and not own
+        return len(prompt) >= self._min_tokens and as_it_is
 
-    async def ask(self, prompt: list[int], sampling: Sampling) -> HandOff | None:
-        """vLLM's hand-off of the prompt, or None when it is gone, slow or cannot do it."""
+    async def ask(self, prompt: list[int], sampling: Sampling, salt: str = "") -> HandOff | None:
+        """vLLM's hand-off of the prompt, or None when it is gone, slow or cannot do it. ``salt``:
+        the client's ``cache_salt``."""
         now = asyncio.get_running_loop().time()
         if now < self._not_before:
             return None
         try:
             async with asyncio.timeout(self._seconds):
-                return await self._ask(prompt, sampling)
+                return await self._ask(prompt, sampling, salt)
         except (TimeoutError, httpx.HTTPError, msgspec.MsgspecError, ApiError, _Unusable) as error:
             said = str(error) or type(error).__name__
             logger.warning("no prefill from %s, prefilling here: %s", self._base, said)
@@ -75,13 +79,14 @@ class Prefill:
                 self._not_before = asyncio.get_running_loop().time() + _PAUSE_SECONDS
             return None
 
-    async def _ask(self, prompt: list[int], sampling: Sampling) -> HandOff:
+    async def _ask(self, prompt: list[int], sampling: Sampling, salt: str) -> HandOff:
         http = self._http
         if self._model is None:
             listed = _checked(await http.get(f"{self._base}/v1/models"))
             with contextlib.suppress(KeyError, IndexError, TypeError):
                 self._model = listed["data"][0]["id"]
-        answer = await http.post(f"{self._base}/v1/completions", json=self._body(prompt, sampling))
+        body = self._body(prompt, sampling) | ({"cache_salt": salt} if salt else {})
+        answer = await http.post(f"{self._base}/v1/completions", json=body)
         handoff = hand_off(_checked(answer).get("kv_transfer_params"), self._vocab_size)
         if handoff is None:
             raise _Unusable("it runs without the mac_decode connector")
@@ -109,6 +114,7 @@ class Prefill:
             "logit_bias": {str(k): v for k, v in (s.logit_bias or {}).items()} or None,
             "allowed_token_ids": s.allowed_token_ids,
             "logprobs": s.logprobs,
+            "logprob_token_ids": s.logprob_token_ids or None,
             "stop_token_ids": s.stop_token_ids,
             "ignore_eos": s.eos_token_id is None,
             "kv_transfer_params": _TRANSFER,

@@ -22,7 +22,8 @@ from mlx_receiver.http.openai.sample import Sample
 from mlx_receiver.http.openai.tokenizer import Tokenizer
 from mlx_receiver.http.served import Served
 from mlx_receiver.http.workers import Workers
-from mlx_receiver.wire.messages import Decoded, Sampling, WireError
+from mlx_receiver.wire.messages import Decoded, WireError
+from mlx_receiver.wire.sampling import Sampling
 
 #: Samples of all requests together, those that decode and those that wait.
 MAX_WAITING: Final = 1024
@@ -112,7 +113,13 @@ class Service:
         if handoff is None or (sampling.logprobs is not None and handoff.logprobs is None):
             # Without the first token's log-probabilities another first token must be drawn.
             path = path if handoff is None else path and "fallback"
-            tokens = decode_locally(self.engine, sample.prompt, sampling)
+
+            def held(tokens: int) -> None:
+                sample.held = tokens
+
+            tokens = decode_locally(
+                self.engine, sample.prompt, sampling, salt=sample.salt, held=held
+            )
         else:
             tokens = decode_handed_off(self.engine, self.sessions, handoff, sampling, lost)
         try:
@@ -130,5 +137,5 @@ class Service:
             return None
         if not self._prefill.pays(sample.prompt, sample.sampling):
             return "local"
-        sample.handoff = await self._prefill.ask(sample.prompt, sample.sampling)
+        sample.handoff = await self._prefill.ask(sample.prompt, sample.sampling, sample.salt)
         return "fallback" if sample.handoff is None else "remote"

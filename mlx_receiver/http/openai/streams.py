@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -23,8 +23,26 @@ def event(content: msgspec.Struct) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
-async def stream(request: Request, events: AsyncGenerator[bytes, None]) -> Response:
+def named_event(content: msgspec.Struct) -> bytes:
+    """One server-sent event with a name, the struct's tag."""
+    return f"event: {content.__struct_config__.tag}\n".encode() + event(content)
+
+
+class Events(Protocol):
+    """A streamed answer: its events, and what says that they are over."""
+
+    end: bytes
+
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """All but the last. Raises ApiError."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """The event for an error."""
+
+
+async def stream(request: Request, answer: Events) -> Response:
     """A streamed answer. An error before its first event is an HTTP error like any other."""
+    events = answer.events()
     try:
         first = await unless_gone(request, _first(events))
     except BaseException:
@@ -38,8 +56,9 @@ async def stream(request: Request, events: AsyncGenerator[bytes, None]) -> Respo
                 async for chunk in events:
                     yield chunk
             except ApiError as error:
-                yield event(error.body())
-            yield DONE
+                yield answer.failed(error)
+            if answer.end:
+                yield answer.end
 
     return StreamingResponse(body(), media_type="text/event-stream")
 

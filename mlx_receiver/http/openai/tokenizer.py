@@ -70,3 +70,11 @@ class Tokenizer:
         """The token that ends a text."""
         found = self.wrapper.eos_token_id
         return None if found is None else int(found)
+
+    @property
+    def reasoning(self) -> tuple[list[int], list[int]] | None:
+        """The tokens that begin the model's reasoning, and those that end it; None where mlx-lm
+        knows of none."""
+        wrapper = self.wrapper
+        start, end = wrapper.think_start_tokens, wrapper.think_end_tokens
+        return (list(start), list(end)) if start and end else None

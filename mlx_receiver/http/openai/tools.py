@@ -88,6 +88,40 @@ class ToolStream:
         return ToolCall(id=identity, function=FunctionCall(str(call["name"]), arguments))
 
 
+class ForcedCalls:
+    """One sample's text where a call is forced, which is nothing but JSON: a named tool's
+    arguments, or a list of calls. Reported when the text is over; what is no list of calls, because
+    it was cut off, remains content.
+    """
+
+    def __init__(self, name: str) -> None:
+        """``name`` is "" where it may be any tool, and several."""
+        self._name = name
+        self._text = ""
+
+    def push(self, text: str, over: bool) -> tuple[str, list[ToolCall]]:
+        """See ``ToolStream.push``."""
+        self._text += text
+        if not over:
+            return "", []
+        if self._name:
+            return "", [_call({"name": self._name, "arguments": self._text}, 0)]
+        try:
+            calls = [
+                _call({"name": call["name"], "arguments": call["parameters"]}, index)
+                for index, call in enumerate(json.loads(self._text))
+            ]
+        except (ValueError, TypeError, KeyError):
+            return self._text, []
+        return "", calls
+
+
+def _call(call: dict[str, Any], index: int) -> ToolCall:
+    found = ToolStream._entry(call)
+    found.index = index
+    return found
+
+
 def _overlap(text: str, marker: str) -> int:
     """Characters at the end of ``text`` that may begin ``marker``."""
     for size in range(min(len(marker) - 1, len(text)), 0, -1):

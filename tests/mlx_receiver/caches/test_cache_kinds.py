@@ -21,7 +21,8 @@ from mlx_receiver.sessions.store import SessionStore
 from mlx_receiver.wire import frames
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.layout import CacheLayout, LayerLayout, Part, full_attention
-from mlx_receiver.wire.messages import Open, Sampling, WireError
+from mlx_receiver.wire.messages import Open, WireError
+from mlx_receiver.wire.sampling import Sampling
 from tests.waiting import eventually
 
 TOKENS = 7

@@ -24,7 +24,8 @@ from mlx_receiver.caches.plain import PlainKV
 from mlx_receiver.sessions.session import Session
 from mlx_receiver.wire.frames import Header, Kind
 from mlx_receiver.wire.layout import full_attention
-from mlx_receiver.wire.messages import Open, Sampling, WireError
+from mlx_receiver.wire.messages import Open, WireError
+from mlx_receiver.wire.sampling import Sampling
 
 LAYERS, HEADS, TOKENS, DIM = 3, 2, 5, 4
 LAYOUT = full_attention(LAYERS, HEADS, DIM, "float32")

@@ -23,7 +23,8 @@ from mlx_receiver.pairing.visit import card, pair
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.wire import keys
 from mlx_receiver.wire.frames import Header, Kind
-from mlx_receiver.wire.messages import Open, Rejected, Sampling, Welcome
+from mlx_receiver.wire.messages import Open, Rejected, Welcome
+from mlx_receiver.wire.sampling import Sampling
 from tests.conftest import own_address
 from tests.mlx_receiver.client import FakeVllm, started
 from tests.mlx_receiver.conftest import Prefill

@@ -25,7 +25,8 @@ from mlx_receiver.decode.model import ModelError, Progress, find_model
 from mlx_receiver.decode.warmup import WARM_UP_JOBS
 from mlx_receiver.metrics import Metrics
 from mlx_receiver.wire.layout import LayerLayout
-from mlx_receiver.wire.messages import Sampling, WireError
+from mlx_receiver.wire.messages import WireError
+from mlx_receiver.wire.sampling import Sampling
 from tests.mlx_receiver.conftest import Prefill
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
@@ -143,8 +144,7 @@ def test_a_failing_step_ends_its_jobs_and_not_the_engine(
     def explode() -> Any:
         raise RuntimeError("out of memory")
 
-    assert engine._batch is not None
-    monkeypatch.setattr(engine._batch._generator, "next", explode)
+    monkeypatch.setattr(engine._running.batch._generator, "next", explode)
     with pytest.raises(WireError, match="a decode step failed: out of memory"):
         generate_tokens(engine, kv.prompt, GREEDY)
     assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens
@@ -175,8 +175,7 @@ def test_a_row_that_would_pad_the_batch_too_far_waits(
     engine: DecodeEngine, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Room for one row of 255 tokens, and for several of 17.
-    assert engine._batch is not None
-    monkeypatch.setattr(engine, "batch_bytes", 300 * engine._batch.bytes_per_token)
+    monkeypatch.setattr(engine, "batch_bytes", 300 * engine._running.batch.bytes_per_token)
     small, large = prefill(17), prefill(255)
     jobs = [LocalJob(engine, kv.prompt, GREEDY) for kv in (small, small, large)]
     sizes = []
@@ -268,7 +267,9 @@ def test_the_warm_up_samples_in_every_way() -> None:
     """A way of sampling that it leaves out stalls the first response that asks for it."""
     plain = Sampling(max_tokens=1)
     for field in msgspec.structs.fields(Sampling):
-        if field.name in ("eos_token_id", "allowed_token_ids"):  # masks, as bad words are
+        # Masks and biases, as bad words and logit_bias are, and a choice of log-probabilities.
+        if field.name in ("eos_token_id", "allowed_token_ids", "end_token_ids", "grammar",
+                          "logprob_token_ids", "thinking"):  # fmt: skip
             continue
         values = [getattr(sampling, field.name) for _, sampling in WARM_UP_JOBS]
         assert any(value != getattr(plain, field.name) for value in values), field.name
@@ -334,9 +335,8 @@ def test_a_new_batch_keeps_mlxs_wired_limit(
     monkeypatch.setattr(module, "maybe_set_recommended_wired_limit", lambda: set_limit(100))
     kv = prefill(17)
     for _ in range(2):
-        assert engine._batch is not None
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine._batch._generator, "next", lambda: 1 / 0)
+            patch.setattr(engine._running.batch._generator, "next", lambda: 1 / 0)
             with pytest.raises(WireError, match="division by zero"):
                 generate_tokens(engine, kv.prompt, GREEDY)
         assert generate_tokens(engine, kv.prompt, GREEDY) == kv.tokens

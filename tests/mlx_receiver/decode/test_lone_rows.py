@@ -27,7 +27,7 @@ from mlx_receiver.wire.layout import (
     chunked,
     windowed,
 )
-from mlx_receiver.wire.messages import Sampling
+from mlx_receiver.wire.sampling import Sampling
 from tests.conftest import cached_family
 from tests.families import CHUNK as SIZE
 from tests.families import for_mlx

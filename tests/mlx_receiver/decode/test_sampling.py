@@ -15,7 +15,8 @@ from mlx_receiver.decode.sampling import (
     greedy,
     truncate,
 )
-from mlx_receiver.wire.messages import Sampling, WireError
+from mlx_receiver.wire.messages import WireError
+from mlx_receiver.wire.sampling import Sampling
 from mlx_receiver.wire.stopping import Finish, check_stop
 
 VOCAB = 40
@@ -148,6 +149,25 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         assert entry.token_ids == [7, *best]
         np.testing.assert_allclose(entry.values, raw[entry.token_ids], rtol=1e-5)
         assert entry.rank == int((raw >= raw[7]).sum())
+
+
+def test_named_tokens_are_told_in_place_of_the_likeliest() -> None:
+    named = [9, 0, 31]
+    sampling = Sampling(max_tokens=9, temperature=0.0, logprobs=3, logprob_token_ids=named)
+    rows = np.random.default_rng(6).normal(0, 2, (4, VOCAB)).astype(np.float32)
+    tokens, logprobs = run(sampling, rows, 4)
+    for token, row, entry in zip(tokens[1:], rows, logprobs, strict=True):
+        raw = row - np.log(np.exp(row).sum())
+        assert entry.token_ids == [token, *named]
+        np.testing.assert_allclose(entry.values, raw[entry.token_ids], rtol=1e-5)
+
+
+def test_ends_that_do_not_end_the_text_are_held_back() -> None:
+    rows = np.zeros((6, VOCAB), np.float32)
+    rows[:, 7] = 5.0
+    held = Sampling(max_tokens=9, temperature=0.0, min_tokens=4, end_token_ids=[7, 3])
+    tokens, _ = run(held, rows)
+    assert 7 not in tokens[:4] and tokens[4:] == [7] * (len(tokens) - 4)
 
 
 def test_no_alternatives_still_report_the_sampled_token() -> None:

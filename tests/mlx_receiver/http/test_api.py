@@ -265,8 +265,15 @@ def test_the_openai_client_completes(client: openai.OpenAI, model: str) -> None:
         ({"stop": [""]}, "`$.stop[0]`"),
         ({"suffix": "x"}, "suffix"),
         ({"echo": True, "logprobs": 1}, "echo"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "other"}}, "response_format of the type 'other'"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs has one of"),
+        ({"structured_outputs": {"regex": "("}}, "the grammar is refused"),
+        ({"structured_outputs": {"regex": "a" * 200_000}}, "more than 131072 characters"),
+        ({"structured_outputs": {"regex": "a"}, "min_tokens": 3}, "min_tokens above 1"),
         ({"logit_bias": {"a": 1}}, "logit_bias has keys that are no token ids: 'a'"),
+        ({"thinking_token_budget": 5}, "has tokens for reasoning"),
+        ({"thinking_token_budget": -2}, "`$.thinking_token_budget`"),
+        ({"thinking_token_budget": 1.5}, "`$.thinking_token_budget`"),
         ({"temperature": "hot"}, r"\$.temperature"),
         ({"prompt": [20] * 8192}, "8192 tokens"),
     ],
@@ -275,6 +282,25 @@ def test_what_cannot_be_done_is_said(base: str, fields: dict[str, Any], said: st
     error = complete(base, 400, **fields)["error"]
     assert said.replace("\\", "") in error["message"]
     assert (error["type"], error["code"]) == ("BadRequestError", 400)
+
+
+def test_log_probabilities_of_named_tokens(base: str) -> None:
+    likely = complete(base, logprobs=5, return_tokens_as_token_ids=True)["choices"][0]["logprobs"]
+    ids = [int(name.split(":")[1]) for name in likely["top_logprobs"][0]][2:4]
+    asked = {"logprob_token_ids": ids, "return_tokens_as_token_ids": True}
+    named = complete(base, logprobs=1, **asked)["choices"][0]["logprobs"]
+    assert named["tokens"] == likely["tokens"]
+    for sampled, alternatives in zip(named["tokens"], named["top_logprobs"], strict=True):
+        assert alternatives.keys() == {sampled, *(f"token_id:{token}" for token in ids)}
+    for name, value in named["top_logprobs"][0].items():
+        assert value == pytest.approx(likely["top_logprobs"][0][name], abs=1e-4)
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "temperature": 0}
+    chat = httpx.post(f"{base}/v1/chat/completions", json=body | {"logprobs": True} | asked)
+    for row in chat.json()["choices"][0]["logprobs"]["content"]:
+        told = [alternative["token"] for alternative in row["top_logprobs"]]
+        assert told == list(dict.fromkeys([row["token"], *(f"token_id:{t}" for t in ids)]))
+    refused = httpx.post(f"{base}/v1/chat/completions", json=body | asked)
+    assert refused.status_code == 400 and "needs logprobs" in refused.text
 
 
 def test_bad_bodies_and_unknown_fields(base: str) -> None:

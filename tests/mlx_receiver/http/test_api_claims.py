@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,8 +10,9 @@ import httpx
 import pytest
 
 from mlx_receiver.receiver import Receiver
-from mlx_receiver.sessions import store
-from mlx_receiver.wire.messages import Complete, Opened, Sampling
+from mlx_receiver.sessions import overdue
+from mlx_receiver.wire.messages import Complete, Opened
+from mlx_receiver.wire.sampling import Grammar, Sampling
 from tests.mlx_receiver.client import FakeVllm, Prefilled
 from tests.mlx_receiver.conftest import Prefill
 from tests.mlx_receiver.http.test_http import url, values
@@ -97,6 +99,37 @@ def test_claiming_before_the_last_block(client: FakeVllm, prefill: Prefill) -> N
     assert isinstance(client.complete(session), Complete), "who sends the blocks is told"
 
 
+def test_claiming_before_the_memory_is_there(client: FakeVllm, prefill: Prefill) -> None:
+    """vLLM may have nothing to compute of a prompt: who claims it is then faster than Opened."""
+    receiver, kv = client.receiver, prefill(33)
+    allowed = threading.Event()
+    receiver.store._allocation._allocator.submit(allowed.wait, 60)
+    session = client.open(kv.prompt, Sampling(max_tokens=1), {"unclaimed": True})
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, receiver, params(kv, session))
+        assert eventually(lambda: (s := receiver.store.get(session)) and not s.unclaimed)
+        allowed.set()
+        assert isinstance(client.opened(session), Opened), "who sends the blocks is told"
+        client.send_kv(session, kv)
+        client.complete(session)
+        assert tokens(answer.result()) == kv.tokens
+
+
+def test_who_claims_says_what_the_text_conforms_to(
+    client: FakeVllm, prefill: Prefill, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not who left it."""
+    kv = prefill(33)
+    left = Sampling(max_tokens=1, grammar=Grammar("regex", "[0-9]{40}"))
+    session = client.open(kv.prompt, left, {"unclaimed": True})
+    assert isinstance(client.opened(session), Opened)
+    client.send_kv(session, kv)
+    client.complete(session)
+    anything = {"structured_outputs": {"regex": "[\\s\\S]*"}}
+    assert tokens(ask(client.receiver, params(kv, session), **anything))[0] == kv.first
+    assert "was lost" not in caplog.text
+
+
 @pytest.mark.parametrize("session", [None, 12345])
 def test_an_unknown_session_is_prefilled_here(
     receiver: Receiver, prefill: Prefill, session: int | None
@@ -138,7 +171,7 @@ def test_another_prompt_cannot_claim_it(client: FakeVllm, prefill: Prefill) -> N
 def test_a_session_that_nobody_claims_expires(
     client: FakeVllm, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(overdue, "LEASE_SECONDS", 0.3)
     kv = prefill(33)
     session = leave_unclaimed(client, kv)
     assert "nobody claimed it" in client.failed(session).reason

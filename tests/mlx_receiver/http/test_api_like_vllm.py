@@ -14,7 +14,9 @@ from mlx_receiver.http.errors import ApiError
 from mlx_receiver.http.openai.bodies import ChatBody, CompletionBody, SamplingBody, parse
 from mlx_receiver.http.openai.parameters import Defaults, sampling
 from mlx_receiver.http.openai.tokenizer import Tokenizer
-from mlx_receiver.wire.messages import MAX_LOGPROBS, Sampling, WireError
+from mlx_receiver.wire.messages import WireError
+from mlx_receiver.wire.ranges import MAX_LOGPROBS
+from mlx_receiver.wire.sampling import Sampling
 
 pytest.importorskip("vllm")
 
@@ -43,7 +45,7 @@ SHARED = [
 COMPLETION = [*SHARED, "logprobs", "prompt"]
 CHAT = [
     *SHARED, "logprobs", "top_logprobs", "max_completion_tokens", "tools", "tool_choice",
-    "add_generation_prompt", "continue_final_message",
+    "add_generation_prompt", "continue_final_message", "parallel_tool_calls", "reasoning_effort",
 ]  # fmt: skip
 
 #: What vLLM accepts and this receiver refuses, on purpose.

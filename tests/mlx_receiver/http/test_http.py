@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.settings import Settings
-from mlx_receiver.wire.messages import Sampling
+from mlx_receiver.wire.sampling import Sampling
 from tests.mlx_receiver.client import HERE, FakeVllm
 from tests.mlx_receiver.conftest import Prefill
 from tests.waiting import eventually

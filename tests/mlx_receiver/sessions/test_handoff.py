@@ -12,7 +12,8 @@ import pytest
 from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.wire.layout import CacheLayout, layout_from_config, windowed
-from mlx_receiver.wire.messages import Opened, Sampling, Welcome
+from mlx_receiver.wire.messages import Opened, Welcome
+from mlx_receiver.wire.sampling import Sampling
 from tests.mlx_receiver.client import FakeVllm, block, blocks, connected
 from tests.mlx_receiver.conftest import Prefill
 from tests.waiting import eventually

@@ -26,11 +26,11 @@ from mlx_receiver.wire.messages import (
     Ping,
     Refused,
     Rejected,
-    Sampling,
     Start,
     Status,
     WireError,
 )
+from mlx_receiver.wire.sampling import Sampling
 from tests.mlx_receiver.client import FakeVllm, block, connected, started
 from tests.mlx_receiver.conftest import Prefill
 from tests.mlx_receiver.sessions.test_refusals import opened, raw_data
@@ -225,7 +225,7 @@ def test_one_clients_waiting_attaches_are_its_own(
 def test_sessions_to_which_nothing_comes_are_given_up(
     client: FakeVllm, monkeypatch: pytest.MonkeyPatch, beside: None
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.sessions.store.IDLE_SECONDS", 0.3)
+    monkeypatch.setattr("mlx_receiver.sessions.overdue.IDLE_SECONDS", 0.3)
     session = opened(client, [5, 6])
     assert "no block and no Start came" in client.failed(session).reason
 

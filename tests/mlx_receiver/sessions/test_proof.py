@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from mlx_receiver.decode import comparisons
 from mlx_receiver.decode.jobs import Verdict
 from mlx_receiver.decode.proof import bits
 from mlx_receiver.receiver import Receiver
@@ -18,15 +19,9 @@ from mlx_receiver.sessions.proofs import Proofs, proof_prompt
 from mlx_receiver.wire import fingerprint
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import CacheLayout, full_attention, windowed
-from mlx_receiver.wire.messages import (
-    E_MODEL,
-    MAX_PROOF_TOKENS,
-    Proven,
-    Refused,
-    Rejected,
-    Sampling,
-    Welcome,
-)
+from mlx_receiver.wire.messages import E_MODEL, Proven, Refused, Rejected, Welcome
+from mlx_receiver.wire.ranges import MAX_PROOF_TOKENS
+from mlx_receiver.wire.sampling import Sampling
 from mlx_receiver.wire.signature import ModelSignature
 from tests.mlx_receiver.client import FakeVllm, Prefilled, started
 from tests.mlx_receiver.conftest import Prefill
@@ -105,9 +100,9 @@ def test_a_cache_that_differs(
     other.close()
 
 
-def behind_another(client: FakeVllm, kv: Prefilled) -> tuple[int, int]:
+def behind_another(client: FakeVllm, kv: Prefilled, tokens: int = 400) -> tuple[int, int]:
     """A session that is decoded for long, and a proof whose cache is there."""
-    running = client.request(kv, Sampling(max_tokens=400, temperature=0.0))
+    running = client.request(kv, Sampling(max_tokens=tokens, temperature=0.0))
     client.wait(lambda m: getattr(m, "session", 0) == running and hasattr(m, "token_ids"))
     session = client.open(kv.prompt, ONE, {"proof": True})
     client.opened(session)
@@ -129,6 +124,27 @@ def test_it_waits_until_nothing_is_decoded(live: Receiver, prefill: Prefill) -> 
     client.close()
 
 
+def test_it_does_not_wait_for_ever(
+    live: Receiver, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another vLLM may always have something that is decoded."""
+    monkeypatch.setattr(comparisons, "PATIENCE", 0.3)
+    client = FakeVllm(live)
+    client.hello(client="waits long enough")
+    kv = prefill(33, decode=100)
+    running, session = behind_another(client, kv, 7000)
+    assert client.wait(lambda m: isinstance(m, Proven) and m.session == session).same
+    assert live.engine.decoding == 1
+    decoded: dict[int, list[int]] = {}
+    for step in client.steps(running):
+        decoded[step.position] = step.token_ids
+        if step.position >= 99:
+            break
+    assert len(decoded) > 50 and all([kv.tokens[at]] == it for at, it in decoded.items())
+    client.cancel(running)
+    client.close()
+
+
 def test_one_that_is_cancelled_leaves_nothing(live: Receiver, prefill: Prefill) -> None:
     client = FakeVllm(live)
     client.hello(client="cancels")
@@ -140,7 +156,7 @@ def test_one_that_is_cancelled_leaves_nothing(live: Receiver, prefill: Prefill) 
     client.cancel(session)
     # Also while others are decoded, which may be always.
     assert eventually(lambda: live.store.reserved_bytes < held)
-    assert live.engine.decoding == 1 and not live.engine._proofs
+    assert live.engine.decoding == 1 and not live.engine._gap.proofs
     client.cancel(running)
     assert eventually(lambda: live.store.reserved_bytes == 0)
     assert proof(client, kv).same, "the engine still works"

@@ -28,10 +28,10 @@ from mlx_receiver.wire.messages import (
     Ping,
     Refused,
     Rejected,
-    Sampling,
     Status,
     Welcome,
 )
+from mlx_receiver.wire.sampling import Sampling
 from tests.mlx_receiver.client import HERE, FakeVllm, block, blocks, connected, started
 from tests.mlx_receiver.conftest import Prefill
 from tests.waiting import eventually
@@ -106,7 +106,7 @@ def test_conflicting_duplicate_names_the_place(
 def test_a_hole_is_named_when_nothing_fills_it(
     client: FakeVllm, prefill: Prefill, bystander: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_receiver.sessions.store.STALL_SECONDS", 0.3)
+    monkeypatch.setattr("mlx_receiver.sessions.overdue.STALL_SECONDS", 0.3)
     kv = prefill(17)
     session = opened(client, kv.prompt)
     assert client.data is not None

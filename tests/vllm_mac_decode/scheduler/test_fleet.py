@@ -77,12 +77,14 @@ class Network:
 def fleet(receivers: str = "") -> Iterator[Relay]:
     settings = Settings(receiver=receivers, stall_timeout=1.0)
     relay = Relay(settings)
+    others = set(threading.enumerate())  # what earlier tests have left may still be ending
     made = Fleet(settings, ME, relay.join)
     try:
         yield relay
     finally:
         made.close()
-        left = [t.name for t in threading.enumerate() if t.name.startswith("mac-decode-")]
+        left = [t.name for t in set(threading.enumerate()) - others]
+        left = [name for name in left if name.startswith("mac-decode-")]
         assert not left and not relay._receivers
 
 

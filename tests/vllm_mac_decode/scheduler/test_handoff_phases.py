@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_receiver.wire import messages as m
+from mlx_receiver.wire.sampling import Sampling
 from tests.vllm_mac_decode.engine import BYTES, Engine, Link
 from tests.vllm_mac_decode.plain import Output, Params, Request
 from vllm_mac_decode.scheduler.handoff import NEXT, Handoff, Phase
@@ -20,7 +21,7 @@ Way = tuple[Phase, Phase]
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(Phase, Phase)))
 def test_only_what_the_table_says_follows(before: Phase, after: Phase) -> None:
-    handoff = Handoff(1, Request("a", [1], Params(3)), 3, m.Sampling(3), phase=before)  # type: ignore[arg-type]
+    handoff = Handoff(1, Request("a", [1], Params(3)), 3, Sampling(3), phase=before)  # type: ignore[arg-type]
     if after in NEXT[before]:
         handoff.enter(after)
         assert handoff.phase is after
@@ -35,7 +36,8 @@ class Drive:
 
     def __init__(self, seed: int) -> None:
         self.source = random.Random(seed)
-        self.engine = Engine()
+        # Of every other one the receiver does all, unless vLLM is paused.
+        self.engine = Engine(offload="mac" if seed % 2 else "always")
         self.relay = self.engine.relay
         self.receivers = [self.engine.receiver, self.engine.join(Link())]
         self.engine.connect(remote=self.receivers[1], name="s")
@@ -49,10 +51,13 @@ class Drive:
             name = self.source.choice([*self.engine.requests, ""])
             match self.source.randrange(16):
                 case 0 | 1:
+                    self.engine.port.draining = self.source.random() < 0.2
                     routed = self.source.random() < 0.3
                     transfer = {"do_remote_decode": True} if routed else None
                     limit = 1 if routed else self.source.choice([2, 5, 8])
                     self.engine.add(f"r{index}", limit, kv_transfer_params=transfer)
+                case 2 | 3 if name in self.engine.taken:
+                    self.note(name)
                 case 2 | 3 if name and name not in self.gone and name not in self.numbers:
                     self.numbers[name] = self.engine.schedule(name)
                 case 4 | 5 if name in self.numbers and name not in self.stepped | self.gone:
@@ -68,6 +73,8 @@ class Drive:
                     self.engine.lose(self.receivers[which])
                     if self.source.random() < 0.7:
                         self.engine.connect(remote=self.receivers[which], name="rs"[which])
+                case 12 if name in self.engine.taken:
+                    self.relay.abort([name])
                 case 12 if name and name not in self.gone:
                     self.leave(name)
                 case 13 if name in self.numbers:
@@ -79,6 +86,14 @@ class Drive:
                     self.source.choice([self.relay.freeze, self.relay.abort_all])()
                 case 15 if self.source.random() < 0.1:
                     self.relay.tick(time.monotonic() + self.source.choice([1.0, 3.0, 90.0]))
+
+    def note(self, name: str) -> None:
+        """The number of a session that vLLM's scheduler does not know."""
+        handoff = self.relay._by_request.get(name)
+        if handoff is not None and name not in self.numbers:
+            self.numbers[name] = handoff.session
+            self.stepped.add(name)
+            self.gone.add(name)
 
     def step(self, name: str) -> None:
         """Its first token; vLLM decided before the step whether that is the last."""
@@ -99,6 +114,16 @@ class Drive:
     def go_on(self, name: str) -> None:
         """What is left to vLLM goes on: a continuation enters its scheduler, or something ends."""
         local = f"{name}-local"
+        again = [one for one in self.engine.port.requeued if one.request_id == name]
+        if again and name in self.engine.taken:
+            self.engine.taken.remove(name)
+            if self.source.random() < 0.2:
+                assert self.relay.rejects(name, False) in (True, None)  # vLLM stops
+            else:
+                given_up = self.relay._by_request[name].given_up
+                assert self.relay.on_new_request(again[0]) == given_up  # type: ignore[arg-type]
+                assert name not in self.relay._by_request
+            return
         if local in self.gone:
             return
         if local in self.queued:
@@ -136,7 +161,7 @@ class Drive:
         finish: Any = self.source.choice(["", "", "length"])
         said: list[Any] = [
             m.Opened(number), m.Complete(number, 3 * BYTES), m.Failed(number, "internal", "x"),
-            m.Refused(number, "capacity", "x"),
+            m.Refused(number, "capacity", "x"), m.Complete(number, 0, computed=2),
             *[m.Step([m.Decoded(number, at, [20], finish)])] * 3,
         ]  # fmt: skip
         return self.source.choice(said)

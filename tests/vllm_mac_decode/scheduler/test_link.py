@@ -351,8 +351,10 @@ def test_a_receiver_that_never_stops_talking_does_not_stop_the_clock(
         assert events.seen.get(timeout=20) == "connected"
         status = m.Status(0, 0, True, 0, [])
         monkeypatch.setattr(ControlSocket, "read", lambda self, vocab_size: status)
-        before = events.ticks
+        began, before = time.monotonic(), events.ticks
         assert eventually(lambda: events.ticks - before >= 4)
+        ticks = events.ticks - before
+        assert ticks <= (time.monotonic() - began) / link_module._TICK_SECONDS + 1, "nor drive it"
         monkeypatch.undo()
     peer.close()
 

@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 
+from mlx_receiver.wire.layout import Held, full_attention
 from mlx_receiver.wire.messages import Complete, Decoded, Logprobs, Opened, Progress, Refused
-from mlx_receiver.wire.messages import Sampling as S
+from mlx_receiver.wire.sampling import Sampling as S
 from vllm_mac_decode.scheduler.promise import BrokenPromise, Promise
 
-PROMPT, BYTES, CONTEXT = 10, 6400, 20
+PROMPT, CONTEXT = 10, 20
+#: 640 bytes a token.
+LAYOUT = full_attention(5, 4, 8, "bfloat16")
+BYTES = LAYOUT.nbytes(PROMPT)
 FIRST = [3]
 
 
 def promised(sampling: S | None = None, *, started: bool = True, complete: bool = True) -> Promise:
-    promise = Promise(sampling or S(max_tokens=8), PROMPT, BYTES, CONTEXT)
+    promise = Promise(sampling or S(max_tokens=8), PROMPT, LAYOUT, CONTEXT)
     promise.opened(Opened(1))
     if complete:
         promise.completed(Complete(1, BYTES), 0.0)
@@ -92,11 +96,28 @@ def test_a_context_that_is_full_is_not_the_texts_end() -> None:
     step = Decoded(1, 1, list(range(4, 13)), "length")
     assert promised(S(max_tokens=50)).decoded(step, FIRST, 1.0)
     assert not promised(S(max_tokens=10)).decoded(step, FIRST, 1.0)
-    full = Promise(S(max_tokens=50), CONTEXT - 1, BYTES, CONTEXT)
+    full = Promise(S(max_tokens=50), CONTEXT - 1, LAYOUT, CONTEXT)
     full.opened(Opened(1))
-    full.completed(Complete(1, BYTES), 0.0)
+    full.completed(Complete(1, LAYOUT.nbytes(CONTEXT - 1)), 0.0)
     full.start(0.0)
     assert full.decoded(Decoded(1, 1, [], "length"), FIRST, 1.0)
+
+
+@pytest.mark.parametrize("computed", [0, 640, BYTES])
+def test_what_was_computed_need_not_come(computed: int) -> None:
+    """Both together are all of it, and only a receiver that was asked to computes."""
+    for computes in (False, True):
+        compute = "front" if computes else "nothing"
+        promise = Promise(S(max_tokens=8), PROMPT, LAYOUT, CONTEXT, compute)
+        promise.opened(Opened(1, Held(2)))
+        with pytest.raises(
+            BrokenPromise, match="computed" if not computes else "prompt's has 5120"
+        ):
+            promise.completed(Complete(1, BYTES - computed, max(1, computed)), 0.0)
+        if computes:
+            computed = min(computed, 5120)
+            promise.completed(Complete(1, 5120 - computed, computed), 0.0)
+            assert promise.complete
 
 
 ORDERS: list[tuple[Callable[[Promise], Any], str]] = [
@@ -117,11 +138,11 @@ def test_what_comes_at_the_wrong_time(say: Callable[[Promise], Any], complaint: 
 
 
 def test_what_must_come_first() -> None:
-    new = Promise(S(max_tokens=8), PROMPT, BYTES, CONTEXT)
+    new = Promise(S(max_tokens=8), PROMPT, LAYOUT, CONTEXT)
     with pytest.raises(BrokenPromise, match="before it was open"):
         new.completed(Complete(1, BYTES), 0.0)
     with pytest.raises(BrokenPromise, match="11 tokens of a prompt of 10"):
-        new.opened(Opened(1, 11))
+        new.opened(Opened(1, Held(11)))
     new.refused(Refused(1, "capacity", ""))
     with pytest.raises(BrokenPromise, match="twice"):
         promised().completed(Complete(1, BYTES), 0.0)
@@ -204,10 +225,116 @@ def test_queueing_off_and_on_gains_nothing() -> None:
         promise.progress(Progress(1, state, BYTES, 0), float(second))
         if why := late(promise, second + 0.5):
             break
-    assert (why, second) == ("queued", 31)
+    assert (why, second) == ("stalled", 3)
+
+
+def test_nor_does_it_where_both_are_said_at_once() -> None:
+    promise = promised()
+    for second in range(100):
+        promise.progress(Progress(1, "queued", BYTES, 0), float(second))
+        promise.progress(Progress(1, "decoding", BYTES, 0), float(second))
+        if why := late(promise, second + 0.5):
+            break
+    assert (why, second) == ("stalled", 2)
 
 
 def test_an_incomplete_cache_is_not_queued() -> None:
     promise = promised(complete=False)
     promise.progress(Progress(1, "queued", 0, 0), 5.0)
     assert late(promise, 5.1) == "stalled"
+
+
+# --- a prompt that the receiver computes ------------------------------------------------------
+
+
+def computing(opened: bool = True, prompt: int = PROMPT) -> Promise:
+    promise = Promise(S(max_tokens=8), prompt, LAYOUT, CONTEXT, "all")
+    promise.start(0.0)
+    if opened:
+        promise.opened(Opened(1))
+    return promise
+
+
+def test_its_first_token_is_the_receivers() -> None:
+    promise = computing()
+    with pytest.raises(BrokenPromise, match="before it could"):
+        promise.decoded(Decoded(1, 0, [4]), [], 1.0)
+    promise.completed(Complete(1, 0, computed=PROMPT - 1), 1.0)
+    assert promise.computed == PROMPT - 1
+    with pytest.raises(BrokenPromise, match="begin at 1; 0"):
+        promise.decoded(Decoded(1, 1, [4]), [], 1.0)
+    promise.decoded(Decoded(1, 0, [4]), [], 1.0)
+    promise.decoded(Decoded(1, 1, [5]), [4], 1.0)
+
+
+def test_its_first_token_may_end_the_text_but_not_before_its_least_length() -> None:
+    for least, message in ((0, None), (1, "token 1 ends the text")):
+        promise = Promise(S(max_tokens=8, min_tokens=least, eos_token_id=4), 3, LAYOUT, 60, "all")
+        promise.start(0.0)
+        promise.opened(Opened(1))
+        promise.completed(Complete(1, 0, computed=3), 1.0)
+        if message is None:
+            promise.decoded(Decoded(1, 0, [4], "stop"), [], 1.0)
+            continue
+        with pytest.raises(BrokenPromise, match=message):
+            promise.decoded(Decoded(1, 0, [4], "stop"), [], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (Complete(1, 1, computed=PROMPT), "1 bytes"),
+        (Complete(1, 0, computed=PROMPT + 1), f"{PROMPT + 1} tokens"),
+        (Complete(1, 0, computed=1), "1 tokens after 2"),
+        (Complete(1, 0), "0 tokens after 2"),
+    ],
+)
+def test_what_it_computed_is_within_the_prompt(message: Complete, text: str) -> None:
+    promise = computing()
+    promise.progress(Progress(1, "decoding", 0, 0, 2), 1.0)
+    with pytest.raises(BrokenPromise, match=text):
+        promise.completed(message, 1.0)
+
+
+def test_no_kv_comes_for_it() -> None:
+    with pytest.raises(BrokenPromise, match="holds part"):
+        computing(opened=False).opened(Opened(1, Held(2)))
+    with pytest.raises(BrokenPromise, match="before it was open"):
+        computing(opened=False).completed(Complete(1, 0, computed=PROMPT), 1.0)
+    with pytest.raises(BrokenPromise, match="bytes of KV"):
+        computing().progress(Progress(1, "decoding", 1, 0), 1.0)
+
+
+def test_what_it_says_of_computing_never_goes_back() -> None:
+    promise = computing()
+    promise.progress(Progress(1, "decoding", 0, 0, 2), 1.0)
+    for computed in (1, PROMPT + 1):
+        with pytest.raises(BrokenPromise, match="computed tokens"):
+            promise.progress(Progress(1, "decoding", 0, 0, computed), 1.0)
+
+
+def test_its_clock_runs_from_the_request_on() -> None:
+    assert late(computing(opened=False), 1.9) == ""
+    assert late(computing(opened=False), 2.1) == "stalled"
+
+
+def test_computing_keeps_it_waiting_queueing_too_and_nothing_else() -> None:
+    promise = computing(prompt=10_000)
+    now = 0.0
+    for _ in range(4):
+        promise.progress(Progress(1, "queued", 0, 0), now := now + 1.9)
+        assert late(promise, now) == ""
+    for computed in range(100, 1000, 100):
+        promise.progress(Progress(1, "decoding", 0, 0, computed), now := now + 1.9)
+        assert late(promise, now) == ""
+    promise.progress(Progress(1, "decoding", 0, 0, 900), now + 1.0)
+    assert late(promise, now + 2.1) == "stalled"
+
+
+def test_computing_that_creeps_does_not() -> None:
+    promise = computing(prompt=10_000)
+    for second in range(200):
+        promise.progress(Progress(1, "decoding", 0, 0, second), float(second))
+        if late(promise, second + 1.0):
+            break
+    assert late(promise, second + 1.0) == "stalled" and second < 10

@@ -31,6 +31,38 @@ def test_a_hand_off_from_beginning_to_end(engine: Engine) -> None:
     assert not counts.fallbacks
 
 
+def test_tokens_leave_before_anything_follows_from_them(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = [engine.started(name, max_tokens=3) for name in ("a", "b")]
+    woken, when = engine.port.woken, []
+    emit = engine.port.emit_decoded
+
+    def emitted(decoded: Any) -> None:
+        when.append((engine.port.woken, len(engine.relay._sessions)))
+        emit(decoded)
+
+    monkeypatch.setattr(engine.port, "emit_decoded", emitted)
+    step = [m.Decoded(number, 1, [10, 11], "length") for number in numbers]
+    engine.say(m.Step(step))
+    assert when == [(woken, 2)]
+    assert engine.port.woken > woken and not engine.relay._sessions
+    counts = engine.counts()
+    assert (counts.events["completed"], counts.events["tokens"]) == (2, 4)
+    assert len(counts.relay_times) == 1
+
+
+def test_what_comes_behind_the_end_is_nobodys(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    number = engine.started(max_tokens=2)
+    engine.say(m.Step([m.Decoded(number, 1, [10], "length"), m.Decoded(number, 2, [11])]))
+    engine.decode(number, 2, 11)
+    assert engine.port.out == [("a", [7], ""), ("a", [10], "length")]
+    assert engine.counts().events["completed"] == 1
+    assert not engine.counts().fallbacks and not caplog.records
+
+
 # --- a receiver that is lost ------------------------------------------------------------------
 
 
@@ -125,23 +157,31 @@ def test_lost_at_any_moment_of_many_requests() -> None:
     assert resumed | alive == engine.requests.keys()
 
 
-def test_the_clock_gives_up_what_waits(engine: Engine) -> None:
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> float:
+    """A clock that stands, as the machine may have other work for longer than a test allows."""
+    now = time.monotonic()
+    monkeypatch.setattr("vllm_mac_decode.scheduler.relay.time.monotonic", lambda: now)
+    return now
+
+
+def test_the_clock_gives_up_what_waits(still: float, engine: Engine) -> None:
     engine.started()
-    engine.relay.tick(time.monotonic() + 1.9)
+    engine.relay.tick(still + 1.9)
     assert not engine.port.resumed
-    engine.relay.tick(time.monotonic() + 2.1)
+    engine.relay.tick(still + 2.1)
     assert engine.counts().fallbacks == {"stalled": 1}
     assert engine.link.doubts == 1, "another address of the receiver's may still work"
 
 
-def test_queued_is_not_the_breakers_business() -> None:
+def test_queued_is_not_the_breakers_business(still: float) -> None:
     engine = Engine(queue_timeout=5)
     for i in range(8):
         number = engine.started(f"r{i}")
         engine.say(m.Status(0, 0, True, 0, [m.Progress(number, "queued", 3 * BYTES, 0)]))
-    engine.relay.tick(time.monotonic() + 4.9)
+    engine.relay.tick(still + 4.9)
     assert not engine.port.resumed
-    engine.relay.tick(time.monotonic() + 5.1)
+    engine.relay.tick(still + 5.1)
     assert engine.counts().fallbacks == {"queued": 8}
     assert engine.add("next").max_tokens == 1, "hand-offs go on"
 
@@ -297,3 +337,14 @@ def test_what_the_receiver_decodes_runs(engine: Engine) -> None:
     continuation = Request("a-local", PROMPT, Params(max_tokens=7))
     engine.relay.on_new_request(continuation)
     assert running() == 2
+
+
+def test_the_end_of_a_continuation_is_counted_as_its_requests(engine: Engine) -> None:
+    """By that clients of several engines know how much each of them has to do."""
+    number = engine.started()
+    engine.decode(number, 1, 10)
+    engine.lose()
+    engine.relay.on_new_request(Request("a-local", [*PROMPT, 7, 10], Params(6)))  # type: ignore[arg-type]
+    outputs = Outputs([Output("a-local", [11], "stop")], Stats(), {"a-local"})
+    engine.relay.rewrite({0: outputs})  # type: ignore[dict-item]
+    assert outputs.finished_requests == {"a"}

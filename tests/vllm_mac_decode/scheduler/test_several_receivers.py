@@ -21,10 +21,10 @@ class Two(Engine):
         self.other = self.join(self.beside)
         self.connect(remote=self.other, name="s")
 
-    def opened(self, name: str) -> str:
+    def opened(self, name: str, *blocks: bytes) -> str:
         """Who was asked for the request's session: "one", "other", or "" for nobody."""
         counts = len(self.link.said), len(self.beside.said)
-        self.add(name)
+        self.add(name, block_hashes=list(blocks))
         self.schedule(name)
         if len(self.link.said) > counts[0]:
             return "one"
@@ -52,6 +52,24 @@ def test_each_request_goes_to_the_one_with_the_least_to_do(two: Two) -> None:
            if s.receiver is two.other]  # fmt: skip
     two.say(m.Status(0, 0, True, 0, own, len(own)), by=two.other)
     assert two.other.others == 0
+
+
+def test_a_conversation_stays_where_it_is(two: Two) -> None:
+    """Its receiver holds what was said; how vLLM names the prompt's blocks tells."""
+    assert two.opened("a1", b"a", b"b") == "one"
+    assert two.opened("b1", b"x") == "other"
+    two.relay.abort(["a1", "b1"])
+    assert two.opened("b2", b"x", b"y", b"z") == "other"
+    assert two.opened("b3", b"x", b"y", b"z", b"0") == "other"
+    assert two.opened("a2", b"a", b"b", b"c") == "one"
+    assert two.opened("a3", b"a", b"b", b"d") == "one"
+    # Not at any price.
+    for number in range(4, 9):
+        assert two.opened(f"b{number}", b"x", b"y", b"z", b"0", b"1") == "other"
+    assert two.opened("b9", b"x", b"y", b"z", b"0", b"1") == "one"
+    assert two.opened("c1", b"x", b"y", b"z", b"0", b"1", b"2") == "one"
+    two.relay.leave(two.receiver)
+    assert two.opened("a4", b"a", b"b", b"c") == "other"
 
 
 @pytest.mark.parametrize("why", ["full", "context", "breaker", "gone"])

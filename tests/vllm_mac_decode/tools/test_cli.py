@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_receiver.wire.messages import Sampling
+from mlx_receiver.wire.sampling import Sampling
 from tests.conftest import free_port
 from vllm_mac_decode.tools.timeline import TimelineError
 from vllm_mac_decode.tools.timeline.fetch import fetch

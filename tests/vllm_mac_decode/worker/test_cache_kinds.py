@@ -8,7 +8,8 @@ import torch
 
 from mlx_receiver.caches.model import ModelCache
 from mlx_receiver.wire.layout import CacheLayout, LayerLayout, Part, full_attention, merged
-from mlx_receiver.wire.messages import Open, Sampling
+from mlx_receiver.wire.messages import Open
+from mlx_receiver.wire.sampling import Sampling
 from tests.mlx_receiver.caches.test_cache_kinds import Odd
 from tests.vllm_mac_decode.ranks import Store
 from tests.waiting import eventually

@@ -220,7 +220,7 @@ def test_a_data_port_that_does_not_answer_holds_nobody_up(store: Store, worker: 
         for request in lost:
             worker.step([(request, 0, 16)], target)
         worker.wait_finished(*lost, seconds=4)
-        assert 1.5 < time.monotonic() - began < 3, "one attempt for all, of stall_timeout"
+        assert 1.5 < time.monotonic() - began < 3.9, "one attempt for all, of stall_timeout"
         assert sorted(worker.exporter.take_unreachable()) == [r.session for r in lost]
         # Another attempt would take two seconds more.
         began = time.monotonic()

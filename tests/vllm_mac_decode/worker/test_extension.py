@@ -16,7 +16,8 @@ from mlx_receiver import plugins
 from mlx_receiver.caches.model import ModelCache
 from mlx_receiver.caches.plain import PlainKV
 from mlx_receiver.wire.layout import CacheLayout, merged
-from mlx_receiver.wire.messages import Open, Sampling
+from mlx_receiver.wire.messages import Open
+from mlx_receiver.wire.sampling import Sampling
 from tests.rounding import rounded
 from tests.vllm_mac_decode.ranks import DIM, HEADS, LAYERS, Request, Store, Worker
 from tests.waiting import eventually

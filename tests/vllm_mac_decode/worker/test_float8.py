@@ -15,7 +15,8 @@ from mlx_receiver.caches.adapter import numbers as decoded
 from mlx_receiver.caches.model import ModelCache
 from mlx_receiver.caches.plain import PlainKV
 from mlx_receiver.wire.layout import FULL, Part, full_attention, merged
-from mlx_receiver.wire.messages import Open, Sampling
+from mlx_receiver.wire.messages import Open
+from mlx_receiver.wire.sampling import Sampling
 from tests.vllm_mac_decode.ranks import BLOCK, DIM, HEADS, LAYERS, Request, Store
 from tests.vllm_mac_decode.worker.test_paged_layout import BLOCKS, Case
 from tests.waiting import eventually

@@ -16,7 +16,8 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculat
 
 from mlx_receiver.caches.model import ModelCache
 from mlx_receiver.wire.layout import FULL, RECURRENT, LayerLayout, Part, merged
-from mlx_receiver.wire.messages import Open, Sampling
+from mlx_receiver.wire.messages import Open
+from mlx_receiver.wire.sampling import Sampling
 from tests.vllm_mac_decode.ranks import Store
 from tests.waiting import eventually
 from vllm_mac_decode.export import ExportSpan

@@ -13,7 +13,8 @@ import torch
 from mlx_receiver.caches.model import ModelCache
 from mlx_receiver.caches.states import States
 from mlx_receiver.wire.layout import FULL, RECURRENT, merged
-from mlx_receiver.wire.messages import Open, Sampling
+from mlx_receiver.wire.messages import Open
+from mlx_receiver.wire.sampling import Sampling
 from tests.vllm_mac_decode.ranks import Store
 from tests.waiting import eventually
 from vllm_mac_decode.export import ExportSpan

@@ -23,7 +23,8 @@ from mlx_receiver.wire.layout import (
     merged,
     windowed,
 )
-from mlx_receiver.wire.messages import Open, Sampling
+from mlx_receiver.wire.messages import Open
+from mlx_receiver.wire.sampling import Sampling
 from tests.vllm_mac_decode.ranks import BLOCK, DIM, HEADS, LAYERS, Request, Store, Worker
 from tests.waiting import eventually
 from vllm_mac_decode.export import ExportSpan

@@ -12,17 +12,16 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from vllm_mac_decode.scheduler.order import HAND_OFF, KEEP
 from vllm_mac_decode.tools import timeline
-from vllm_mac_decode.tools.timeline.fetch import client, fetch
+from vllm_mac_decode.tools.receiver_http import client
+from vllm_mac_decode.tools.timeline.fetch import fetch
 
 #: Token ids of random prompts: every vocabulary has them, and few are special ones.
 _TOKEN_IDS = range(1000, 30000)
 
 #: Seconds for one response.
 _ANSWER_SECONDS = 600.0
-
-#: A request with an argument for plugins stays with vLLM (``policy``).
-_LOCAL = {"vllm_xargs": {"keep": "local"}}
 
 
 class BenchError(Exception):
@@ -162,7 +161,7 @@ class Pair:
     def vllm_alone(self) -> list[float]:
         """Seconds to each token of a request that vLLM keeps."""
         before = self.receiver.metric("mlx_receiver_kv_bytes_total")
-        answer = self.vllm.complete(self._fresh(), self._out, **_LOCAL)
+        answer = self.vllm.complete(self._fresh(), self._out, **KEEP)
         if self.receiver.metric("mlx_receiver_kv_bytes_total") > before:
             raise BenchError(
                 "the receiver got KV of a request that vLLM was to keep: let nobody else use it "
@@ -184,7 +183,7 @@ class Pair:
     def together(self) -> tuple[list[float], timeline.Handoff]:
         """Seconds to each token of a request that is handed off, and what the receiver says of
         it."""
-        answer = self.vllm.complete(self._fresh(), self._out)
+        answer = self.vllm.complete(self._fresh(), self._out, **HAND_OFF)
         try:
             told = fetch(self.receiver.url, answer.request_id, self.receiver.api_key)
             handoff = timeline.parse(told)

@@ -11,6 +11,7 @@ from vllm_mac_decode import __version__
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.tools.check import engine
 from vllm_mac_decode.tools.check.finding import Finding, warning, wrong
+from vllm_mac_decode.tools.check.planned import check_plan
 from vllm_mac_decode.tools.check.receiver import (
     OtherCache,
     ReceiverChecks,
@@ -73,7 +74,11 @@ def _findings(
             yield wrong("model", f"The model {model} cannot be read: {error}", "Check --model")
         else:
             yield check_model(model, known)
-    yield from ReceiverChecks(settings, known).findings()
+    receivers = ReceiverChecks(settings, known)
+    yield from receivers.findings()
+    if known is not None and receivers.taken:
+        welcome, transfer = max(receivers.taken, key=lambda taken: taken[1].rate)
+        yield check_plan(settings, model, known.layout, welcome, transfer)
     utilization = None
     if vllm.state != "wrong":
         found, utilization = engine.judge(start_engine(model if readable else ""), model)

@@ -99,6 +99,8 @@ class ReceiverChecks:
         self._settings = settings
         self._model = model
         self._keys: list[ClientKeys] = []  # of the one that is being looked at
+        #: Who took KV, and how: by each address that works.
+        self.taken: list[tuple[m.Welcome, Transfer]] = []
 
     def findings(self) -> Iterator[Finding]:
         """Everything that can be said, receiver by receiver and address by address."""
@@ -319,6 +321,7 @@ class ReceiverChecks:
                 "Try again when the receiver has less to do",
             )
         transfers[address] = done
+        self.taken.append((welcome, done))
         interface = interface_to(address)
         through = f" through {interface.text}" if interface.name else ""
         seen = (

@@ -17,6 +17,7 @@ from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.addresses import Address
 from mlx_receiver.wire.frames import blocks
 from mlx_receiver.wire.layout import CacheLayout
+from mlx_receiver.wire.sampling import Sampling
 from vllm_mac_decode.tools.check.conversation import Conversation
 
 #: Bytes to send, and seconds to send them for.
@@ -90,7 +91,7 @@ def _fill(talk: Conversation, sender: Sender, tokens: int, layout: CacheLayout) 
     """One session of so many tokens."""
     session = secrets.randbits(62)
     try:
-        talk.send(m.Open(session, "mac-decode check", [0] * tokens, m.Sampling(max_tokens=1)))
+        talk.send(m.Open(session, "mac-decode check", [0] * tokens, Sampling(max_tokens=1)))
         _opened(talk, session)
         began = time.monotonic()
         sent = _send(talk, sender, session, tokens, layout)

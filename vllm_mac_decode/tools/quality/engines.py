@@ -8,12 +8,14 @@ second. Log-probabilities are those of the raw logits, which none of this change
 
 from __future__ import annotations
 
+import secrets
 import time
 from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
 
+from vllm_mac_decode.scheduler.order import HAND_OFF
 from vllm_mac_decode.tools import timeline
 from vllm_mac_decode.tools.bench.servers import BenchError, Server
 from vllm_mac_decode.tools.quality.figures import TOP, Row
@@ -131,6 +133,7 @@ class Engines:
             stop_token_ids=[last],
             min_tokens=1,
             logit_bias={str(last): _BIAS},
+            **HAND_OFF,
         )
         if answer.tokens[:1] != [first]:
             raise QualityError(f"{self.vllm.url} does not keep to min_tokens and allowed_token_ids")
@@ -139,7 +142,7 @@ class Engines:
 
     def response(self, prompt: list[int], tokens: int) -> Continued:
         """A greedy response that is handed off. Raises NotHandedOff, BenchError."""
-        answer = self._logprobs(self.vllm, prompt, tokens)
+        answer = self._logprobs(self.vllm, prompt, tokens, **HAND_OFF)
         self._check_handed_off(answer)
         return answer
 
@@ -184,6 +187,8 @@ class Engines:
 
     def _logprobs(self, server: Server, prompt: list[int], tokens: int, **fields: Any) -> Continued:
         fields |= {"logprobs": TOP, "return_tokens_as_token_ids": True, "return_token_ids": True}
+        # Every cache anew: what earlier answers left was computed by the other engine.
+        fields["cache_salt"] = secrets.token_hex(8)
         answer = self._ask(server, prompt, tokens, **fields)
         try:
             choice = answer["choices"][0]

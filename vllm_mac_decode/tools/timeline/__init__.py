@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from mlx_receiver.wire.handoffs import BlockTimes, HandoffTimes
+from mlx_receiver.wire.seldom import printable
 
 #: A block that seems to arrive before it was sent, or later than this, was timed by two clocks.
 _ONE_CLOCK_NS = 10_000_000_000
@@ -66,6 +67,8 @@ class Handoff:
     blocks: tuple[BlockTimes, ...]
     #: How far the sender's clock was moved onto the receiver's; 0 where both read the same one.
     clock_shift_ns: int = 0
+    #: Why it was shared like this, as vLLM's side said.
+    plan: str = ""
 
     @cached_property
     def layers(self) -> list[int]:
@@ -157,7 +160,10 @@ def parse(answer: bytes | str) -> Handoff:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise TimelineError(f"not a hand-off of a receiver: {error}") from None
     if not said.blocks:
-        raise TimelineError(f"no KV has arrived for request {said.request_id}")
+        why = ": the receiver held all of it" if said.held_tokens else ""
+        if said.strategy == "mac":
+            why = ": the receiver computed it itself"
+        raise TimelineError(f"no KV has arrived for request {said.request_id}{why}")
     blocks, shift = _on_one_clock(said.blocks)
     zero = said.opened_ns
     return Handoff(
@@ -171,6 +177,7 @@ def parse(answer: bytes | str) -> Handoff:
         ended_ns=_since(zero, said.ended_ns),
         blocks=tuple(_moved(block, -zero, -zero) for block in blocks),
         clock_shift_ns=shift,
+        plan=printable(said.plan),
     )
 
 
@@ -227,6 +234,7 @@ def trace_events(handoff: Handoff) -> dict[str, Any]:
             "prompt_tokens": handoff.prompt_tokens,
             "kv_bytes": handoff.kv_bytes,
             "outcome": handoff.outcome,
+            "plan": handoff.plan,
             "clock_shift_ns": handoff.clock_shift_ns,
         },
     }

@@ -7,15 +7,18 @@ bytes of a prompt are ``CacheLayout.nbytes``'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_receiver.wire.layout import (
     FULL,
+    ITEMSIZE,
     KEYS,
+    NOTHING,
     RECURRENT,
     VALUES,
     CacheLayout,
+    Held,
     LayerLayout,
     Part,
     beside,
@@ -125,15 +128,41 @@ def _recurrent(
     return LayerLayout(RECURRENT, parts)
 
 
-#: A length at which every window is full.
-_LONG = 1 << 17
-
-
 def token_bytes(layout: CacheLayout) -> int:
     """Bytes that each token of a long prompt adds."""
-    return layout.nbytes(_LONG) - layout.nbytes(_LONG - 1)
+    return sum(
+        part.row * ITEMSIZE[part.dtype]
+        for layer in layout.layers
+        for part in layer.parts
+        if part.by_token and not part.bounded
+    )
 
 
 def fixed_bytes(layout: CacheLayout) -> int:
-    """Bytes of a long prompt that do not grow with it: states, and windows, which are full."""
-    return layout.nbytes(_LONG) - _LONG * token_bytes(layout)
+    """Bytes of a long prompt that do not grow with it: states, windows, which are full, and chunks,
+    which are so at the most."""
+    return sum(
+        (part.window or part.chunk or part.rows) * part.row * ITEMSIZE[part.dtype]
+        for layer in layout.layers
+        for part in layer.parts
+        if part.bounded or not part.by_token
+    )
+
+
+def kv_bytes(layout: CacheLayout) -> Callable[[int, int], float]:
+    """For a prompt's tokens ``[start, end)``, of which those before are held: bytes that travel, as
+    ``layout.nbytes`` counts them. Parts that are alike are counted once, so that a decision takes
+    microseconds."""
+    alike: dict[tuple[object, ...], tuple[Part, int]] = {}
+    for layer in layout.layers:
+        for part in layer.parts:
+            key = part.by_token, part.window, part.chunk, part.rows
+            _, nbytes = alike.get(key, (part, 0))
+            alike[key] = part, nbytes + part.row * ITEMSIZE[part.dtype]
+    groups = tuple(alike.values())
+
+    def counted(start: int, end: int) -> float:
+        held = Held(start, bounded=True) if start > 0 else NOTHING
+        return float(sum(part.travels(end, held) * nbytes for part, nbytes in groups))
+
+    return counted

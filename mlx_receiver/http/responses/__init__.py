@@ -1,0 +1,1 @@
+"""OpenAI's Responses API, told in chat completions."""

@@ -1,0 +1,1 @@
+"""What a request costs on each side, and who should do what: data and arithmetic only."""

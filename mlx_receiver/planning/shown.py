@@ -1,0 +1,18 @@
+"""What a receiver's ``/profile`` says."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mlx_receiver.planning.cached import Saved
+from mlx_receiver.wire.profile import Profile
+
+
+class Shown(msgspec.Struct, frozen=True):
+    """``profile`` as it is at present, ``saved`` as it was measured; ``errors``: of each phase's
+    latest predictions, by quantile, the relative error that so many of them stay within."""
+
+    profile: Profile | None = None
+    saved: Saved | None = None
+    measuring: bool = False
+    errors: dict[str, dict[str, float]] = {}

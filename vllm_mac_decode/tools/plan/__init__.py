@@ -1,0 +1,1 @@
+"""``mac-decode plan``: what each way to share a request's work is predicted to take."""

@@ -1,0 +1,1 @@
+"""``mac-decode profile``: how fast both sides are, and how that is known."""
