@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from tests.callers import calling_llama
 from tests.models import GENERATOR_VERSION, tiny_llama, tiny_qwen3
 from tests.sharing import SHARED
 from vllm_mac_decode.tools.demo.model import fetch_smollm2
+from vllm_mac_decode.tools.demo.services import free_ports
 
 # Pairings of the tests are theirs alone, also in the processes that they start.
 os.environ[STATE_VARIABLE] = tempfile.mkdtemp(prefix="mac-decode-state-")
@@ -75,10 +75,8 @@ def pytest_runtest_makereport(
 
 
 def free_port() -> int:
-    """A TCP port on this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on this machine that nothing listens on, given once."""
+    return free_ports(1)[0]
 
 
 def own_address() -> str:

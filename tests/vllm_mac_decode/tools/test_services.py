@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_mac_decode.tools.demo import services
+from vllm_mac_decode.tools.demo.services import free_ports
+
 #: A server that cannot be asked to stop; its connection ends when it does.
 STUBBORN = """
 import signal, socket, time
@@ -48,3 +51,17 @@ def test_a_server_that_ignores_sigterm(killed: bool, tmp_path: Path) -> None:
             demo.communicate(b"\n")
         assert server.recv(1) == b""
         assert time.monotonic() - asked >= 1
+
+
+def test_ports_that_no_connection_of_this_machine_is_given() -> None:
+    """One that the system may give away can be gone when the server that it is for listens."""
+    ports = free_ports(300)
+    assert len(set(ports)) == 300
+    assert max(ports) < 32_768  # where Linux's own begin
+
+
+def test_a_port_in_use_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used, free = taken.getsockname()[1], free_ports(1)[0]
+        monkeypatch.setattr(services, "_candidates", iter([used, free]))
+        assert free_ports(1) == [free]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # $1 is the server's process group, $2 the seconds that it has to end by itself. Waits for the end
@@ -118,14 +120,26 @@ class Service:
         atexit.unregister(self.stop)
 
 
+def _in_any_order() -> Iterator[int]:
+    anybody = random.SystemRandom()  # no seed that another process may share
+    while True:
+        yield from anybody.sample(_NOBODYS_PORTS, len(_NOBODYS_PORTS))
+
+
+#: Below those that systems give to outgoing connections (from 32,768 on Linux, 49,152 on macOS):
+#: one of theirs can be free when it is chosen and taken when a server wants to listen.
+_NOBODYS_PORTS = range(20_000, 32_768)
+_candidates = _in_any_order()
+
+
 def free_ports(count: int) -> list[int]:
-    """TCP ports of this machine that nothing listens on."""
-    with contextlib.ExitStack() as probes:
-        found = []
-        for _ in range(count):
-            probe = probes.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            found.append(int(probe.getsockname()[1]))
+    """TCP ports of this machine that nothing listens on, none given twice."""
+    found: list[int] = []
+    while len(found) < count:
+        port = next(_candidates)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
     return found
 
 
