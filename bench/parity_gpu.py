@@ -6,6 +6,7 @@ the first token that differs is reported, with MLX's margin between its two best
 
     python -m bench.parity_gpu
     python -m bench.parity_gpu --models FOLDER ...   # small models of other families
+    python -m bench.parity_gpu --models FOLDER@FLASHMLA --dtype bfloat16 --add
     python -m bench.parity_gpu --kv-cache-dtype fp8  # where tokens need not be equal: see the proof
 """
 
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from bench.overlap_gpu import Engine, ReceiverProcess, prompt_of, write_model
 ROWS = (("TRITON_ATTN", "float32"), ("FLASH_ATTN", "bfloat16"), ("TRITON_ATTN", "bfloat16"))
 LENGTHS = (1, 2, 15, 16, 17, 33, 128, 129, 700, 3000)
 TOKENS = 32
+#: What makes a row another than those that are there.
+ROW = ("model", "backend", "dtype", "kv_cache_dtype", "gdn_prefill_backend")
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1024,
@@ -84,18 +87,21 @@ def compare(got: list[int], alone: list[Any]) -> dict[str, Any]:
     return {"equal": True}
 
 
-def one(backend: str, dtype: str, kv: str, out: Path) -> dict[str, Any]:
+def one(what: str, dtype: str, kv: str, gdn: str, out: Path) -> dict[str, Any]:
     """One engine, all prompts, each three times: fresh, a full prefix hit, a longer one.
 
-    ``backend`` may be a model's folder instead: then it is the one that vLLM chooses. ``kv``:
-    vLLM's ``--kv-cache-dtype``.
+    ``what``: a backend, or a model's folder, whose backend vLLM chooses unless it follows behind
+    an ``@``. ``kv``: vLLM's ``--kv-cache-dtype``. ``gdn``: its ``--gdn-prefill-backend``.
     """
     import torch
 
-    model, options = Path(backend), {}
+    folder, _, backend = what.rpartition("@") if "@" in what else (what, "", "")
+    model, options = Path(folder), {"additional_config": {"gdn_prefill_backend": gdn}}
     if not model.is_dir():
+        backend = folder
         model = Path(tempfile.gettempdir()) / f"small-{backend}-{dtype}"
         write_model(model, dtype, **SHAPE)
+    if backend:
         options["attention_backend"] = backend
     config = json.loads((model / "config.json").read_text())
     vocabulary, longest = config["vocab_size"], min(4096, config["max_position_embeddings"])
@@ -104,16 +110,16 @@ def one(backend: str, dtype: str, kv: str, out: Path) -> dict[str, Any]:
         return [token % vocabulary for token in prompt_of(length, seed)]
 
     own = model / "mlx" if (model / "mlx").is_dir() else model
-    receiver = ReceiverProcess(own, dtype, out.with_suffix(f".{model.name}.{dtype}.log"))
+    receiver = ReceiverProcess(own, dtype, out.with_suffix(".receiver.log"))
     try:
         engine = Engine(
             model, True, receiver.address, dtype=dtype,
             max_model_len=longest, max_num_batched_tokens=512, max_num_seqs=8,
-            gpu_memory_utilization=0.2, kv_cache_memory_bytes=1 << 30, disable_log_stats=True,
+            gpu_memory_utilization=0.1, kv_cache_memory_bytes=1 << 30, disable_log_stats=True,
             kv_cache_dtype=kv,
             **options,
         )  # fmt: skip
-        receiver.wait(120)
+        receiver.wait(240)
         time.sleep(6)
         engine.run(prompt(64, 1), 4, local=False)
         lengths = [n for n in LENGTHS if n + 40 + TOKENS < longest]
@@ -133,10 +139,11 @@ def one(backend: str, dtype: str, kv: str, out: Path) -> dict[str, Any]:
     ]
     vllm_rows = [compare(g, a)["equal"] for g, a in zip(local, alone, strict=False)]
     return {
-        "backend": "auto" if Path(backend).is_dir() else backend,
+        "backend": backend or "auto",
         "model": config["model_type"],
         "dtype": dtype,
         "kv_cache_dtype": kv,
+        **({} if gdn == "auto" else {"gdn_prefill_backend": gdn}),
         "equal": sum(row["equal"] for row in rows),
         "of": len(rows),
         "vllm_alone_equal": sum(vllm_rows),
@@ -148,10 +155,10 @@ def one(backend: str, dtype: str, kv: str, out: Path) -> dict[str, Any]:
     }
 
 
-def process(backend: str, dtype: str, kv: str, out: Path) -> dict[str, Any]:
+def process(what: str, dtype: str, kv: str, gdn: str, out: Path) -> dict[str, Any]:
     """``one`` in a process of its own: a row, or what it ended with."""
-    part = out.with_suffix(f".{Path(backend).name}.{dtype}.json")
-    again = ["-m", "bench.parity_gpu", "--one", backend, dtype, kv, "--out", str(part)]
+    part = out.with_suffix(f".{Path(what).name}.{dtype}.json")
+    again = ["-m", "bench.parity_gpu", "--one", what, dtype, kv, gdn, "--out", str(part)]
     log = part.with_suffix(".engine.log")
     with log.open("wb") as file:
         code = subprocess.run(
@@ -159,18 +166,21 @@ def process(backend: str, dtype: str, kv: str, out: Path) -> dict[str, Any]:
         ).returncode
     if code:
         tail = log.read_text(errors="replace")[-1500:]
-        return {"backend": backend, "dtype": dtype, "exit": code, "log": tail}
+        return {"model": what, "dtype": dtype, "exit": code, "log": tail}
     return dict(json.loads(part.read_text()))
 
 
 def main() -> None:
-    """All rows at once: only their tokens matter, and each spends most of its time starting."""
+    """Rows beside each other: only their tokens matter, and starting takes most of the time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "parity_gpu.json")
-    parser.add_argument("--models", type=Path, nargs="+", default=[])
+    parser.add_argument("--models", nargs="+", default=[], metavar="FOLDER[@BACKEND]")
     parser.add_argument("--dtype", default="float32", help="of --models")
     parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--one", nargs=3, metavar=("BACKEND", "DTYPE", "KV"))
+    parser.add_argument("--gdn-prefill-backend", default="auto")
+    parser.add_argument("--at-once", type=int, default=8, help="engines beside each other")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of --out")
+    parser.add_argument("--one", nargs=4, metavar=("WHAT", "DTYPE", "KV", "GDN"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.one:
@@ -182,15 +192,25 @@ def main() -> None:
         "row (fresh, prefix hit, extended), chunked prefill, CUDA graphs on"
     )
     result["rows"] = []
-    rows = [(str(model.resolve()), options.dtype) for model in options.models] or ROWS
-    kv = options.kv_cache_dtype
-    with ThreadPoolExecutor(len(rows)) as pool:
-        for row in pool.map(lambda pair: process(*pair, kv, options.out), rows):
+    if options.add and options.out.exists():
+        earlier = json.loads(options.out.read_text())
+        result["command"] = f"{earlier['command']}; {result['command']}"
+        result["rows"] = earlier["rows"]
+    rows = [(str(Path(model).resolve()), options.dtype) for model in options.models] or ROWS
+    settings = (options.kv_cache_dtype, options.gdn_prefill_backend, options.out)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for done in as_completed([pool.submit(process, *pair, *settings) for pair in rows]):
+            row = done.result()
+            print(json.dumps(row), flush=True)
             if "gpu" in row:
                 result["machine"]["gpu"] = row.pop("gpu")
-            result["rows"].append(row)
-            print(json.dumps(row), flush=True)
-            save(result, options.out)
+                replaced = [r for r in result["rows"] if _same(r, row)]
+                result["rows"] = [r for r in result["rows"] if r not in replaced] + [row]
+                save(result, options.out)
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one.get(key) == other.get(key) for key in ROW)
 
 
 if __name__ == "__main__":
