@@ -19,13 +19,12 @@ _AT_ONCE: Final = 2048
 
 
 class ChunkKV(LastTokensKV):
-    """See ``CacheAdapter``. mlx-lm has no batch of such caches."""
+    """See ``ResumingAdapter``. mlx-lm has no batch of such caches."""
 
     kind = CHUNK
     batched = False
 
     def layout(self, cache: Any) -> LayerLayout | None:
-        """See ``CacheAdapter.layout``."""
         if type(cache) is not ChunkedKVCache:
             return None
         return chunked(keys_and_values(cache), cache.chunk_size)
@@ -37,13 +36,11 @@ class ChunkKV(LastTokensKV):
         return rows * sum(part.row for part in layer.parts) * itemsize
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> PlainKVBuffers:
-        """See ``CacheAdapter.allocate``."""
         return self._buffers(layer, None, tokens, headroom)
 
     def resume(
         self, layer: LayerLayout, before: Before, tokens: int, headroom: int
     ) -> PlainKVBuffers:
-        """See ``ResumingAdapter.resume``."""
         cache = before.cache
         arrays = (cache.keys, cache.values)
         shared = shared_rows(layer, before, tokens, cache.start_position, arrays)
@@ -61,11 +58,9 @@ class ChunkKV(LastTokensKV):
         return PlainKVBuffers(layer, room, staging(), hold, before)
 
     def empty(self, layer: LayerLayout) -> Any:
-        """See ``CacheAdapter.empty``."""
         return ChunkedKVCache(_chunk(layer))
 
     def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
-        """See ``CacheAdapter.parts``."""
         begin, end = (at - cache.start_position for at in (layer.parts[0].first(tokens), tokens))
         return [array[0, :, begin:end] for array in (cache.keys, cache.values)]
 

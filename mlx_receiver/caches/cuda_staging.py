@@ -179,7 +179,6 @@ class CudaDriver:
         self._call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
-        """See ``Driver.pinned``."""
         self._enter()
         address = ctypes.c_void_p()
         self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), 0)
@@ -187,14 +186,12 @@ class CudaDriver:
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address.value))
 
     def event(self) -> Any:
-        """See ``Driver.event``."""
         self._enter()
         event = ctypes.c_void_p()
         self._call("cuEventCreate", ctypes.byref(event), _NO_TIMING)
         return event
 
     def copy_rows(self, source: NDArray[np.uint8], target: NDArray[Any], done: Any) -> None:
-        """See ``Driver.copy_rows``."""
         self._enter()
         rows = len(target)
         width = target.nbytes // rows
@@ -207,7 +204,6 @@ class CudaDriver:
         self._call("cuEventRecord", done, self._stream)
 
     def wait(self, done: Any) -> None:
-        """See ``Driver.wait``."""
         self._enter()
         self._call("cuEventSynchronize", done)
 

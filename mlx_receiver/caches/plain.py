@@ -20,20 +20,17 @@ STEP: Final = KVCache.step
 
 
 class PlainKV:
-    """See ``CacheAdapter``."""
+    """See ``BranchingAdapter``."""
 
     kind = FULL
 
     def layout(self, cache: Any) -> LayerLayout | None:
-        """See ``CacheAdapter.layout``."""
         return keys_and_values(cache) if type(cache) in (KVCache, JoinableKVCache) else None
 
     def nbytes(self, layer: LayerLayout, tokens: int, headroom: int, itemsize: int) -> int:
-        """See ``CacheAdapter.nbytes``."""
         return capacity(tokens, headroom) * sum(part.row for part in layer.parts) * itemsize
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> PlainKVBuffers:
-        """See ``CacheAdapter.allocate``."""
         return PlainKVBuffers(
             layer,
             capacity(tokens, headroom),
@@ -44,7 +41,6 @@ class PlainKV:
     def resume(
         self, layer: LayerLayout, before: Before, tokens: int, headroom: int
     ) -> PlainKVBuffers:
-        """See ``ResumingAdapter.resume``."""
         arrays = [before.cache.keys, before.cache.values]
         if not before.alone:
             rows = layer.parts[0].start(tokens, before.held)
@@ -59,16 +55,13 @@ class PlainKV:
         )
 
     def room(self, cache: Any) -> int:
-        """See ``ResumingAdapter.room``."""
         room: int = cache.keys.shape[2]
         return room
 
     def kept(self, layer: LayerLayout, cache: Any) -> Any:
-        """See ``ResumingAdapter.kept``."""
         return cache
 
     def beginning(self, layer: LayerLayout, cache: Any, tokens: int) -> Any:
-        """See ``BranchingAdapter.beginning``."""
         # With a row more at least: a whole array would be shared, and copied at the next step.
         rows = capacity(tokens, 1)
         copies: list[mx.array] = []
@@ -81,11 +74,9 @@ class PlainKV:
         return JoinableKVCache.holding(keys, values, tokens)
 
     def empty(self, layer: LayerLayout) -> Any:
-        """See ``CacheAdapter.empty``."""
         return JoinableKVCache()
 
     def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
-        """See ``CacheAdapter.parts``."""
         return [array[0, :, :tokens] for array in (cache.keys, cache.values)]
 
 
@@ -105,7 +96,7 @@ def capacity(tokens: int, headroom: int) -> int:
 
 
 class PlainKVBuffers:
-    """K and V of one layer, ``[1, heads, capacity, head_dim]`` each."""
+    """K and V of one layer, ``[1, heads, capacity, head_dim]`` each, as ``LayerBuffers``."""
 
     def __init__(
         self,
@@ -136,13 +127,11 @@ class PlainKVBuffers:
         ]
 
     def part(self, index: int) -> NDArray[Any]:
-        """See ``LayerBuffers.part``."""
         if self._staging is not None:
             self._staging.finish()
         return self._aliases[index]
 
     def rows(self, index: int, heads: slice, tokens: slice) -> Rows:
-        """See ``LayerBuffers.rows``."""
         place = self._aliases[index][heads, tokens]
         slot = self._staging.acquire(place) if self._staging is not None else None
         if slot is not None:
@@ -150,7 +139,6 @@ class PlainKVBuffers:
         return Rows([row.data.cast("B") for row in place])
 
     def build(self, dtypes: Sequence[mx.Dtype]) -> tuple[Any, list[mx.array]]:
-        """See ``LayerBuffers.build``."""
         if self._staging is not None:
             self._staging.finish()
         # An alias that outlives this makes MLX copy the buffer at the first decode step.

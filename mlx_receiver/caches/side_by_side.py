@@ -31,7 +31,6 @@ class SideBySide:
         self.batched = all(getattr(member, "batched", True) for member in members)
 
     def layout(self, cache: Any) -> LayerLayout | None:
-        """See ``CacheAdapter.layout``."""
         if type(cache) is not CacheList or len(cache.caches) != len(self._members):
             return None
         members = [m.layout(one) for m, one in zip(self._members, cache.caches, strict=True)]
@@ -39,14 +38,12 @@ class SideBySide:
         return beside(found) if len(found) == len(members) else None
 
     def nbytes(self, layer: LayerLayout, tokens: int, headroom: int, itemsize: int) -> int:
-        """See ``CacheAdapter.nbytes``."""
         return sum(
             member.nbytes(side, tokens, headroom, itemsize)
             for member, side in zip(self._members, sides(layer), strict=True)
         )
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> SideBySideBuffers:
-        """See ``CacheAdapter.allocate``."""
         return SideBySideBuffers(
             [
                 (member.allocate(side, tokens, headroom), len(side.parts))
@@ -55,13 +52,11 @@ class SideBySide:
         )
 
     def empty(self, layer: LayerLayout) -> Any:
-        """See ``CacheAdapter.empty``."""
         return CacheList(
             *(m.empty(side) for m, side in zip(self._members, sides(layer), strict=True))
         )
 
     def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
-        """See ``CacheAdapter.parts``."""
         return [
             part
             for member, side, one in zip(self._members, sides(layer), cache.caches, strict=True)
@@ -77,7 +72,6 @@ class ResumingSideBySide(SideBySide):
         self._resuming = members
 
     def kept(self, layer: LayerLayout, cache: Any) -> CacheList:
-        """See ``ResumingAdapter.kept``."""
         found = zip(self._resuming, sides(layer), cache.caches, strict=True)
         kept = (member.kept(side, one) for member, side, one in found)
         return CacheList(*(_Nothing() if one is None else one for one in kept))
@@ -96,14 +90,12 @@ class ResumingSideBySide(SideBySide):
         ]
 
     def room(self, cache: Any) -> int | None:
-        """See ``ResumingAdapter.room``."""
         rooms = (m.room(one) for m, one in zip(self._resuming, cache.caches, strict=True))
         return min((room for room in rooms if room is not None), default=None)
 
     def resume(
         self, layer: LayerLayout, before: Before, tokens: int, headroom: int
     ) -> SideBySideBuffers:
-        """See ``ResumingAdapter.resume``."""
         return SideBySideBuffers(
             [
                 (member.resume(side, replace(before, cache=one), tokens, headroom), len(side.parts))
@@ -127,24 +119,21 @@ class _Nothing:
 
 
 class SideBySideBuffers:
-    """Each cache's memory, and how many parts it has."""
+    """See ``LayerBuffers``; made of each cache's memory, and how many parts it has."""
 
     def __init__(self, members: Sequence[tuple[LayerBuffers, int]]) -> None:
         self._members = list(members)
         self._of = [(buffers, index) for buffers, parts in self._members for index in range(parts)]
 
     def part(self, index: int) -> NDArray[Any]:
-        """See ``LayerBuffers.part``."""
         buffers, own = self._of[index]
         return buffers.part(own)
 
     def rows(self, index: int, heads: slice, tokens: slice) -> Rows:
-        """See ``LayerBuffers.rows``."""
         buffers, own = self._of[index]
         return buffers.rows(own, heads, tokens)
 
     def build(self, dtypes: Sequence[mx.Dtype]) -> tuple[Any, list[mx.array]]:
-        """See ``LayerBuffers.build``."""
         self._of = []
         caches, arrays = [], []
         while self._members:

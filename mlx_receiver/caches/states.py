@@ -22,12 +22,11 @@ from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, RECURRENT, LayerLayout, P
 
 
 class States:
-    """See ``CacheAdapter``."""
+    """See ``ResumingAdapter``."""
 
     kind = RECURRENT
 
     def layout(self, cache: Any) -> LayerLayout | None:
-        """See ``CacheAdapter.layout``."""
         if type(cache) is not ArraysCache or any(array is None for array in cache.cache):
             return None
         if any(array.ndim < 3 or wire_dtype(array) not in DTYPES for array in cache.cache):
@@ -35,11 +34,9 @@ class States:
         return LayerLayout(RECURRENT, [_part(i, array) for i, array in enumerate(cache.cache)])
 
     def nbytes(self, layer: LayerLayout, tokens: int, headroom: int, itemsize: int) -> int:
-        """See ``CacheAdapter.nbytes``."""
         return sum(part.row * part.rows for part in layer.parts) * itemsize
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> StatesBuffers:
-        """See ``CacheAdapter.allocate``."""
         return StatesBuffers(layer)
 
     def resume(
@@ -55,11 +52,9 @@ class States:
         """See ``ResumingAdapter.kept``."""
 
     def empty(self, layer: LayerLayout) -> Any:
-        """See ``CacheAdapter.empty``."""
         return ArraysCache(len(layer.parts))
 
     def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
-        """See ``CacheAdapter.parts``."""
         return [
             array[0].reshape(part.heads, part.rows, part.width)
             for part, array in zip(layer.parts, cache.cache, strict=True)
@@ -80,7 +75,7 @@ def _part(index: int, array: mx.array) -> Part:
 
 
 class StatesBuffers:
-    """The arrays of one layer."""
+    """The arrays of one layer, as ``LayerBuffers``."""
 
     def __init__(self, layer: LayerLayout) -> None:
         self._parts = layer.parts
@@ -95,15 +90,12 @@ class StatesBuffers:
         self._aliases: list[NDArray[Any]] = [np.array(array, copy=False) for array in self._arrays]
 
     def part(self, index: int) -> NDArray[Any]:
-        """See ``LayerBuffers.part``."""
         return self._aliases[index]
 
     def rows(self, index: int, heads: slice, tokens: slice) -> Rows:
-        """See ``LayerBuffers.rows``."""
         return Rows([row.data.cast("B") for row in self._aliases[index][heads, tokens]])
 
     def build(self, dtypes: Sequence[mx.Dtype]) -> tuple[Any, list[mx.array]]:
-        """See ``LayerBuffers.build``."""
         self._aliases = []
         cache = ArraysCache(len(self._arrays))
         cache.cache = [

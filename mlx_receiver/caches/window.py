@@ -22,12 +22,11 @@ class LastTokensKV:
         """See ``ResumingAdapter.room``: what is shared is copied, at most a window."""
 
     def kept(self, layer: LayerLayout, cache: Any) -> Any:
-        """See ``ResumingAdapter.kept``."""
         return cache
 
 
 class WindowKV(LastTokensKV):
-    """See ``CacheAdapter``."""
+    """See ``ResumingAdapter``."""
 
     kind = WINDOW
 
@@ -39,17 +38,14 @@ class WindowKV(LastTokensKV):
         return windowed(keys_and_values(cache), cache.max_size)
 
     def nbytes(self, layer: LayerLayout, tokens: int, headroom: int, itemsize: int) -> int:
-        """See ``CacheAdapter.nbytes``."""
         return _rows(layer, tokens, headroom) * sum(part.row for part in layer.parts) * itemsize
 
     def allocate(self, layer: LayerLayout, tokens: int, headroom: int) -> PlainKVBuffers:
-        """See ``CacheAdapter.allocate``."""
         return self._buffers(layer, None, tokens, headroom)
 
     def resume(
         self, layer: LayerLayout, before: Before, tokens: int, headroom: int
     ) -> PlainKVBuffers:
-        """See ``ResumingAdapter.resume``."""
         ordered = [
             before.cache._temporal_order(array)
             for array in (before.cache.keys, before.cache.values)
@@ -70,11 +66,9 @@ class WindowKV(LastTokensKV):
         return PlainKVBuffers(layer, _rows(layer, tokens, headroom), staging(), hold, before)
 
     def empty(self, layer: LayerLayout) -> Any:
-        """See ``CacheAdapter.empty``."""
         return RotatingKVCache(_window(layer))
 
     def parts(self, layer: LayerLayout, cache: Any, tokens: int) -> list[mx.array]:
-        """See ``CacheAdapter.parts``."""
         rows = layer.parts[0].tokens(tokens)
         # In temporal order; a prefill leaves more than the window in it.
         ordered = (cache._temporal_order(array) for array in (cache.keys, cache.values))

@@ -24,7 +24,8 @@ class Credentials(Protocol):
 
 
 class SharedToken:
-    """Everybody who has the token; without one, where only this machine can connect, everybody."""
+    """See ``Credentials``: everybody who has the token; without one, where only this machine can
+    connect, everybody."""
 
     def __init__(self, token: str) -> None:
         pair = keys.control_keys(token)
@@ -32,12 +33,11 @@ class SharedToken:
         self._client = pair.client_public
 
     def allows(self, key: bytes, address: str) -> bool:
-        """See ``Credentials.allows``."""
         return hmac.compare_digest(key, self._client)
 
 
 class Paired:
-    """Machines that are paired with this one, and this one itself."""
+    """See ``Credentials``: machines that are paired with this one, and this one itself."""
 
     def __init__(self, keystore: Keystore, identity: Identity) -> None:
         self.secret = identity.secret.encode()
@@ -45,7 +45,6 @@ class Paired:
         self._complaint = ""
 
     def allows(self, key: bytes, address: str) -> bool:
-        """See ``Credentials.allows``."""
         if is_this_machine(address):
             return True
         try:

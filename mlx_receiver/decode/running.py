@@ -272,7 +272,7 @@ class Running:
 
 
 class _Failure:
-    """A sink that remembers why its job failed, "" if it did not."""
+    """A ``Sink`` that remembers why its job failed, "" if it did not."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -281,7 +281,6 @@ class _Failure:
         """See ``Sink.decoded``."""
 
     def failed(self, _job: Job, _code: Code, reason: str) -> None:
-        """See ``Sink.failed``."""
         self.reason = reason
 
 

@@ -102,7 +102,7 @@ def warm_up_jobs(
 
 
 class _Discard:
-    """A sink that counts tokens and keeps none."""
+    """A ``Sink`` that counts tokens and keeps none."""
 
     def __init__(
         self, total: int, progress: Progress | None, failed: Callable[[str], None]
@@ -112,12 +112,10 @@ class _Discard:
         self._progress = progress
 
     def decoded(self, outputs: list[Output]) -> None:
-        """See ``engine.Sink.decoded``."""
         self._done += len(outputs)
         if self._progress is not None:
             self._progress("Warming up", self._done, self._total)
 
     def failed(self, _job: Job, code: Code, reason: str) -> None:
-        """See ``engine.Sink.failed``."""
         if code != E_SHUTDOWN:
             self._failed(reason)

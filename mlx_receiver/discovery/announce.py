@@ -78,10 +78,9 @@ class Announcer:
         """Say goodbye and end."""
         self._stations.close()
 
-    # --- in the stations' thread ----------------------------------------------------------------
+    # --- ``Keeper``, in the stations' thread ----------------------------------------------------
 
     def wanted(self) -> Sequence[tuple[Link, tuple[Own, ...]]]:
-        """See ``Keeper``."""
         found = links()
         if found != self._links:  # the host may be a name, which takes a while
             try:
@@ -94,7 +93,6 @@ class Announcer:
         return self._covered
 
     async def opened(self, station: Station) -> None:
-        """See ``Keeper``."""
         info = self._info(station)
         # No probing: see above.
         sending = await station.responder.async_register_service(info, cooperating_responders=True)
@@ -102,7 +100,6 @@ class Announcer:
         self._keep(asyncio.ensure_future(sending))
 
     async def closing(self, station: Station, goodbye: bool) -> None:
-        """See ``Keeper``."""
         self._heard.discard(station)
         info = self._infos.pop(station, None)
         if info is not None and not goodbye:
@@ -110,7 +107,6 @@ class Announcer:
             station.responder.zeroconf.registry.async_remove(info)
 
     async def checked(self, stations: Sequence[Station], failures: dict[str, str]) -> None:
-        """See ``Keeper``."""
         text = encode(self._announced)
         for station in stations:
             if self._infos[station].text != text:

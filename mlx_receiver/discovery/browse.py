@@ -138,15 +138,13 @@ class Browser:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- in the stations' thread ----------------------------------------------------------------
+    # --- ``Keeper``, in the stations' thread ----------------------------------------------------
 
     def wanted(self) -> Sequence[tuple[Link, tuple[Own, ...]]]:
-        """See ``Keeper``."""
         self._links = links()
         return [(link, ()) for link in self._links]
 
     async def opened(self, station: Station) -> None:
-        """See ``Keeper``."""
         from zeroconf import DNSQuestionType, ServiceStateChange
         from zeroconf.asyncio import AsyncServiceBrowser
 
@@ -169,7 +167,6 @@ class Browser:
         )
 
     async def closing(self, station: Station, goodbye: bool) -> None:
-        """See ``Keeper``."""
         browser = self._browsers.pop(station, None)
         if browser is not None:
             await browser.async_cancel()
@@ -178,7 +175,6 @@ class Browser:
             self._drop(names, name)
 
     async def checked(self, stations: Sequence[Station], failures: dict[str, str]) -> None:
-        """See ``Keeper``."""
         self._routes.clear()
         if self._links != self._interfaces_of:
             # On macOS other programs are asked.

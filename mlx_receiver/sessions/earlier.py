@@ -358,11 +358,9 @@ class _Keeper:
         self._decoded: Decoded | None = None
 
     def decoding(self, prompt: list[int], copy: CopyPrompt) -> None:
-        """See ``Keep.decoding``."""
         self._decoded = self._texts.decoded.add(self._partition, prompt, copy)
 
     def leaving(self) -> None:
-        """See ``Keep.leaving``."""
         with self._lock:
             if self._expected or self._gone:
                 return
@@ -370,13 +368,11 @@ class _Keeper:
         self._texts.residents.expect(self._partition, 1)
 
     def __call__(self, tokens: list[int], caches: list[Any]) -> None:
-        """See ``Keep.__call__``."""
         self._texts.keep(
             self._partition, self._reservation, self._prompt_tokens, self._continued, tokens, caches
         )
 
     def gone(self) -> None:
-        """See ``Keep.gone``."""
         if self._decoded is not None:
             self._texts.decoded.remove(self._decoded)
         with self._lock:

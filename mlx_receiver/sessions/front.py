@@ -74,11 +74,9 @@ class Front:
 
     @property
     def wanted(self) -> bool:
-        """See ``Front.wanted``."""
         return self._session.phase is Phase.RECEIVING
 
     def next(self, most: int, rate: float, seconds: float) -> Chunk | None:
-        """See ``Front.next``."""
         session, until = self._session, time.perf_counter() + seconds
         # The session's memory may still be on its way: the first tokens need not wait for it.
         if self._put < self._tokens and session.allocated:
@@ -99,13 +97,11 @@ class Front:
         return Chunk(session.prompt_token_ids[start:end], self._caches)
 
     def computed(self, tokens: int) -> None:
-        """See ``Front.computed``."""
         self._tokens += tokens
         if self._session.allocated:
             self._hand_over()
 
     def close(self) -> None:
-        """See ``Front.close``."""
         self._caches, self._making = [], None
         reservation, self._reservation = self._reservation, None
         if reservation is not None:

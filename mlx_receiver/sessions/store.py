@@ -321,7 +321,6 @@ class SessionStore:
     # --- BlockSink: called from the transports' threads ----------------------------------------
 
     def data_key(self, client: str) -> bytes:
-        """See ``transport.BlockSink.data_key``."""
         with self._lock:
             key = self._keys.get(client)
         if key is None:
@@ -329,7 +328,6 @@ class SessionStore:
         return key
 
     def attach(self, client: str, session: int, reply: Reply) -> None:
-        """See ``transport.BlockSink.attach``."""
         with self._lock:
             known = self._of(client, session)
             if known is None or not known.timeline.allocated_ns:
@@ -354,7 +352,6 @@ class SessionStore:
             )
 
     def landing(self, client: str, header: Header) -> Landing:
-        """See ``transport.BlockSink.landing``."""
         session = self._own(client, header.session)
         if session is None:
             raise WireError(E_SESSION, f"no session {header.session}")

@@ -56,7 +56,7 @@ class Carrier(Protocol):
 
 
 class InBand:
-    """Payloads that follow their headers on the connection itself."""
+    """See ``Carrier``: payloads that follow their headers on the connection itself."""
 
     def __init__(self, sock: socket.socket, back: BackChannel, opener: Opener) -> None:
         self._sock = sock
@@ -64,7 +64,6 @@ class InBand:
         self._tag = memoryview(bytearray(opener.tag_bytes))
 
     def fill(self, header: Header, buffers: Sequence[memoryview], wanted: bool) -> None:
-        """See ``Carrier.fill``."""
         if not header.payload_bytes:
             return  # nor is there a tag
         recv_payload(self._sock, [*buffers, self._tag])

@@ -84,7 +84,7 @@ class _Memory:
 
 
 class NixlSender:
-    """A vLLM worker's data connection. ``replies`` may be called while ``send`` waits."""
+    """See ``transport.Sender``. ``replies`` may be called while ``send`` waits."""
 
     def __init__(self, control: TcpSender, timeout: float) -> None:
         self._control = control
@@ -107,7 +107,6 @@ class NixlSender:
             raise
 
     def send(self, header: Header, payload: Sequence[memoryview] = ()) -> None:
-        """See ``transport.Sender.send``."""
         with self._lock:
             self._check()
             self._control.send(header)
@@ -201,7 +200,6 @@ class NixlSender:
             raise TransportError(f"the connection to {self._control.peer} is closed")
 
     def replies(self) -> list[DataReply]:
-        """See ``transport.Sender.replies``."""
         # A send in progress reads what arrives by itself.
         if self._lock.acquire(blocking=False):
             try:
@@ -217,7 +215,6 @@ class NixlSender:
             self._wait(lambda: self._credits == self._sent)
 
     def close(self) -> None:
-        """See ``transport.Sender.close``."""
         with self._lock:
             memory, self._memory = self._memory, None
             if memory is not None:
@@ -260,7 +257,6 @@ class NixlCarrier:
         back.post(Kind.CREDIT, body=msgspec.msgpack.encode(ring))
 
     def fill(self, header: Header, buffers: Sequence[memoryview], wanted: bool) -> None:
-        """See ``carrier.Carrier.fill``."""
         left = header.payload_bytes
         targets = deque(buffer for buffer in buffers if buffer.nbytes)
         while left:
@@ -300,7 +296,6 @@ class NixlCarrier:
         self._arrived.discard(number)
 
     def close(self) -> None:
-        """See ``carrier.Carrier.close``."""
         self._memory.close()
 
 
@@ -310,12 +305,10 @@ class NixlTransport:
     name = "nixl"
 
     def listen(self, host: str, port: int, sink: BlockSink, plain: bool = False) -> Listener:
-        """See ``transport.Transport.listen``."""
         # Loading it takes seconds, which the first client would have to wait.
         importlib.import_module("nixl")
         return TcpListener(host, port, sink, name="nixl", carrier=NixlCarrier, plain=plain)
 
     def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
-        """See ``transport.Transport.connect``."""
         control = TcpSender(dial(endpoint, ticket, timeout, bare_level_for))
         return NixlSender(control, timeout)

@@ -68,7 +68,7 @@ class Dialled:
 
 
 class TcpSender:
-    """A vLLM worker's data connection."""
+    """See ``transport.Sender``."""
 
     def __init__(self, dialled: Dialled) -> None:
         self.peer = dialled.peer
@@ -79,7 +79,6 @@ class TcpSender:
         self._header: Header | None = None
 
     def send(self, header: Header, payload: Sequence[memoryview] = ()) -> None:
-        """See ``transport.Sender.send``."""
         sock = self._open()
         try:
             for todo in self._sealer.frame(header.pack(), payload):
@@ -97,7 +96,6 @@ class TcpSender:
             raise TransportError(f"the connection to {self.peer} broke: {error}") from None
 
     def replies(self) -> list[DataReply]:
-        """See ``transport.Sender.replies``."""
         return [decode_reply(body) for _, body in self.frames()]
 
     def frames(self) -> list[tuple[Header, bytes]]:
@@ -164,7 +162,6 @@ class TcpSender:
             return 0
 
     def close(self) -> None:
-        """See ``transport.Sender.close``."""
         sock, self._sock = self._sock, None
         if sock is not None:
             sock.close()
@@ -282,11 +279,9 @@ class TcpTransport:
         self._level = level
 
     def listen(self, host: str, port: int, sink: BlockSink, plain: bool = False) -> Listener:
-        """See ``transport.Transport.listen``."""
         return TcpListener(host, port, sink, plain=plain, level=self._level)
 
     def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
-        """See ``transport.Transport.connect``."""
         return TcpSender(dial(endpoint, ticket, timeout, self._choose))
 
     def _choose(self, host: str, endpoint: Endpoint) -> Level:

@@ -192,7 +192,6 @@ class TcpListener:
         return Endpoint(self._name, announced(self._host), self._port, plain=self._plain)
 
     def close(self) -> None:
-        """See ``transport.Listener.close``."""
         self._closing = True
         self._door.join(timeout=5.0)
         with self._lock:

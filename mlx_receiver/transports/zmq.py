@@ -96,7 +96,7 @@ _LOST: Final = (
 
 
 class ZmqSender:
-    """A vLLM worker's data connection. ``replies`` may be called while ``send`` waits."""
+    """See ``transport.Sender``. ``replies`` may be called while ``send`` waits."""
 
     def __init__(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> None:
         self._peer = spelled(endpoint.host, endpoint.port)
@@ -159,7 +159,6 @@ class ZmqSender:
         return int(parse_monitor_message(self._events.recv_multipart())["event"])
 
     def send(self, header: Header, payload: Sequence[memoryview] = ()) -> None:
-        """See ``transport.Sender.send``."""
         with self._lock:
             self._check()
             count = sum(part.nbytes for part in payload)
@@ -235,7 +234,6 @@ class ZmqSender:
             raise TransportError(self._failure or f"the connection to {self._peer} is closed")
 
     def replies(self) -> list[DataReply]:
-        """See ``transport.Sender.replies``."""
         # A send in progress reads what arrives by itself.
         if self._lock.acquire(blocking=False):
             try:
@@ -256,7 +254,6 @@ class ZmqSender:
                     self._stalled()
 
     def close(self) -> None:
-        """See ``transport.Sender.close``."""
         with self._lock:
             if not self._socket.closed:
                 with contextlib.suppress(zmq.ZMQError):
@@ -267,7 +264,8 @@ class ZmqSender:
 
 
 class ZmqListener:
-    """One ROUTER, one thread: reads frames, lands them, returns credits."""
+    """See ``transport.Listener``. One ROUTER, one thread: reads frames, lands them, returns
+    credits."""
 
     def __init__(self, host: str, port: int, sink: BlockSink, plain: bool = False) -> None:
         self._sink = sink
@@ -310,7 +308,6 @@ class ZmqListener:
         return Endpoint("zmq", announced(self._host), self._port, self._nonce, self._plain)
 
     def close(self) -> None:
-        """See ``transport.Listener.close``."""
         self._closing = True
         self._wake()
         self._thread.join(timeout=5.0)
@@ -431,9 +428,7 @@ class ZmqTransport:
     name = "zmq"
 
     def listen(self, host: str, port: int, sink: BlockSink, plain: bool = False) -> Listener:
-        """See ``transport.Transport.listen``."""
         return ZmqListener(host, port, sink, plain)
 
     def connect(self, endpoint: Endpoint, ticket: DataTicket, timeout: float) -> Sender:
-        """See ``transport.Transport.connect``."""
         return ZmqSender(endpoint, ticket, timeout)

@@ -44,7 +44,8 @@ def rest_of_end(thinking: Thinking, prompt: Sequence[int], output: Sequence[int]
 
 
 class _RunnerV2:
-    """The rule of model runner V2: what counts is which mark came last in prompt and output."""
+    """See ``Budget``. The rule of model runner V2: what counts is which mark came last in prompt
+    and output."""
 
     def __init__(self, thinking: Thinking, prompt: list[int]) -> None:
         self._thinking = thinking
@@ -55,7 +56,6 @@ class _RunnerV2:
         self._end = _last(prompt, thinking.end, max(0, self._start))
 
     def accept(self, token: int) -> None:
-        """See ``Budget.accept``."""
         thinking = self._thinking
         self._tail = [*self._tail, token][-self._kept :]
         self._length += 1
@@ -66,7 +66,6 @@ class _RunnerV2:
 
     @property
     def forced(self) -> int | None:
-        """See ``Budget.forced``."""
         thinking = self._thinking
         if self._start < 0 or self._start <= self._end:
             return None
@@ -80,7 +79,8 @@ class _RunnerV2:
 
 
 class _RunnerV1:
-    """The rule of model runner V1: reasoning that the prompt began, and then one after the other.
+    """See ``Budget``. The rule of model runner V1: reasoning that the prompt began, and then one
+    after the other.
 
     It differs from the other rule, and from what one would expect, in texts whose marks come twice
     or in another order. vLLM counts down, and looks closer only when nothing is left.
@@ -110,7 +110,6 @@ class _RunnerV1:
 
     @property
     def forced(self) -> int | None:
-        """See ``Budget.forced``."""
         return self._thinking.forced[self._said] if self._forcing else None
 
     @property
@@ -119,7 +118,6 @@ class _RunnerV1:
         return self._thinking.forced[self._said :] if self._forcing and self._said else []
 
     def accept(self, token: int) -> None:
-        """See ``Budget.accept``."""
         thinking = self._thinking
         self._tail = [*self._tail, token][-self._kept :]
         self._length += 1

@@ -265,7 +265,6 @@ class EngineAdapter:
         )
 
     def load(self, besides: str) -> EngineLoad:
-        """See ``EnginePort.load``."""
         scheduler = self._core.scheduler
         pending, rows = [], 0
         for request in itertools.chain(
@@ -375,18 +374,15 @@ class EngineAdapter:
         return True
 
     def reasoning_end(self, request: Request) -> int | None:
-        """See ``EnginePort.reasoning_end``."""
         try:
             return grammars.reasoning_end(self._core.structured_output_manager, request)
         except (AttributeError, ImportError) as error:  # a release that does it in another way
             raise LookupError(f"this vLLM does not tell where reasoning ends: {error}") from error
 
     def grammar_ready(self, request: Request) -> bool:
-        """See ``EnginePort.grammar_ready``."""
         return grammars.ready(request)
 
     def accept(self, request: Request, tokens: list[int], after: int | None) -> int:
-        """See ``EnginePort.accept``."""
         return grammars.accept(request, tokens, after)
 
     def prefill(self, as_id: str, tokens: list[int]) -> Request:
@@ -403,7 +399,6 @@ class EngineAdapter:
         return request
 
     def trial(self, as_id: str, tokens: list[int], output: int) -> None:
-        """See ``EnginePort.trial``."""
         params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
         request = Request(
             request_id=as_id,
@@ -417,7 +412,6 @@ class EngineAdapter:
         self._input.put_nowait((EngineCoreRequestType.ADD, (request, -1)))
 
     def withdraw(self, request_id: str) -> None:
-        """See ``EnginePort.withdraw``."""
         self._input.put_nowait((EngineCoreRequestType.ABORT, [request_id]))
 
     def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:

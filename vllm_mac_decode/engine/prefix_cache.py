@@ -95,7 +95,6 @@ class EnginePrefixCache:
         return cached, free / self._pool.num_gpu_blocks
 
     def room(self, tokens: int, rows: int) -> float:
-        """See ``PrefixCache.room``."""
         taken = rows * sum(-(-tokens // size) + 1 for size in self._blocks)
         return float(self._pool.get_num_free_blocks() - taken) / self._pool.num_gpu_blocks
 

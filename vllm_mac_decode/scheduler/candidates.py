@@ -59,7 +59,7 @@ def candidates(settings: Settings) -> Candidates:
 
 
 class Typed:
-    """The receivers whose addresses were given."""
+    """See ``Candidates``: the receivers whose addresses were given."""
 
     def __init__(self, settings: Settings) -> None:
         self._token = settings.token
@@ -67,11 +67,9 @@ class Typed:
         self._keystore = Keystore("vllm")
 
     def receivers(self) -> list[str]:
-        """See ``Candidates.receivers``."""
         return list(self._addresses)
 
     def ways(self, receiver: str) -> list[Candidate]:
-        """See ``Candidates.ways``."""
         host, port = self._addresses[receiver]
         known = keys_for(host, port, self._token, self._keystore)
         if not known:
@@ -83,14 +81,12 @@ class Typed:
         return [Candidate(receiver, host, port, keys) for keys in known]
 
     def hosts(self, candidate: Candidate) -> list[str]:
-        """See ``Candidates.hosts``."""
         try:
             return [address.host for address in resolve(candidate.host, candidate.port)]
         except (OSError, UnicodeError):
             return []
 
     def none(self) -> str:
-        """See ``Candidates.none``."""
         return f"no receiver answers at {', '.join(self._addresses)}"
 
     def close(self) -> None:
@@ -98,7 +94,8 @@ class Typed:
 
 
 class Discovered:
-    """Receivers that announce themselves on the network, and the one that may run here."""
+    """See ``Candidates``: receivers that announce themselves on the network, and the one that may
+    run here."""
 
     def __init__(self, settings: Settings) -> None:
         self._token = settings.token
@@ -107,7 +104,6 @@ class Discovered:
         self._looked = False
 
     def receivers(self) -> list[str]:
-        """See ``Candidates.receivers``."""
         if not self._looked:
             # Else the first words in the log would be that there is none.
             self._looked = True
@@ -121,11 +117,9 @@ class Discovered:
         return [*announced, *([] if here else [LOCAL])]
 
     def ways(self, receiver: str) -> list[Candidate]:
-        """See ``Candidates.ways``."""
         return self._here() if receiver == LOCAL else self._announced().get(receiver, [])
 
     def hosts(self, candidate: Candidate) -> list[str]:
-        """See ``Candidates.hosts``."""
         for service in self._found():
             hosts = [way.host for way in service.addresses]
             if service.port == candidate.port and candidate.host in hosts:
@@ -180,7 +174,6 @@ class Discovered:
         return None
 
     def none(self) -> str:
-        """See ``Candidates.none``."""
         others = [] if self._token else [printable(s.announced.name) for s in self._found()]
         if others:
             return (
@@ -193,7 +186,6 @@ class Discovered:
         )
 
     def close(self) -> None:
-        """See ``Candidates.close``."""
         if self._browser is not None:
             self._browser.close()
 

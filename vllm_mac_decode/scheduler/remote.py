@@ -181,27 +181,21 @@ class Remote:
     # --- the link's thread ------------------------------------------------------------------
 
     def taken(self, receiver: str) -> bool:
-        """See ``LinkListener.taken``."""
         return self._user.taken(receiver, self)
 
     def connected(self, welcome: m.Welcome) -> bool:
-        """See ``LinkListener.connected``."""
         return self._user.connected(self, welcome)
 
     def disconnected(self, reason: str) -> None:
-        """See ``LinkListener.disconnected``."""
         self._user.disconnected(self)
 
     def message(self, message: m.ReceiverMessage, arrived: float) -> None:
-        """See ``LinkListener.message``."""
         self._user.message(self, message, arrived)
 
     def idle(self) -> bool:
-        """See ``LinkListener.idle``."""
         return self._user.idle(self)
 
     def tick(self, now: float) -> None:
-        """See ``LinkListener.tick``."""
         self._user.tick(now)
         self._user.look(self, now)
 

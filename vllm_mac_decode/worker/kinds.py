@@ -43,7 +43,6 @@ class AttentionKV:
         self._known: dict[Any, PagedLayout] = {}
 
     def readable(self, layer: AllocatedLayer) -> Readable | None:
-        """See ``PagedAdapter.readable``."""
         spec, attention, cache = layer.spec, layer.module, layer.cache
         # A subclass may keep anything.
         if type(spec) not in _ATTENTION:
@@ -77,7 +76,6 @@ class RecurrentStates:
     """See ``PagedAdapter``: what a recurrent layer has made of the whole text."""
 
     def readable(self, layer: AllocatedLayer) -> Readable | None:
-        """See ``PagedAdapter.readable``."""
         if type(layer.spec) is not MambaSpec:
             return None
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()

@@ -52,7 +52,6 @@ class PagedStates:
         return cls(block_size, parts)
 
     def read(self, cache: Any, block_ids: torch.Tensor, out: torch.Tensor) -> None:
-        """See ``PagedCache.read``."""
         sizes = [part.nbytes(0) for part in self.parts]
         for state, target in zip(cache, out.split(sizes), strict=True):
             place = target.view(state.dtype).view(1, *state.shape[1:])
