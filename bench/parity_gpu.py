@@ -43,13 +43,10 @@ SHAPE = {
 _ALONE = """
 import json, sys
 import mlx.core as mx
-from mlx.utils import tree_map
-from mlx_lm.utils import load_model
 from mlx_lm.models.cache import make_prompt_cache
-from pathlib import Path
+from mlx_receiver.decode.model import find_model, load_model
 path, prompts, n, dtype = json.load(sys.stdin)
-model, _ = load_model(Path(path))
-model.update(tree_map(lambda p: p.astype(getattr(mx, dtype)), model.parameters()))
+model = load_model(find_model(path), dtype).model
 out = []
 for prompt in prompts:
     cache = make_prompt_cache(model)
@@ -95,7 +92,7 @@ def one(what: str, dtype: str, kv: str, gdn: str, out: Path) -> dict[str, Any]:
     """
     import torch
 
-    folder, _, backend = what.rpartition("@") if "@" in what else (what, "", "")
+    folder, _, backend = what.partition("@")
     model, options = Path(folder), {"additional_config": {"gdn_prefill_backend": gdn}}
     if not model.is_dir():
         backend = folder
@@ -174,7 +171,7 @@ def main() -> None:
     """Rows beside each other: only their tokens matter, and starting takes most of the time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "parity_gpu.json")
-    parser.add_argument("--models", nargs="+", default=[], metavar="FOLDER[@BACKEND]")
+    parser.add_argument("--models", nargs="+", default=[], metavar="FOLDER[@BACKEND]|BACKEND")
     parser.add_argument("--dtype", default="float32", help="of --models")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--gdn-prefill-backend", default="auto")
@@ -196,7 +193,7 @@ def main() -> None:
         earlier = json.loads(options.out.read_text())
         result["command"] = f"{earlier['command']}; {result['command']}"
         result["rows"] = earlier["rows"]
-    rows = [(str(Path(model).resolve()), options.dtype) for model in options.models] or ROWS
+    rows = [(_absolute(model), options.dtype) for model in options.models] or ROWS
     settings = (options.kv_cache_dtype, options.gdn_prefill_backend, options.out)
     with ThreadPoolExecutor(options.at_once) as pool:
         for done in as_completed([pool.submit(process, *pair, *settings) for pair in rows]):
@@ -207,6 +204,11 @@ def main() -> None:
                 replaced = [r for r in result["rows"] if _same(r, row)]
                 result["rows"] = [r for r in result["rows"] if r not in replaced] + [row]
                 save(result, options.out)
+
+
+def _absolute(what: str) -> str:
+    folder, at, backend = what.partition("@")
+    return f"{Path(folder).resolve()}{at}{backend}" if Path(folder).is_dir() else what
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

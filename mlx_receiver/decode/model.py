@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 #: Assumed where config.json does not say how long a text may be.
 _DEFAULT_MAX_TOKENS: Final = 131_072
 
+#: What configurations call how many experts a layer has.
+_EXPERTS: Final = frozenset(
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+)
+
 #: Tokens of output beside which one prompt must at least find room.
 _LEAST_TOKENS: Final = 512
 
@@ -62,13 +67,15 @@ class ModelSource:
 class LoadedModel:
     """The weights in MLX, ``nbytes`` of them, and how the model keeps its cache.
 
-    ``local`` says why nothing is handed off to it; "" if something is.
+    ``local`` says why nothing is handed off to it; "" if something is. ``experts``: tokens are
+    routed to some of several.
     """
 
     model: Any
     cache: ModelCache
     nbytes: int
     local: str = ""
+    experts: bool = False
 
     @property
     def dtype(self) -> str:
@@ -154,7 +161,14 @@ def load_model(
         local = str(error)
         cache = LocalCache(probe, lambda: make_prompt_cache(model))
     nbytes = sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
-    return LoadedModel(model, cache, nbytes, local)
+    return LoadedModel(model, cache, nbytes, local, _has_experts(source.config))
+
+
+def _has_experts(config: dict[str, Any]) -> bool:
+    text = config.get("text_config")
+    config = text if isinstance(text, dict) else config
+    counts = [value for key, value in config.items() if key in _EXPERTS]
+    return any(isinstance(count, int) and count > 1 for count in counts)
 
 
 def _check_memory(source: ModelSource, dtype: str) -> None:

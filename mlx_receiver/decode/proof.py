@@ -48,6 +48,10 @@ LIMITS: Final = {
 }
 
 
+#: Of the tokens of a model with experts, see ``differences``.
+_STRAYS: Final = 0.25
+
+
 @dataclass(frozen=True, slots=True)
 class Apart:
     """How far one part is from the receiver's own."""
@@ -129,7 +133,9 @@ def compare(
 def differences(
     loaded: LoadedModel, tokens: int, caches: Sequence[Any], own: Sequence[Any]
 ) -> list[Apart]:
-    """Every part of every layer, in order."""
+    """Every part of every layer, in order. Of a model with experts the ``_STRAYS`` of a part's
+    tokens that are furthest apart do not count: where two experts are as good for a token, rounding
+    decides, and sends that token, but no other, through another matrix on either side."""
     cache = loaded.cache
     pairs = [
         (index, part, theirs.astype(mx.float32), mine.astype(mx.float32))
@@ -142,15 +148,25 @@ def differences(
         )
     ]
     sums = mx.stack(
-        [
-            mx.stack([(a - b).square().sum(), a.square().sum(), b.square().sum(), (a * b).sum()])
-            for *_, a, b in pairs
-        ]
+        [_sums(a, b, loaded.experts and part.by_token) for _, part, a, b in pairs]
     ).tolist()
     return [
         Apart(index, part.name, _ratio(squares, mine), _cosine(both, theirs, mine), part.by_token)
         for (index, part, *_), (squares, theirs, mine, both) in zip(pairs, sums, strict=True)
     ]
+
+
+def _sums(theirs: mx.array, own: mx.array, strays: bool) -> mx.array:
+    """Of two ``[..., tokens, width]`` the sums |theirs - own|², |theirs|², |own|² and their
+    product; without the ``strays`` if there are any."""
+    products = mx.stack([(theirs - own).square(), theirs.square(), own.square(), theirs * own])
+    if not strays:
+        return products.flatten(1).sum(1)
+    tokens = products.sum(-1).reshape(4, -1, products.shape[-2]).sum(1)
+    kept = tokens.shape[1] - int(_STRAYS * tokens.shape[1])
+    apart = mx.where(tokens[2] > 0, tokens[0] / tokens[2], mx.where(tokens[0] > 0, mx.inf, 0.0))
+    found = tokens[:, mx.argsort(apart)[:kept]].sum(1)
+    return mx.where(mx.isfinite(tokens).all(), found, mx.nan)  # what is no number always counts
 
 
 def _divergence(model: Any, token: int, caches: list[Any], own: list[Any]) -> float:

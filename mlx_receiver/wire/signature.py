@@ -66,14 +66,28 @@ def _rope(c: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     kind = raw.pop("rope_type", None) or raw.pop("type", None) or "default"
     raw.pop("type", None)
-    theta = raw.pop("rope_theta", None) or c.get("rope_theta") or 10000.0
-    partial = raw.pop("partial_rotary_factor", None) or c.get("partial_rotary_factor") or 1.0
+    theta = (
+        raw.pop("rope_theta", None) or c.get("rope_theta") or c.get("rotary_emb_base") or 10000.0
+    )
+    partial = raw.pop("partial_rotary_factor", None) or _partial(c)
     parameters = {"theta": theta, "type": kind, "partial": partial}
     if kind != "default":
         parameters |= {key: value for key, value in raw.items() if value is not None}
     if "traditional" in c or "rope_traditional" in c:
         parameters["traditional"] = bool(c.get("rope_traditional", c.get("traditional")))
     return sorted((key, _number(value)) for key, value in parameters.items())
+
+
+def _partial(c: Mapping[str, Any]) -> float:
+    """The share of a head that is rotated. MiniMax and GPT-J say how much of it, GPT-NeoX has a
+    name of its own; vLLM writes all of them into ``rope_parameters``."""
+    for name in ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction"):
+        if isinstance(c.get(name), int | float) and c[name]:
+            return float(c[name])
+    rotated, width = c.get("rotary_dim"), c.get("head_dim")
+    if isinstance(rotated, int) and isinstance(width, int) and 0 < rotated <= width:
+        return rotated / width
+    return 1.0
 
 
 def _number(value: Any) -> str:

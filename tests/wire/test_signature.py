@@ -38,3 +38,20 @@ def test_both_spellings_of_a_rotation_are_one() -> None:
     nested = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
     later = {key: value for key, value in LLAMA.items() if key != "rope_theta"} | nested
     assert signature_from_config(LLAMA) == signature_from_config(later)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        {"partial_rotary_factor": 0.25},
+        {"rotary_pct": 0.25},
+        {"rotary_dim": 32, "head_dim": 128},
+        {"rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 5e5}},
+    ],
+)
+def test_every_name_of_a_partial_rotation(spelled: dict[str, Any]) -> None:
+    """vLLM writes all of them into ``rope_parameters``; MiniMax-M2's file has the third."""
+    vllms = {"rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 5e5}} | spelled
+    here, there = signature_from_config(LLAMA | spelled), signature_from_config(LLAMA | vllms)
+    assert here.differences(there) == []
+    assert here.differences(signature_from_config(LLAMA)) != []

@@ -262,6 +262,8 @@ class Link:
                 failures.append(lost)
                 if lost.refused:
                     answered.add(candidate.keys.receiver_public)
+        # Who says no knows this machine, by one of the keys that were tried.
+        failures = [lost for lost in failures if lost.refused] or failures
         reasons = "; ".join(dict.fromkeys(map(str, failures))) or "it is not found any more"
         last = _Lost(reasons, max((lost.pause for lost in failures), default=0.0))
         last.nobody = all(lost.nobody for lost in failures)

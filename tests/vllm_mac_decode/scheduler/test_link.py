@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import zmq
@@ -216,6 +217,21 @@ def test_a_receiver_that_refuses_is_asked_at_one_of_its_addresses(
     with linked(""):
         assert eventually(lambda: any("another model" in line for line in lines()))
     assert len(heard) == 1
+    peer.close()
+
+
+def test_who_refuses_is_not_said_to_be_a_stranger(
+    monkeypatch: pytest.MonkeyPatch, lines: Callable[[], list[str]]
+) -> None:
+    """It was reached by the second of the keys that this machine has for it."""
+    peer = Peer(lambda _: [codec.encode(m.Rejected(m.E_MODEL, "another model"))])
+    right = candidate(peer)
+    network = Network(replace(right, keys=of_token("another")), right)
+    monkeypatch.setattr("vllm_mac_decode.scheduler.fleet.candidates", lambda _: network)
+    with linked(""):
+        assert eventually(lambda: bool(lines()))
+    (line,) = lines()
+    assert "refuses: another model" in line and "does not know this machine" not in line
     peer.close()
 
 
