@@ -26,6 +26,7 @@ from vllm.logger import init_logger
 from vllm.version import __version__ as vllm_version
 
 from mlx_receiver import plugins
+from mlx_receiver.planning.coding import of_workers
 from mlx_receiver.planning.cost import Strategy
 from mlx_receiver.wire.handshake import Introduction
 from mlx_receiver.wire.layout import merged
@@ -40,6 +41,7 @@ from vllm_mac_decode.scheduler.fleet import Fleet
 from vllm_mac_decode.scheduler.relay import Relay
 from vllm_mac_decode.scheduler.step_outputs import ROUTER_KEY
 from vllm_mac_decode.stats import MacDecodePromMetrics, MacDecodeStats, stats_from
+from vllm_mac_decode.worker import coding
 from vllm_mac_decode.worker.exporter import Exporter
 from vllm_mac_decode.worker.layers import exported_layers, updates_before_hook
 from vllm_mac_decode.worker.ledger import BlockLedger
@@ -135,6 +137,10 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
             if sent:
                 self._early = updates_before_hook(self._vllm_config, sent)
                 self._exporter = Exporter(sent, self._settings, self._ledger)
+                report.token_bytes = coding.token_bytes(sent.values())
+                if self._settings.profile:
+                    blocks = int(self._kv_cache_config.num_blocks)
+                    report.coding = coding.measured(sent.values(), blocks)
             self._report = report
         except (LayoutError, ValueError) as error:
             self._report = WorkerReport(str(error))
@@ -248,7 +254,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         self.relay.engine = adapter.EngineAdapter(core)
         self.relay.vocab_size = signature.vocab_size
         if self.relay.engine.machine is not None:
-            self.relay.profiling.begin(self.relay.engine.machine)
+            told = of_workers([(report.token_bytes, report.coding) for report in reports])
+            self.relay.profiling.begin(self.relay.engine.machine, told)
         self.relay.layout = layout
         model = str(self._vllm_config.model_config.model)
         me = Introduction(

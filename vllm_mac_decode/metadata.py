@@ -27,10 +27,13 @@ class StepExports(KVConnectorMetadata):
 @dataclass
 class WorkerReport(KVConnectorHandshakeMetadata):
     """What a worker found in its KV cache: its ``layers`` by their place in the model, for
-    ``wire.layout.merged``. ``problem`` is empty when it can export them."""
+    ``wire.layout.merged``. ``problem`` is empty when it can export them. For a token it sends
+    ``token_bytes`` of raw KV; ``coding``: so many bytes of it a second it quantises, by codec."""
 
     problem: str = ""
     layers: dict[int, LayerLayout] = field(default_factory=dict)
+    token_bytes: int = 0
+    coding: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

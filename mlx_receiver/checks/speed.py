@@ -13,7 +13,7 @@ from mlx_receiver.decode.model import find_model
 from mlx_receiver.decode.speed import Speed
 from mlx_receiver.planning import cached
 from mlx_receiver.receiver import default_kv_memory
-from mlx_receiver.wire.profile import Profile
+from mlx_receiver.wire.profile import Coding, Profile
 
 #: Prompts, in tokens, and texts decoded together, that are printed.
 _LENGTHS = (128, 1024, 8192)
@@ -59,6 +59,12 @@ def run_and_print(model: str, dtype: str, most_rows: int, as_json: bool) -> int:
         print(msgspec.json.encode(saved).decode())
         return 0
     console.print(_table(profile))
+    if (coding := profile.coding) != Coding():
+        console.print(
+            f"KV that comes quantised becomes {coding.q8 / 1e9:.2f} GB/s (q8) or "
+            f"{coding.q4 / 1e9:.2f} GB/s (q4) of raw KV for each connection, up to "
+            f"{coding.threads:.1f} times that"
+        )
     console.print(
         f"Measured in {saved.seconds:.1f} s with {saved.samples} samples, of which half are within "
         f"{100 * saved.prefill_error:.1f} % (prefill) and {100 * saved.decode_error:.1f} % (decode)"

@@ -1,7 +1,8 @@
 """How fast the model is computed here: forwards of nobody's, timed one by one.
 
-A text of random tokens grows by chunks, as a prompt does that MLX prefills; then batches of several
-sizes are decoded behind caches of zeros, as sessions are. Between any two forwards whoever needs
+A text of random tokens grows by chunks, as a prompt does that MLX prefills; then some blocks are
+decoded as if they had come quantised, and batches of several sizes behind caches of zeros, as
+sessions are. Between any two forwards whoever needs
 the decoding thread can have it: what was measured until then is kept, and the rest comes later.
 """
 
@@ -19,6 +20,7 @@ from mlx_lm.generate import generation_stream
 
 from mlx_receiver.caches.memory import Budget, Reservation
 from mlx_receiver.decode.batch import PREFILL_SECONDS, Batch
+from mlx_receiver.decode.coding import Decoding
 from mlx_receiver.decode.device import machine_name
 from mlx_receiver.decode.jobs import Job, Output
 from mlx_receiver.decode.model import LoadedModel, ModelSource
@@ -74,6 +76,7 @@ class Measurement:
         self._decodes: list[DecodeSample] = []
         self._batches = list(_BATCHES)
         self._prefilled = False
+        self._decoding = Decoding(loaded.cache.layout)
         self._forwards: Iterator[None] | None = None
 
     @property
@@ -123,6 +126,7 @@ class Measurement:
             Prefill(found.step, found.token, found.pair, _chunk(found)),
             decode.found,
             bandwidth=bandwidth,
+            coding=self._decoding.found,
         )
         samples = len(self._prefills) + len(self._decodes)
         return Measured(profile, self._spent, samples, prefill.error, decode.error)
@@ -132,6 +136,10 @@ class Measurement:
             yield from self._grow()
             self._give_back()
             self._prefilled = True
+        while not self._decoding.done and self._borrows(self._decoding.nbytes):
+            self._decoding.step()
+            yield
+        self._give_back()
         while self._batches:
             if self._spent > self._seconds:
                 self._batches.clear()
@@ -216,7 +224,9 @@ class Measurement:
 
     def _fits(self, tokens: int, rows: int) -> bool:
         """Have memory for so many rows of so many tokens; False where there is too little."""
-        need = rows * self._budget.kv_bytes(tokens)
+        return self._borrows(rows * self._budget.kv_bytes(tokens))
+
+    def _borrows(self, need: int) -> bool:
         there = sum(borrowed.nbytes for borrowed in self._borrowed)
         if need <= there:
             return True

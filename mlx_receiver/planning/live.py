@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 
 from mlx_receiver.planning.cost import Link
 from mlx_receiver.wire.profile import Decode, Prefill, Profile
+from mlx_receiver.wire.quantised import BITS
 
 #: Values that the mean is taken of when they come one after the other, and the seconds in which
 #: their weight falls to a third.
@@ -46,6 +48,9 @@ _MOST_FACTOR: Final = 3.0
 
 #: Predictions that are so little apart, relatively, are as good as the same.
 _ALIKE: Final = 0.05
+
+#: Rates of quantising that are so little apart are.
+_ALIKE_CODING: Final = 0.2
 
 #: A transfer tells about the rate if it takes so many round trips.
 _ROUND_TRIPS: Final = 2.0
@@ -259,7 +264,14 @@ def alike(one: Profile, other: Profile | None) -> bool:
         (one.decode.seconds(context, rows), other.decode.seconds(context, rows))
         for context, rows in ((128, 1), (8192, 1), (128, 8))
     ]
-    return all(abs(a - b) <= _ALIKE * max(a, b) for a, b in pairs)
+    mine, others = one.coding, other.coding
+    rates = [(mine.rate(codec), others.rate(codec)) for codec in BITS]
+    rates.append((mine.threads, others.threads))
+    return _near(pairs, _ALIKE) and _near(rates, _ALIKE_CODING)
+
+
+def _near(pairs: Iterable[tuple[float, float]], most: float) -> bool:
+    return all(abs(a - b) <= most * max(a, b) for a, b in pairs)
 
 
 def _scaled(profile: Profile, prefill: float, decode: float) -> Profile:

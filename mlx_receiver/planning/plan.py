@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_receiver.planning.cost import Prediction, Strategy, fastest
+from mlx_receiver.planning.cost import RAW, Codec, Prediction, Strategy, fastest
 from mlx_receiver.planning.topology import Situation
 
 #: As people call them.
@@ -19,10 +19,12 @@ NAMES = {
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Predictions of the strategies that are possible, in the order of ``Strategy``: of those as
-    fast, the first has less computed or sent for nothing."""
+    fast, the first has less computed or sent for nothing. ``by_codec`` are those of the split in
+    each codec that the cache can travel in, also where it is another one that is used."""
 
     situation: Situation
     predictions: tuple[Prediction, ...]
+    by_codec: tuple[Prediction, ...] = ()
 
     @property
     def chosen(self) -> Prediction:
@@ -59,7 +61,8 @@ class Plan:
             case Strategy.VLLM:
                 return f"{decodes}, which does not pay for another machine within {work.output}"
             case Strategy.SPLIT:
-                return f"{decodes}, and {1e3 * chosen.shown:.0f} ms of the transfer show"
+                way = f" in {chosen.codec.name}" if chosen.codec.name != RAW.name else ""
+                return f"{decodes}, and {1e3 * chosen.shown:.0f} ms of the transfer{way} show"
             case Strategy.MAC:
                 split = self.of(Strategy.SPLIT)
                 ready = chosen.spans[0].end
@@ -72,11 +75,13 @@ class Plan:
                 )
 
 
-def plan(situation: Situation) -> Plan:
-    """Of the four strategies, those that are possible."""
+def plan(situation: Situation, codec: Codec = RAW) -> Plan:
+    """Of the four strategies, those that are possible; what is split travels in that codec."""
+    # KV that is met travels raw: what is computed beside it must fit.
     found = (
-        situation.pair.predict(strategy, situation.work, situation.load)
+        situation.predict(strategy, codec if strategy is Strategy.SPLIT else RAW)
         for strategy in Strategy
         if strategy is not Strategy.MEET or situation.meets
     )
-    return Plan(situation, tuple(found))
+    by_codec = (situation.predict(Strategy.SPLIT, way) for way in situation.codecs)
+    return Plan(situation, tuple(found), tuple(by_codec))

@@ -10,6 +10,7 @@ A file in TOML::
     [decode]                # the receiver's
     device = "m3-ultra"
     bits = 4.5              # of a number of its weights
+    q8 = 1.1e9              # bytes of raw KV that one thread decodes in a second
     batch = 2               # texts that it decodes besides
 
     [link]
@@ -26,9 +27,13 @@ import msgspec
 from msgspec import Meta
 
 from mlx_receiver.planning import models
-from mlx_receiver.planning.cost import Link, Load, Pair, Work
+from mlx_receiver.planning.coding import codec
+from mlx_receiver.planning.cost import RAW, Codec, Link, Load, Pair, Prediction, Strategy, Work
 from mlx_receiver.planning.hardware import DEVICES, LINKS, USABLE, Device
 from mlx_receiver.planning.shapes import kv_bytes
+from mlx_receiver.wire.layout import CacheLayout
+from mlx_receiver.wire.profile import Coding, Profile
+from mlx_receiver.wire.quantised import BITS, ratio
 
 #: What is taken where nothing is said: the set-up of the published demo.
 DEFAULT: Final = "spark+m3-ultra@10gbe"
@@ -38,6 +43,7 @@ _Share = Annotated[float, Meta(ge=1e-6, le=1)]
 _Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 _Count = Annotated[int, Meta(ge=0, le=1 << 20)]
 _Positive = Annotated[int, Meta(ge=1, le=1 << 20)]
+_Threads = Annotated[int, Meta(ge=1, le=4096)]
 
 
 class Side(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,7 +51,10 @@ class Side(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     besides takes the place of what is known of it (``hardware.Device``; ``memory`` in bytes).
 
     ``bits`` is those of a number of the weights, ``tokens`` of the prompt are in the side's cache,
-    ``batch`` texts are decoded besides, and ``wait`` seconds pass before it can begin.
+    ``batch`` texts are decoded besides, and ``wait`` seconds pass before it can begin. ``q8`` and
+    ``q4`` are the bytes of raw KV that one thread quantises or decodes in a second, ``threads`` how
+    many times as fast all of them are (``wire.profile.Coding``): on the prefill side one for each
+    machine where nothing is said, on the other one for each connection.
     """
 
     device: str
@@ -65,6 +74,14 @@ class Side(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: _Count = 0
     batch: _Count = 0
     wait: _Seconds = 0.0
+    q8: _Rate | None = None
+    q4: _Rate | None = None
+    threads: _Threads | None = None
+
+    def profile(self, model: models.Model, threads: int) -> Profile:
+        """How fast it is. Raises ValueError saying why that is not known."""
+        coding = Coding(self.q8 or 0.0, self.q4 or 0.0, self.threads or threads)
+        return msgspec.structs.replace(self.machine().profile(model, self.count), coding=coding)
 
     def machine(self) -> Device:
         """Raises ValueError naming the machines that are known."""
@@ -84,13 +101,14 @@ class Side(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``[link]``: one of ``hardware.LINKS``, or bytes a second; a ``round_trip`` in seconds, and
-    bytes of others that go first."""
+    """``[link]``: one of ``hardware.LINKS``, or bytes a second; a ``round_trip`` in seconds,
+    bytes of others that go first, and the connections of each machine that prefills."""
 
     name: str | None = None
     rate: Annotated[float, Meta(ge=0, le=1e18)] | None = None
     round_trip: _Seconds | None = None
     queued: Annotated[float, Meta(ge=0, le=1e18)] = 0.0
+    streams: Annotated[int, Meta(ge=1, le=64)] = 1
 
     def link(self) -> Link:
         """Raises ValueError naming the links that are known."""
@@ -115,8 +133,8 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Of a request for that model. Raises ValueError saying what is wrong."""
         ours, theirs = (models.find(model, side.bits) for side in (self.prefill, self.decode))
         pair = Pair(
-            vllm=self.prefill.machine().profile(ours, self.prefill.count),
-            mac=self.decode.machine().profile(theirs, self.decode.count),
+            vllm=self.prefill.profile(ours, self.prefill.count),
+            mac=self.decode.profile(theirs, self.prefill.count * self.link.streams),
             link=self.link.link(),
             layers=ours.layers,
             kv_bytes=kv_bytes(ours.layout),
@@ -132,20 +150,42 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             self.prefill.wait, self.prefill.batch, self.decode.wait, self.decode.batch,
             self.link.queued,
         )  # fmt: skip
-        return Situation(ours.name, pair, work, load, ours.layout.every_token, tuple(notes))
+        return Situation(ours.name, pair, work, load, ours.layout, tuple(notes), self.link.streams)
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What a plan is made for. ``meets``: whether the model's cache can come from both machines;
-    ``notes``: what speaks against it."""
+    """What a plan is made for: ``layout`` is the model's cache, ``notes`` what speaks against it,
+    ``streams`` the connections of each of vLLM's workers, ``held_in`` how what the receiver holds
+    of the prompt travelled: it is a beginning for the same only."""
 
     model: str
     pair: Pair
     work: Work
     load: Load
-    meets: bool
+    layout: CacheLayout
     notes: tuple[str, ...] = ()
+    streams: int = 1
+    held_in: str = RAW.name
+
+    @property
+    def meets(self) -> bool:
+        """Whether the cache can come from both machines."""
+        return self.layout.every_token
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """How KV can travel, what loses least first."""
+        coding = self.pair.vllm.coding, self.pair.mac.coding
+        names = [name for name in BITS if ratio(self.layout, name) < 1]
+        return RAW, *(
+            codec(name, ratio(self.layout, name), *coding, self.streams) for name in names
+        )
+
+    def predict(self, strategy: Strategy, way: Codec = RAW) -> Prediction:
+        """Of a request whose KV travels so."""
+        held = self.work.held if way.name == self.held_in else 0
+        return self.pair.predict(strategy, replace(self.work, held=held), self.load, way)
 
 
 def load(given: str) -> Topology:

@@ -19,6 +19,9 @@ _Name = Annotated[str, Meta(max_length=1024)]
 _Bytes = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
+#: Bytes of raw KV a second.
+Rate = Annotated[float, Meta(ge=0, le=1e18)]
+
 #: Where numbers come from: measured by forwards of the model's own, the same corrected by what
 #: requests took since, or calculated from what the device's maker says.
 Source = Literal["measured", "live", "hardware"]
@@ -56,9 +59,26 @@ class Decode(msgspec.Struct, frozen=True):
         return tokens * self.seconds(context + tokens // 2, rows)
 
 
+class Coding(msgspec.Struct, frozen=True):
+    """How fast one thread of a side quantises KV, where that is vLLM's, or makes raw KV of it
+    again, where it is the receiver's: bytes of raw KV a second in each codec; 0: not known.
+
+    ``threads``: so many times as fast are all of them together. vLLM's side has one in each worker;
+    the receiver has one for each connection, of which more than that many do not help.
+    """
+
+    q8: Rate = 0.0
+    q4: Rate = 0.0
+    threads: Annotated[float, Meta(ge=1, le=65536)] = 1.0
+
+    def rate(self, codec: str) -> float:
+        """Of one thread in the codec of that name; 0 where it is not known."""
+        return {"q8": self.q8, "q4": self.q4}.get(codec, 0.0)
+
+
 class Profile(msgspec.Struct, frozen=True):
     """One side. ``kv_bytes`` is the memory that it has for caches, ``bandwidth`` what a decode step
-    reads of its memory in a second (0: not known)."""
+    reads of its memory in a second (0: not known), ``coding`` how fast it quantises."""
 
     device: _Name
     model: _Name
@@ -67,3 +87,4 @@ class Profile(msgspec.Struct, frozen=True):
     source: Source = "measured"
     kv_bytes: _Bytes = 0
     bandwidth: _Bytes = 0
+    coding: Coding = Coding()

@@ -18,14 +18,14 @@ PROMPTS = [list(range(3, 3 + length)) for length in (5, 40, 200, 600)]
 
 
 def test_it_is_measured_once_beside_requests(
-    tiny_llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen3_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(cached.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setenv("MAC_DECODE_PROFILE", "true")
-    expected = greedy(tiny_llama_path, PROMPTS, 12)
-    receiver = start_receiver(tiny_llama_path, tmp_path / "receiver.log", args=("--profile",))
+    expected = greedy(tiny_qwen3_path, PROMPTS, 12)
+    receiver = start_receiver(tiny_qwen3_path, tmp_path / "receiver.log", args=("--profile",))
     try:
-        vllm = start_vllm(tiny_llama_path, tmp_path / "vllm.log", receiver=receiver.address)
+        vllm = start_vllm(tiny_qwen3_path, tmp_path / "vllm.log", receiver=receiver.address)
         try:
             log = vllm.server.log
             assert eventually(lambda: bool(receiver.health()["proofs"]), 60, 0.2)
@@ -51,6 +51,9 @@ def test_it_is_measured_once_beside_requests(
                 profile = saved.profile
                 assert 0 < profile.prefill.seconds(100) < profile.prefill.seconds(2000)
                 assert 0 < profile.decode.seconds(100, 1) <= profile.decode.seconds(100, 4)
+                coding = profile.coding
+                assert 1e6 < coding.q8 < 1e12 and 1e6 < coding.q4 < 1e12
+                assert coding.threads == 1 if saved.side == "vllm" else coding.threads >= 1
             # Nobody's requests are nobody's: users and metrics do not see them.
             assert vllm.metric("vllm:request_success_total") == asked
             assert vllm.metric("vllm:prompt_tokens_total") == asked // len(PROMPTS) * sum(
@@ -60,7 +63,7 @@ def test_it_is_measured_once_beside_requests(
             assert vllm.metric("vllm:num_requests_waiting") == 0
         finally:
             vllm.server.stop()
-        vllm = start_vllm(tiny_llama_path, tmp_path / "again.log", receiver=receiver.address)
+        vllm = start_vllm(tiny_qwen3_path, tmp_path / "again.log", receiver=receiver.address)
         try:
             for prompt, tokens in zip(PROMPTS, expected, strict=True):
                 assert eventually(lambda p=prompt, t=tokens: vllm.tokens(p, 12) == t, 20, 0.2)

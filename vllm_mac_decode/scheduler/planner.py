@@ -201,7 +201,7 @@ class Planner:
         new = asked.work.prompt - asked.work.cached
         if Strategy.VLLM in allowed and new < self._threshold and ordered is None:
             return Decision(Strategy.VLLM, "threshold")
-        codec = self._codec(asked, now)
+        codec = self.codec(asked, now)
         if ordered is not None:
             if ordered in allowed:
                 return Decision(ordered, "request", codec)
@@ -232,10 +232,7 @@ class Planner:
             corrections = self._of(decision.strategy, plan.corrections)
             corrections.observe(decision.strategy, ratio, now)
 
-    def _of(self, strategy: Strategy, receivers: Corrections) -> Corrections:
-        return self._local if strategy is Strategy.VLLM else receivers
-
-    def _codec(self, asked: Question, now: float) -> Codec:
+    def codec(self, asked: Question, now: float) -> Codec:
         """How KV travels if all of it does. What loses least is preferred to what gains little,
         and taken where nothing is known."""
         first = asked.codecs[0] if asked.codecs else RAW
@@ -260,6 +257,9 @@ class Planner:
             lambda kept: best == first.name and totals[best] <= EQUAL * totals[kept],
         )
         return ways[name]
+
+    def _of(self, strategy: Strategy, receivers: Corrections) -> Corrections:
+        return self._local if strategy is Strategy.VLLM else receivers
 
 
 def _best(totals: dict[Strategy, float]) -> Strategy:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from mlx_receiver.planning.coding import codec
 from mlx_receiver.planning.cost import RAW, Codec, KvBytes, Load, Pair, Strategy, Work
 from mlx_receiver.planning.live import Estimate
 from mlx_receiver.planning.shapes import kv_bytes
@@ -60,6 +61,8 @@ class Planning:
         """``vllm`` is how fast that is."""
         self._planner = Planner(settings.offload, settings.offload_threshold)
         self._codec = settings.codec
+        # A second connection that "auto" makes is none for KV that is quantised, which is slower.
+        self._streams = 1 if settings.streams == "auto" else settings.streams
         self._estimates = "auto" in (settings.offload, settings.codec)
         self._looks = self._estimates or settings.offload_threshold > 0
         self._outputs = Outputs()
@@ -111,7 +114,7 @@ class Planning:
         ways: tuple[Codec, ...] = (RAW,)
         if self._estimates and (pair := self._pair(case)) is not None:
             load = self._load(case, pair)
-            ways = self._ways(remote, case.layout)
+            ways = self._ways(remote, case.layout, pair)
         ordered, corrections = order.ordered(request), remote.corrections
         asked = Question(work, load, pair, case.allowed, ways, held_in, corrections, ordered)
         decision = self._planner.decide(asked, now)
@@ -142,11 +145,13 @@ class Planning:
             self._sizes = layout, kv_bytes(layout)
         return Pair(vllm, mac, remote.throughput.link, len(layout.layers), self._sizes[1])
 
-    def _ways(self, remote: Remote, layout: CacheLayout) -> tuple[Codec, ...]:
+    def _ways(self, remote: Remote, layout: CacheLayout, pair: Pair) -> tuple[Codec, ...]:
         """How a prompt's KV may be sent, if all of it is."""
         offered = remote.welcome.codecs if remote.welcome is not None else ()
         return tuple(
-            RAW if name == RAW.name else remote.throughput.codec(name, ratio(layout, name))
+            remote.throughput.stated(
+                codec(name, ratio(layout, name), pair.vllm.coding, pair.mac.coding, self._streams)
+            )
             for name in codecs.allowed(self._codec, offered, layout)
         )
 

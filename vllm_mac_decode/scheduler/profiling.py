@@ -25,10 +25,10 @@ import msgspec
 
 from mlx_receiver.planning import cached
 from mlx_receiver.planning.fit import DecodeSample, PrefillSample, fit_decode, fit_prefill
-from mlx_receiver.planning.live import Estimate
+from mlx_receiver.planning.live import Estimate, alike
 from mlx_receiver.planning.measured import Measured
 from mlx_receiver.planning.review import Review
-from mlx_receiver.wire.profile import Profile
+from mlx_receiver.wire.profile import Coding, Profile
 from vllm_mac_decode.scheduler.shadow import FREE_SHARE
 from vllm_mac_decode.scheduler.trials import Asked, Item, Plan
 
@@ -63,6 +63,7 @@ class Profiling:
         #: Where it comes from; None while there is none.
         self.saved: cached.Saved | None = None
         self._machine: Machine | None = None
+        self._coding = Coding()
         self._plan: Plan | None = None
         self._asked: Asked | None = None
         self._prefills: list[PrefillSample] = []
@@ -84,16 +85,24 @@ class Profiling:
         """As it is at present; None while nothing was ever measured."""
         return self.estimate.profile
 
-    def begin(self, machine: Machine) -> None:
-        """The engine is there. What was measured before is read, whether or not more may be."""
-        self._machine = machine
+    def begin(self, machine: Machine, coding: Coding | None = None) -> None:
+        """The engine is there, and its workers have measured how fast they quantise. What was
+        measured before is read, whether or not more may be."""
+        self._machine, self._coding = machine, coding or Coding()
         self.saved = cached.read("vllm", machine.key)
-        if self.saved is not None:
-            self.estimate.measured(
-                msgspec.structs.replace(self.saved.profile, kv_bytes=machine.kv_bytes)
-            )
-        else:
+        if self.saved is None:
             self._want()
+            return
+        if self._coding != Coding():
+            known = msgspec.structs.replace(self.saved.profile, coding=self._coding)
+            if not alike(known, self.saved.profile):  # for the command line
+                cached.write(msgspec.structs.replace(self.saved, profile=known))
+            self.saved = msgspec.structs.replace(self.saved, profile=known)
+        self.estimate.measured(self._here(self.saved.profile))
+
+    def _here(self, profile: Profile) -> Profile:
+        assert self._machine is not None
+        return msgspec.structs.replace(profile, kv_bytes=self._machine.kv_bytes)
 
     def _want(self) -> None:
         if self._on and self._machine is not None:
@@ -307,7 +316,9 @@ class Profiling:
         decode = fit_decode(self._decodes)
         if prefill is None or decode is None:
             return
-        profile = Profile(machine.device, machine.model, prefill.found, decode.found)
+        profile = Profile(
+            machine.device, machine.model, prefill.found, decode.found, coding=self._coding
+        )
         samples = len(self._prefills) + len(self._decodes)
         measured = Measured(profile, self._spent, samples, prefill.error, decode.error)
         found = measured.saved("vllm", machine.key)
@@ -315,12 +326,10 @@ class Profiling:
         self._found = found
 
     def _take(self, found: cached.Saved) -> None:
-        assert self._machine is not None
         before = self.saved.profile if self.saved is not None else None
         self._review.found(found.profile, before)
         self._found, self._thread, self.saved = None, None, found
-        profile = msgspec.structs.replace(found.profile, kv_bytes=self._machine.kv_bytes)
-        self.estimate.measured(profile)
+        self.estimate.measured(self._here(found.profile))
         logger.info("vLLM measured %s", found.text)
 
     # --- statistics -------------------------------------------------------------------------

@@ -15,16 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from mlx_receiver.planning.coding import ASSUMED
 from mlx_receiver.planning.cost import RAW, Codec, Link
 from mlx_receiver.planning.live import LinkEstimate
 
 #: Before anything was measured: 10 Gbit/s, and a word's way there and back in a local network.
 _RATE: Final = 1.25e9
 _ROUND_TRIP: Final = 5e-4
-
-#: Bytes of raw KV a second that both sides quantise, before any transfer has told: what one core
-#: of a server does (``bench/results/codecs.json``, the slower of encoding and decoding).
-_CODING: Final = {"q8": 0.65e9, "q4": 0.65e9}
 
 #: The share of a transfer's time behind the first token from which on the link held it up.
 _HELD_UP: Final = 0.2
@@ -54,8 +51,9 @@ class Throughput:
 
     def __init__(self) -> None:
         self._estimate = LinkEstimate(_RATE, _ROUND_TRIP)
-        #: By codec, in bytes of raw KV.
-        self._coding = {codec: LinkEstimate(rate, 0.0) for codec, rate in _CODING.items()}
+        #: By codec, in bytes of raw KV: how fast both sides quantise as they say, and as it is.
+        self._stated = dict(ASSUMED)
+        self._coding = {codec: LinkEstimate(rate, 0.0) for codec, rate in ASSUMED.items()}
         #: Sessions whose blocks are under way: when the first could leave, and, once all of them
         #: are computed, since when.
         self._open: dict[int, float] = {}
@@ -84,6 +82,15 @@ class Throughput:
             return Codec(name, ratio)
         coding = self._coding[name].link.rate
         return Codec(name, ratio, coding, coding)
+
+    def stated(self, codec: Codec) -> Codec:
+        """The same, by what both sides say of it at present. What transfers have told goes before
+        that until they say something else."""
+        rate = min(codec.encode, codec.decode)
+        if codec.name in self._coding and not same(rate, self._stated[codec.name]):
+            self._stated[codec.name] = rate
+            self._coding[codec.name] = LinkEstimate(rate, 0.0)
+        return self.codec(codec.name, codec.ratio)
 
     def measured(self, rate: float, round_trip: float, now: float) -> None:
         """The link was measured by itself."""

@@ -292,6 +292,7 @@ def bench(
 
 
 @app.command()
+@typed(Settings, ENV_PREFIX, "codec")
 def plan(
     model: Annotated[
         str, typer.Option(help="A published model's name, or the path of a config.json.")
@@ -307,6 +308,8 @@ def plan(
     ] = "",
     svg: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    codec: str,
 ) -> None:
     """Predict what a request takes on vLLM alone, on the Mac alone, and shared between them."""
     import json
@@ -314,14 +317,13 @@ def plan(
     from rich.console import Console
 
     from mlx_receiver.planning.plan import plan as planned
-    from vllm_mac_decode.tools.plan import picture, show
-    from vllm_mac_decode.tools.plan.sources import situation
+    from vllm_mac_decode.tools.plan import picture, show, sources
 
     try:
-        wanted, said = situation(model, prompt, output, topology)
+        wanted, said = sources.situation(model, prompt, output, topology, codec)
     except ValueError as error:
         _give_up(str(error), 2)
-    made = planned(wanted)
+    made = planned(wanted, sources.codec(codec, wanted))
     if svg is not None:
         try:
             svg.write_text(picture.svg(made))

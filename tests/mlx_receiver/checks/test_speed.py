@@ -28,6 +28,14 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def test_it_says_how_fast_quantised_kv_is_decoded(tiny_qwen3_path: Path) -> None:
+    code, text = run("--model", str(tiny_qwen3_path))
+    (saved,) = cached.read_all("receiver")
+    coding = saved.profile.coding
+    assert code == 0 and coding.q8 > 0
+    assert f"becomes {coding.q8 / 1e9:.2f} GB/s (q8) or {coding.q4 / 1e9:.2f} GB/s (q4)" in text
+
+
 def test_what_it_measures_is_the_receivers(tiny_llama_path: Path) -> None:
     code, text = run("--model", str(tiny_llama_path))
     assert code == 0 and "tokens/s" in text and "a receiver with this model begins" in text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlx_receiver.planning import topology
+from mlx_receiver.planning.coding import ASSUMED
 from mlx_receiver.planning.cost import Load, Strategy, Work
 from mlx_receiver.planning.plan import plan
 
@@ -53,6 +55,36 @@ def test_a_file(tmp_path: Path) -> None:
     assert step == pytest.approx(4, rel=0.01)
 
 
+def test_how_fast_devices_quantise(tmp_path: Path) -> None:
+    """Where a file says it; otherwise as everywhere where nobody does."""
+    unsaid = topology.load(written(tmp_path, FILE)).situation("Llama-3.1-8B", 8192, 64)
+    assert [way.name for way in unsaid.codecs] == ["raw", "q8", "q4"]
+    assert {way.encode for way in unsaid.codecs[1:]} == {ASSUMED["q8"]}
+    assert {way.decode for way in unsaid.codecs[1:]} == {ASSUMED["q8"]}
+    text = FILE.replace("bits = 8", "q8 = 20e9").replace("wait = 0.25", "q8 = 1e9\nq4 = 2e9")
+    _, q8, q4 = topology.load(written(tmp_path, text)).situation("Llama-3.1-8B", 8192, 64).codecs
+    assert (q8.encode, q8.decode) == (2 * 20e9, 2 * 1e9), "two machines, a connection each"
+    assert (q4.encode, q4.decode) == (ASSUMED["q4"], 2 * 2e9)
+    wide = text.replace("queued = 1e9", "streams = 3")
+    _, q8, _ = topology.load(written(tmp_path, wide)).situation("Llama-3.1-8B", 8192, 64).codecs
+    assert (q8.encode, q8.decode) == (2 * 20e9, 6 * 1e9)
+    few = wide.replace("q4 = 2e9", "threads = 4")
+    _, q8, _ = topology.load(written(tmp_path, few)).situation("Llama-3.1-8B", 8192, 64).codecs
+    assert q8.decode == 4 * 1e9
+
+
+def test_what_is_held_is_a_beginning_for_the_same_codec() -> None:
+    found = topology.load("spark+m3-ultra@1gbe").situation("Llama-3.1-8B", 8192, 32)
+    found = replace(found, work=replace(found.work, held=8000))
+    raw, q8, _ = found.codecs
+    held, anew = found.predict(Strategy.SPLIT, raw), found.predict(Strategy.SPLIT, q8)
+    assert held.kv_bytes == 131_072 * 192 and anew.kv_bytes == pytest.approx(
+        131_072 * 8192 * 0.53, rel=0.01
+    )
+    kept = replace(found, held_in="q8").predict(Strategy.SPLIT, q8)
+    assert kept.kv_bytes == pytest.approx(0.53 * held.kv_bytes, rel=0.01)
+
+
 def test_names() -> None:
     one = topology.load("2xspark+m4-max@2.5gbe")
     assert (one.prefill.device, one.prefill.count) == ("spark", 2)
@@ -86,6 +118,14 @@ def test_names_that_are_none(name: str, said: str) -> None:
         ("count = 2", "counts = 2", "counts"),
         ("reads = 0.5", "reads = 1.5", "reads"),
         ("rate = 3e9", "rate = -1", "rate"),
+        ("rate = 3e9", "rate = nan", r"link\.rate"),
+        ("wait = 0.25", "q8 = nan", r"decode\.q8"),
+        ("wait = 0.25", "q8 = inf", r"decode\.q8"),
+        ("wait = 0.25", "q8 = 0", r"decode\.q8"),
+        ("wait = 0.25", "q4 = -1e9", r"decode\.q4"),
+        ("wait = 0.25", "q6 = 1e9", r"q6"),
+        ("wait = 0.25", "threads = 0", r"threads"),
+        ("rate = 3e9", "streams = 0", r"streams"),
         ("rate = 3e9", 'rate = "fast"', "rate"),
         ('name = "thunderbolt-5"', 'name = "string"', "no link 'string'"),
         ("[link]", "[cable]", "cable"),

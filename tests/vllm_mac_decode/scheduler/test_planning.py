@@ -16,7 +16,7 @@ from mlx_receiver.planning.cost import Strategy
 from mlx_receiver.wire import messages as m
 from mlx_receiver.wire.keys import new_ticket
 from mlx_receiver.wire.layout import full_attention
-from mlx_receiver.wire.profile import Decode, Prefill, Profile
+from mlx_receiver.wire.profile import Coding, Decode, Prefill, Profile
 from tests.vllm_mac_decode.engine import BYTES, CONTEXT, PROMPT, Engine, Link
 from tests.vllm_mac_decode.plain import Output
 from tests.vllm_mac_decode.scheduler import test_handoff_phases
@@ -453,7 +453,7 @@ def test_what_is_quantised_is_planned_with_and_told_of_in_the_bytes_that_travel(
 
 def quantising(offload: str = "always", **settings: Any) -> Auto:
     """Of a cache that can be quantised, with a receiver that knows how."""
-    engine = Auto(offload, codec="auto", **settings)
+    engine = Auto(offload, **{"codec": "auto", **settings})
     engine.relay.layout = full_attention(1, 1, 64, "float32")
     welcome = engine.receiver.welcome
     assert welcome is not None
@@ -486,6 +486,47 @@ def test_an_automatic_codec_follows_the_link_whatever_decides_who_does_what() ->
     planned = quantising("auto")
     planned.slow(1500.0)
     assert sent(planned, max_tokens=60, prompt=list(range(1, 7))).plan.startswith("split q8 (fast")
+
+
+def stating(vllm: Coding, mac: Coding, link: float, **settings: Any) -> str:
+    """The codec of a prompt with much KV, with sides that say so of their speed."""
+    engine = quantising(**settings)
+    # 210 MB for a token, which vLLM computes in no time.
+    engine.relay.layout = full_attention(100, 4096, 64, "float32")
+    fast = Prefill(0.0, 1e-6, 0.0, 8192)
+    engine.relay.profiling.estimate.measured(
+        msgspec.structs.replace(VLLM, prefill=fast, coding=vllm)
+    )
+    engine.say(m.Status(0, 0, True, 0, [], profile=msgspec.structs.replace(MAC, coding=mac)))
+    engine.slow(link)
+    return sent(engine, max_tokens=2).codec
+
+
+@pytest.mark.parametrize("link", [0.3e9, 1e9, 3e9])
+def test_it_is_chosen_by_what_both_sides_say_of_their_speed(link: float) -> None:
+    slow, fast = Coding(q8=0.5 * link), Coding(q8=3 * link)
+    assert stating(fast, fast, link) == "q8"
+    assert stating(slow, fast, link) == stating(fast, slow, link) == "raw"
+    # What an old one does not say is taken to be as on a core of a server.
+    assert stating(Coding(), Coding(), link) == ("q8" if link < 0.6e9 else "raw")
+
+
+def test_workers_and_connections_count() -> None:
+    each = Coding(q8=0.5e9, threads=8)
+    one = Coding(q8=0.5e9)
+    assert stating(one, each, 1e9) == "raw"
+    assert stating(Coding(q8=0.5e9, threads=4), each, 1e9) == "q8"
+    assert stating(Coding(q8=2e9), each, 1e9) == "raw"
+    assert stating(Coding(q8=2e9), each, 1e9, streams=4) == "q8"
+    assert stating(Coding(q8=2e9), one, 1e9, streams=4) == "raw", "it has one core"
+
+
+@pytest.mark.parametrize("rate", [5e-324, 1e-9, 1.0, 1e18])
+def test_absurd_rates_only_make_a_codec_look_good_or_bad(rate: float) -> None:
+    absurd = Coding(q8=rate, q4=rate, threads=65536)
+    wanted = "q8" if rate > 1e9 else "raw"
+    assert stating(Coding(q8=1e10), absurd, 1e9) == wanted
+    assert stating(Coding(q8=0.1e9), absurd, 1e9) == "raw", "no more than this side does"
 
 
 def test_a_routers_prefill_has_an_automatic_codec_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from mlx_receiver.planning import cached, review
 from mlx_receiver.planning.live import Estimate
 from mlx_receiver.wire import messages as m
-from mlx_receiver.wire.profile import Decode, Prefill, Profile
+from mlx_receiver.wire.profile import Coding, Decode, Prefill, Profile
 from tests.vllm_mac_decode.engine import PROMPT, Engine, Port
 from tests.vllm_mac_decode.plain import Output, Outputs, Params, Request
 from vllm_mac_decode.scheduler import profiling
@@ -135,6 +136,37 @@ def test_it_is_measured_once() -> None:
     unasked = Vllm(FAST, machine(), enabled=False)
     assert unasked.profiling.profile is not None
     assert not Vllm(FAST, machine(vllm="0.31"), enabled=False).rest()
+
+
+def test_how_fast_workers_quantise_is_part_of_it() -> None:
+    told = Coding(2e9, 1e9, 2)
+    vllm = Vllm(FAST, machine())
+    vllm.profiling.begin(machine(), told)
+    vllm.measure()
+    assert vllm.profiling.profile is not None and vllm.profiling.profile.coding == told
+    assert vllm.profiling.saved is not None and vllm.profiling.saved.profile.coding == told
+    # They do it again at each start; nothing is said if they did not.
+    again = Profiling(enabled=False)
+    again.begin(machine())
+    assert again.profile is not None and again.profile.coding == told
+    faster = Coding(4e9, 1e9, 2)
+    again.begin(machine(), faster)
+    assert again.profile.coding == faster
+    assert cached.read_all("vllm")[0].profile.coding == faster
+
+
+def test_a_file_that_says_nothing_of_quantising_is_read_and_completed(tmp_path: Path) -> None:
+    Vllm(FAST, machine()).measure()
+    (file,) = tmp_path.glob("profiles/*.json")
+    old = json.loads(file.read_text())
+    del old["profile"]["coding"]
+    file.write_text(json.dumps(old))
+    found = Profiling(enabled=False)
+    found.begin(machine())
+    assert found.profile is not None and found.profile.coding == Coding()
+    found.begin(machine(), Coding(2e9, 1e9))
+    assert json.loads(file.read_text())["profile"]["coding"]["q8"] == 2e9
+    assert json.loads(file.read_text())["made"] == old["made"], "the rest is as old as it was"
 
 
 @settings(deadline=None)

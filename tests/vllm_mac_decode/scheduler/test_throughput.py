@@ -193,6 +193,30 @@ def test_a_slow_link_is_told_from_slow_quantising() -> None:
     assert wire.seen.link.rate == near(GBIT / 4)
 
 
+def test_it_begins_with_what_both_sides_say_and_goes_on_with_what_they_do() -> None:
+    wire = Wire(10 * GBIT)
+    said = Codec("q8", 0.53, 3e9, 0.2e9)
+    assert wire.seen.stated(said).encode == 0.2e9, "the slower one"
+    for _ in range(4):
+        wire.transfer(4000 * MB, codec=coded(0.5e9))
+    assert wire.seen.stated(said).encode == near(0.5e9)
+    assert wire.seen.stated(Codec("q8", 0.53, 3e9, 0.21e9)).encode == near(0.5e9), "the same"
+    assert wire.seen.stated(Codec("q8", 0.53, 3e9, 1e9)).encode == 1e9, "something else"
+    assert wire.seen.stated(RAW) == RAW
+    assert wire.seen.codec("q4", 0.28).encode == 0.65e9
+
+
+@pytest.mark.parametrize("said", [5e-324, 1.0, 1e18])
+def test_whatever_both_sides_say_the_link_is_found_when_it_carries_raw_kv(said: float) -> None:
+    wire = Wire(GBIT)
+    wire.seen.stated(Codec("q8", 0.53, said, said))
+    for _ in range(4):
+        wire.transfer(4000 * MB, codec=coded(0.2e9))
+    for _ in range(4):
+        wire.transfer()
+    assert wire.seen.link.rate == near(GBIT)
+
+
 def test_what_was_blamed_on_the_wrong_one_is_put_right() -> None:
     """A fast link becomes slow while KV travels quantised, and fast again."""
     wire = Wire(10 * GBIT)

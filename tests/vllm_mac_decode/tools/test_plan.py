@@ -63,6 +63,70 @@ def test_json() -> None:
     assert found["vllm"]["source"] == "hardware"
 
 
+SLOW_LINK = ["--model", "Llama-3.1-8B", "--topology", "spark+m3-ultra@1gbe", "--output", "512"]
+
+
+def by_codec(*arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(*SLOW_LINK, *arguments, "--json"))
+    return found
+
+
+def test_what_each_codec_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = by_codec()
+    assert found["strategies"]["split"]["codec"] == "raw", "as without the setting"
+    ways = found["split_by_codec"]
+    assert list(ways) == ["raw", "q8", "q4"]
+    totals = [way["total_s"] for way in ways.values()]
+    assert totals == sorted(totals, reverse=True), "a link that slow"
+    assert ways["q8"]["kv_bytes"] == pytest.approx(0.53 * ways["raw"]["kv_bytes"], rel=0.01)
+    assert ways["raw"]["encode_bytes_per_s"] is None
+    assert ways["q4"]["decode_bytes_per_s"] == 0.65e9
+    for name in ("raw", "q8", "q4"):
+        planned = by_codec("--codec", name)["strategies"]
+        assert planned["split"]["codec"] == name
+        assert planned["split"]["total_s"] == ways[name]["total_s"]
+        assert planned["meet"]["codec"] == "raw"
+    assert by_codec("--codec", "auto")["strategies"]["split"]["codec"] == "q8", (
+        "q4 is not asked for"
+    )
+    monkeypatch.setenv("MAC_DECODE_CODEC", "q4")
+    assert by_codec()["strategies"]["split"]["codec"] == "q4"
+    text = " ".join(run(*SLOW_LINK, "--codec", "q4").split())
+    assert "split, KV streamed, by codec" in text and "0.65 GB/s" in text
+    assert "of the transfer in q4 show" in text
+
+
+def test_an_automatic_codec_is_the_one_that_vllm_s_side_would_choose(tmp_path: Path) -> None:
+    """On a link as fast as both sides quantise: it follows what they do."""
+    machines = tmp_path / "machines.toml"
+    for rate, codec in ((3e9, "q8"), (0.3e9, "raw")):
+        machines.write_text(
+            f'[prefill]\ndevice = "spark"\nq8 = {rate}\n[decode]\ndevice = "m3-ultra"\n'
+            f"q8 = {rate}\n[link]\nrate = 0.4e9\n"
+        )
+        arguments = ["--model", "Llama-3.1-8B", "--topology", str(machines), "--codec", "auto"]
+        found = json.loads(run(*arguments, "--json"))
+        assert found["strategies"]["split"]["codec"] == codec
+        assert found["split_by_codec"]["q8"]["encode_bytes_per_s"] == rate
+        assert found["mac"]["coding"]["q8"] == rate
+
+
+def test_a_cache_that_cannot_be_quantised_has_no_codecs(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA | {"head_dim": 80}))
+    text = run("--model", str(config), "--topology", "spark+m3-ultra@1gbe", "--codec", "auto")
+    assert "by codec" not in text
+    found = json.loads(
+        run("--model", str(config), "--topology", "spark+m3-ultra@1gbe", "--codec", "q8", "--json")
+    )
+    assert list(found["split_by_codec"]) == ["raw"]
+    assert found["strategies"]["split"]["codec"] == "raw"
+
+
+def test_a_codec_that_is_none() -> None:
+    assert "'q6' is not one of" in run("--model", "Llama-3.1-8B", "--codec", "q6", code=2)
+
+
 def test_a_drawing(tmp_path: Path) -> None:
     path = tmp_path / "plan.svg"
     assert f"Written: {path}" in run("--model", "Llama-3.1-8B", "--svg", str(path))
@@ -70,6 +134,7 @@ def test_a_drawing(tmp_path: Path) -> None:
     kinds = "{http://www.w3.org/2000/svg}"
     words = [text.text or "" for text in drawn.iter(f"{kinds}text")]
     assert set(NAMES.values()) <= set(words)
+    assert sum(word.startswith("by codec: raw ") for word in words) == 1
     made = plan(DEMO)
     rectangles = [
         one for one in drawn.iter(f"{kinds}rect") if one.find(f"{kinds}title") is not None

@@ -7,13 +7,14 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from mlx_receiver.planning import cached
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.wire.messages import DataPath, Ping
-from mlx_receiver.wire.profile import Decode, Prefill, Profile
+from mlx_receiver.wire.profile import Coding, Decode, Prefill, Profile
 from tests.conftest import free_port
 from vllm_mac_decode.tools.cli import app
 
@@ -81,6 +82,28 @@ def test_both_sides(measured: None, receiver: Receiver, tmp_path: Path) -> None:
     _, text = run("--receiver-http", there(receiver))
     assert "corrected by what it has decoded since" in " ".join(text.split())
     assert "prediction error, p50" in text and "50 % (decode)" in text
+
+
+def test_how_fast_both_sides_quantise(measured: None, receiver: Receiver) -> None:
+    assert receiver.speed is not None
+    mac = Profile("a Mac", "model", Prefill(0.01, 7e-4, 2e-8, 2048), Decode(0.02, 1e-3, 1e-7))
+    receiver.speed._estimate.measured(mac)
+    _, text = run("--receiver-http", there(receiver))
+    words = " ".join(text.split())
+    assert words.count("q8 and q4 were not measured: plans take what stands in brackets") == 2
+    assert words.count("(0.65 GB/s)") == 4
+    known = msgspec.structs.replace(mac, coding=Coding(1.25e9, 0.5e9, 3.5))
+    receiver.speed._estimate.measured(known)
+    (saved,) = cached.read_all("vllm")
+    told = msgspec.structs.replace(VLLM, coding=Coding(20e9, 0.0, 1))
+    cached.write(msgspec.structs.replace(saved, profile=told))
+    _, text = run("--receiver-http", there(receiver))
+    words = " ".join(text.split())
+    assert "20.00 GB/s" in words and "4.38 GB/s, 3.5 threads" in words
+    assert "1.75 GB/s, 3.5 threads" in words and words.count("(0.65 GB/s)") == 1
+    assert "q8 and q4 when it started" in words and "q8 and q4 with it" in words
+    _, text = run("--receiver-http", there(receiver), "--json")
+    assert json.loads(text)["receiver"]["profile"]["coding"]["q8"] == 1.25e9
 
 
 def test_the_link_is_what_vllm_has_told_the_receiver(receiver: Receiver) -> None:

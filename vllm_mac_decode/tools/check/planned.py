@@ -13,7 +13,7 @@ from mlx_receiver.wire.layout import CacheLayout
 from vllm_mac_decode.settings import Settings
 from vllm_mac_decode.tools.check.finding import Finding, fine, warning
 from vllm_mac_decode.tools.check.transfer import Transfer
-from vllm_mac_decode.tools.plan.sources import measured
+from vllm_mac_decode.tools.plan.sources import codec, measured
 
 #: The request that is planned, as far as the receiver's context has room for it.
 _TOKENS: Final = 8192
@@ -41,7 +41,8 @@ def check_plan(
     work = Work(max(1, min(_TOKENS, welcome.max_tokens - _OUTPUT)), _OUTPUT)
     link = Link(transfer.rate)
     pair = Pair(vllm, mac, link, len(layout.layers), kv_bytes(layout))
-    made = plan(Situation(name, pair, work, Load(), layout.every_token))
+    situation = Situation(name, pair, work, Load(), layout)
+    made = plan(situation, codec(settings.codec, situation, welcome.codecs))
     figures: dict[str, str | float] = {
         str(found.strategy): round(found.total, 3) for found in made.predictions
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from html import escape
 
-from mlx_receiver.planning.cost import Prediction
+from mlx_receiver.planning.cost import Prediction, Strategy
 from mlx_receiver.planning.plan import NAMES, Plan
 from vllm_mac_decode.tools.plan.show import LANES, ticks
 
@@ -43,6 +43,7 @@ def svg(plan: Plan) -> str:
                 f'<rect x="6" y="{top}" width="{_WIDTH - 12}" height="{group - 4}" rx="4" '
                 f'fill="{_CHOSEN}"/>'
             )
+    ways = ", ".join(f"{one.codec.name} {one.total:.2f} s" for one in plan.by_codec)
     for tick in ticks(end, 8):
         x = _at(tick, end)
         drawn.append(f'<path d="M{x:.1f} {_TOP}V{floor}" stroke="{_GRID}"/>')
@@ -50,6 +51,9 @@ def svg(plan: Plan) -> str:
     for index, prediction in enumerate(plan.predictions):
         bold = prediction is plan.chosen
         drawn += _strategy(prediction, _TOP + index * group, end, bold)
+        if prediction.strategy is Strategy.SPLIT and len(plan.by_codec) > 1:
+            at, style = _TOP + index * group + 13, 'text-anchor="end" font-size="11"'
+            drawn.append(_words(_WIDTH - 12, at, f"by codec: {ways}", style))
     for place, (name, colour) in enumerate(_COLOURS.items()):
         x = _WIDTH - 230 + place * 75
         drawn.append(f'<rect x="{x}" y="10" width="12" height="12" fill="{colour}"/>')

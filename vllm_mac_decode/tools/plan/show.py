@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mlx_receiver.planning.cost import Prediction, Span
+from mlx_receiver.planning.cost import Prediction, Span, Strategy
 from mlx_receiver.planning.plan import NAMES, Plan
 
 #: A lane of the picture, as it is called.
@@ -22,6 +23,8 @@ _LABEL = 8
 def render(plan: Plan, said: str, width: int) -> RenderableType:
     """Everything, at most ``width`` characters wide."""
     lines: list[RenderableType] = [table(plan), Text.from_markup(f"[bold]{escape(plan.why)}[/]")]
+    if len(plan.by_codec) > 1:
+        lines += ["", codec_table(plan), ""]
     lines += [Text(f"! {note}", style="yellow") for note in plan.situation.notes]
     if not plan.situation.meets:
         lines.append(
@@ -57,6 +60,26 @@ def cells(prediction: Prediction) -> tuple[str, ...]:
         f"{prediction.shown:.2f} s" if sent else "-",
         f"{prediction.kv_bytes / 1e9:.2f} GB" if sent else "-",
     )
+
+
+def codec_table(plan: Plan) -> Table:
+    """One row for each codec that KV could travel in if the work is split, the one that it is
+    planned with in bold."""
+    split = plan.of(Strategy.SPLIT)
+    found = Table(title=f"{NAMES[Strategy.SPLIT]}, by codec", title_justify="left")
+    for heading in ("", "second", "last", "transfer shown", "KV sent", "encoded", "decoded"):
+        found.add_column(heading, justify="right" if heading else "left")
+    for one in plan.by_codec:
+        used = split is not None and one.codec.name == split.codec.name
+        _, _, second, last, shown, sent = cells(one)
+        rates = [
+            f"{rate / 1e9:,.2f} GB/s" if math.isfinite(rate) else "-"
+            for rate in (one.codec.encode, one.codec.decode)
+        ]
+        found.add_row(
+            one.codec.name, second, last, shown, sent, *rates, style="bold" if used else ""
+        )
+    return found
 
 
 def picture(plan: Plan, width: int) -> list[Text]:
@@ -127,12 +150,8 @@ def as_json(plan: Plan, said: str) -> dict[str, Any]:
         "chosen": plan.chosen.strategy.value,
         "why": plan.why,
         "strategies": {
-            one.strategy.value: {
-                "first_token_s": one.first_token,
-                "second_token_s": one.second_token,
-                "total_s": one.total,
-                "transfer_shown_s": one.shown,
-                "kv_bytes": one.kv_bytes,
+            one.strategy.value: _figures(one)
+            | {
                 "codec": one.codec.name,
                 "met_tokens": one.met,
                 "spans": [
@@ -142,4 +161,27 @@ def as_json(plan: Plan, said: str) -> dict[str, Any]:
             }
             for one in plan.predictions
         },
+        "split_by_codec": {
+            one.codec.name: _figures(one)
+            | {
+                "bytes_of_raw": one.codec.ratio,
+                "encode_bytes_per_s": _finite(one.codec.encode),
+                "decode_bytes_per_s": _finite(one.codec.decode),
+            }
+            for one in plan.by_codec
+        },
     }
+
+
+def _figures(one: Prediction) -> dict[str, Any]:
+    return {
+        "first_token_s": one.first_token,
+        "second_token_s": one.second_token,
+        "total_s": one.total,
+        "transfer_shown_s": one.shown,
+        "kv_bytes": one.kv_bytes,
+    }
+
+
+def _finite(rate: float) -> float | None:
+    return rate if math.isfinite(rate) else None

@@ -8,7 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mlx_receiver.planning.coding import ASSUMED
 from mlx_receiver.wire.profile import Profile
+from mlx_receiver.wire.quantised import BITS
 from mlx_receiver.wire.seldom import printable
 from vllm_mac_decode.tools.profile.sources import Known
 
@@ -51,7 +53,8 @@ def render(known: Sequence[Known], links: Mapping[str, str], width: int) -> Rend
             ),
         ]
     for one in known:
-        parts.append(Text.assemble((f"{one.title}: ", _STYLES[one.side]), one.origin))
+        said = "; ".join(filter(None, [one.origin, _coding_origin(one)]))
+        parts.append(Text.assemble((f"{one.title}: ", _STYLES[one.side]), said))
     parts += [Text(f"link of {name}: KV goes to {words}") for name, words in links.items()]
     return Group(*parts)
 
@@ -102,6 +105,8 @@ def _table(known: Sequence[Known]) -> Table:
             )
     row("memory for KV", [_bytes(p.kv_bytes) if p else "" for p in profiles])
     row("memory read", [f"{_bytes(p.bandwidth)}/s" if p and p.bandwidth else "-" for p in profiles])
+    for codec in BITS:
+        row(f"{codec}, of raw KV", [_coding(p, codec) if p else "" for p in profiles])
     for quantile in ("0.5", "0.9"):
         told = [_error(one, quantile) for one in known]
         if any(told):
@@ -116,6 +121,26 @@ def _error(one: Known, quantile: str) -> str:
         if errors.get(quantile)
     ]
     return ", ".join(found)
+
+
+def _coding(profile: Profile, codec: str) -> str:
+    """How fast all of its threads quantise, or decode what came so."""
+    rate, threads = profile.coding.rate(codec), profile.coding.threads
+    if not rate:
+        return f"({ASSUMED[codec] / 1e9:.2f} GB/s)"
+    together = f", {threads:,.1f} threads" if threads > 1 else ""
+    return f"{rate * threads / 1e9:,.2f} GB/s{together}"
+
+
+def _coding_origin(one: Known) -> str:
+    """Where that comes from, in words."""
+    if one.profile is None:
+        return ""
+    if not any(map(one.profile.coding.rate, BITS)):
+        return "q8 and q4 were not measured: plans take what stands in brackets"
+    if one.side == "vllm":
+        return "q8 and q4 when it started, quantised as the KV of a request is"
+    return "q8 and q4 with it, decoded as blocks that arrive are"
 
 
 def _bytes(count: int) -> str:

@@ -54,6 +54,19 @@ def test_it_says_what_is_faster_and_why(tiny_llama_path: Path) -> None:
     assert found.figures["vllm"] == pytest.approx(0.82 + 255 * 0.08, rel=0.02)
 
 
+@pytest.mark.parametrize(("codec", "ratio"), [("raw", 1.0), ("q8", 0.28), ("auto", 0.28)])
+def test_the_codec_is_the_one_that_requests_get(
+    tiny_qwen3_path: Path, codec: str, ratio: float
+) -> None:
+    keep(tiny_qwen3_path, 0.08)
+    settings = msgspec.convert({"codec": codec}, Settings)
+    welcome = m.Welcome("r", "m", "e", [], new_ticket(), 2000, ["raw", "q8"], profile=MAC)
+    layout = read_model(str(tiny_qwen3_path)).layout
+    link = layout.bytes_per_token * 100  # a second for a hundred tokens
+    found = check_plan(settings, str(tiny_qwen3_path), layout, welcome, Transfer(link, 1.0))
+    assert found.figures["split"] == pytest.approx(1744 / 100 * ratio + 255 * 0.02, rel=0.05)
+
+
 def test_where_vllm_is_faster_it_says_that_requests_stay(tiny_llama_path: Path) -> None:
     keep(tiny_llama_path, 0.01)
     found = planned(tiny_llama_path)
