@@ -2,73 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlx_receiver.caches.model import CacheBuffers
-from mlx_receiver.decode.fronts import CHUNK_SECONDS, Fronts
+from mlx_receiver.decode.fronts import Fronts
 from mlx_receiver.receiver import Receiver
 from mlx_receiver.sessions import front
 from mlx_receiver.wire.messages import Complete, Opened, Ping, Status
 from mlx_receiver.wire.sampling import Sampling
-from tests.mlx_receiver.client import FakeVllm, Prefilled, block, connected, started
+from tests.mlx_receiver.client import FakeVllm, Prefilled, block, connected
 from tests.mlx_receiver.conftest import Prefill
+from tests.mlx_receiver.sessions.fronts import (
+    A_TOKEN,
+    FRONT,
+    GREEDY,
+    HEADS,
+    LAYERS,
+    Gate,
+    arrived,
+    finish,
+    free,
+    opened,
+    send,
+    send_one,
+)
 from tests.waiting import eventually
-
-LAYERS, HEADS, DIM = 4, 2, 32
-A_TOKEN = 2 * LAYERS * HEADS * DIM * 4
-GREEDY = Sampling(max_tokens=8, temperature=0.0)
-FRONT = {"compute": "front"}
-
-
-class Gate:
-    """Lets the receiver compute so many chunks, and notes how many it has computed."""
-
-    def __init__(self, fronts: Fronts) -> None:
-        self.fronts = fronts
-        self._compute = fronts.compute
-        self._open = threading.Semaphore(0)
-        self.computed = 0
-        #: That each chunk may take.
-        self.seconds = CHUNK_SECONDS
-        fronts.compute = self.compute  # type: ignore[method-assign]
-
-    def compute(self, loaded: Any, rows: int, _seconds: float) -> bool:
-        if not self._open.acquire(timeout=0.002):
-            return False
-        called = []
-        for turn in self.fronts._waiting:
-            turn.chunk, turn.rate = 16, 0.0
-
-        def model(inputs: Any, cache: Any) -> Any:
-            called.append(inputs)
-            return loaded.model(inputs, cache=cache)
-
-        fake = SimpleNamespace(model=model)
-        self._compute(fake, rows, self.seconds)  # type: ignore[arg-type]
-        if called:
-            self.computed += 1
-        else:
-            self._open.release()  # nothing could be computed yet
-        return bool(called)
-
-    def let(self, chunks: int) -> None:
-        """Have so many computed, of 16 tokens each, and wait for that."""
-        for count in range(self.computed + 1, self.computed + 1 + chunks):
-            self._open.release()
-            assert eventually(lambda count=count: self.computed == count)
-
-    def close(self) -> None:
-        del self.fronts.compute  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -84,55 +48,6 @@ def gate(keeping: Receiver) -> Iterator[Gate]:
     made = Gate(keeping.engine._gap.fronts)
     yield made
     made.close()
-
-
-def free(receiver: Receiver) -> None:
-    """Nothing is held of what ended."""
-    store = receiver.store
-    assert eventually(lambda: not store.sessions() and not receiver.engine._gap.fronts)
-    assert eventually(lambda: store.reserved_bytes == 0)
-    while store.residents.reclaim():
-        pass
-    assert store.budget.reserved == 0
-
-
-def opened(client: FakeVllm, kv: Prefilled, sampling: Sampling = GREEDY) -> int:
-    session = client.open(kv.prompt, sampling, FRONT)
-    assert isinstance(client.opened(session), Opened)
-    assert eventually(lambda: len(client.receiver.engine._gap.fronts) > 0)
-    found = client.receiver.store.get(session)
-    assert found is not None and eventually(lambda: found.allocated)
-    return session
-
-
-def send(client: FakeVllm, session: int, kv: Prefilled, start: int, end: int) -> None:
-    """All layers of these tokens."""
-    for layer, plane in itertools.product(range(LAYERS), range(2)):
-        send_one(client, session, kv, layer, plane, start, end)
-
-
-def send_one(
-    client: FakeVllm, session: int, kv: Prefilled, layer: int, plane: int, start: int, end: int
-) -> None:
-    assert client.data is not None
-    header, payload = block(session, kv, layer, plane, slice(0, HEADS), slice(start, end))
-    client.data.send(header, [payload])
-
-
-def arrived(client: FakeVllm, session: int, nbytes: int) -> None:
-    found = client.receiver.store.get(session)
-    assert found is not None
-    assert eventually(lambda: found.kv_bytes >= nbytes)
-
-
-def finish(client: FakeVllm, session: int, kv: Prefilled, computed: int, held: int = 0) -> None:
-    """The session is complete, with so many tokens computed, and decodes as MLX alone does."""
-    complete = client.complete(session)
-    assert complete == Complete(
-        session, (len(kv.prompt) - held - computed) * A_TOKEN, computed * A_TOKEN
-    )
-    client.start(session, kv.first)
-    assert [kv.first, *client.tokens(session)] == kv.tokens
 
 
 def test_they_meet(client: FakeVllm, gate: Gate, prefill: Prefill) -> None:
@@ -397,126 +312,6 @@ def test_several_prompts_take_turns(client: FakeVllm, gate: Gate, prefill: Prefi
     for session, kv, computed in zip(sessions[1:], kvs[1:], (32, 16), strict=True):
         send(client, session, kv, computed, 100)
         finish(client, session, kv, computed)
-
-
-@pytest.mark.parametrize("tokens", [30, 100])
-def test_computing_begins_before_there_is_memory(
-    client: FakeVllm,
-    gate: Gate,
-    prefill: Prefill,
-    monkeypatch: pytest.MonkeyPatch,
-    tokens: int,
-) -> None:
-    """What was computed by then is copied when there is, also if that is all."""
-    grow, go_on = CacheBuffers.grow, threading.Event()
-
-    def slowly(self: CacheBuffers) -> bool:
-        if self.layers and threading.current_thread().name.startswith("kv-allocate"):
-            assert go_on.wait(20)
-        return grow(self)
-
-    monkeypatch.setattr(CacheBuffers, "grow", slowly)
-    kv = prefill(tokens)
-    session = client.open(kv.prompt, GREEDY, FRONT)
-    assert isinstance(client.opened(session), Opened)
-    gate.let(2)
-    found = client.receiver.store.get(session)
-    assert found is not None and not found.allocated and not found.computed_bytes
-    go_on.set()
-    assert eventually(lambda: found.allocated)
-    if tokens == 100:
-        gate.let(2)
-        send(client, session, kv, 64, 100)
-    else:
-        gate._open.release()
-    finish(client, session, kv, min(tokens, 64))
-
-
-def test_without_memory_all_of_it_comes(tiny_llama_path: Path, prefill: Prefill) -> None:
-    kv = prefill(700)
-    nbytes = 1300 * A_TOKEN + 700 * 64 + 2 * LAYERS * HEADS * 700
-    with started(tiny_llama_path, kv_memory=nbytes) as receiver, connected(receiver) as client:
-        session = client.open(kv.prompt, GREEDY, FRONT)
-        assert isinstance(client.opened(session), Opened)
-        assert eventually(lambda: not receiver.engine._gap.fronts)
-        client.send_kv(session, kv)
-        finish(client, session, kv, 0)
-
-
-def test_its_memory_grows_with_it(
-    client: FakeVllm, gate: Gate, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may meet what comes long before the end."""
-    monkeypatch.setattr(front, "_ROOM", 256)
-    budget, kv = client.receiver.store.budget, prefill(1100)
-    session = opened(client, kv)
-    found = client.receiver.store.get(session)
-    assert found is not None
-    seen = []
-    for chunks in (1, 16, 16):
-        gate.let(chunks)
-        seen.append(budget.reserved - found.reservation.nbytes)
-    small, _, large = seen
-    assert 0 < small < budget.kv_bytes(257) + 257 * 64 < large < budget.kv_bytes(1100)
-    send(client, session, kv, 528, 1100)
-    finish(client, session, kv, 528)
-
-
-@pytest.mark.parametrize("where", ["at once", "later"])
-def test_texts_that_were_used_longest_ago_make_room_for_it(
-    tiny_llama_path: Path, prefill: Prefill, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    """As for a session, and no more of them than it needs."""
-    if where == "later":
-        monkeypatch.setattr(front, "_ROOM", 256)
-    kvs, kv = [prefill(240, seed=seed) for seed in range(4)], prefill(700)
-    room = (4 * 256 + 768) * A_TOKEN + 200_000  # for what the texts left and a session
-    with (
-        started(tiny_llama_path, kv_memory=room, prompt_cache=True) as live,
-        connected(live, weights="some") as client,
-    ):
-        gate = Gate(live.engine._gap.fronts)
-        for one in kvs:
-            client.tokens(client.request(one, GREEDY))
-        assert eventually(lambda: len(live.store.residents) == 4)
-        session = opened(client, kv)
-        assert len(live.store.residents) == 4
-        gate.let(3)
-        kept = len(live.store.residents)
-        assert 0 < kept < 4
-        if where == "later":
-            gate.let(20)
-            assert 0 < len(live.store.residents) < kept
-        send(client, session, kv, 16 * gate.computed, 700)
-        finish(client, session, kv, 16 * gate.computed)
-        kept = len(live.store.residents)
-        held = []
-        for one in kvs[::-1]:
-            session = client.open(one.prompt, GREEDY)
-            held.append(client.opened(session).held.tokens)
-            client.cancel(session)
-        assert held == sorted(held, reverse=True) and held[0] and not held[-1]
-        gate.close()
-
-
-def test_where_memory_ends_the_rest_comes(
-    tiny_llama_path: Path, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(front, "_ROOM", 256)
-    kv = prefill(1100)
-    nbytes = (1280 + 512 + 100) * A_TOKEN + 1100 * 64 + 2 * LAYERS * HEADS * 1100
-    with started(tiny_llama_path, kv_memory=nbytes) as receiver, connected(receiver) as client:
-        gate = Gate(receiver.engine._gap.fronts)
-        session = opened(client, kv)
-        gate.let(32)
-        assert len(gate.fronts) == 1
-        gate._open.release()
-        assert eventually(lambda: not gate.fronts)
-        found = receiver.store.get(session)
-        assert found is not None and receiver.store.budget.reserved == found.reservation.nbytes
-        send(client, session, kv, 512, 1100)
-        finish(client, session, kv, 512)
-        gate.close()
 
 
 def test_computing_that_fails_harms_nothing(
