@@ -6,11 +6,8 @@ and whether it is Wi-Fi.
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import re
-import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +21,6 @@ from mlx_receiver.wire.addresses import EVERYWHERE, bare, listening, resolve
 Kind = Literal["wired", "wifi", "virtual"]
 
 _ORDER: Final = ("wired", "wifi", "virtual")
-_SIOCGIFADDR: Final = 0x8915
 
 #: A speed in ``ifconfig``'s media line: 1000baseT, 2500Base-T, 10Gbase-T, 2.5GbaseT.
 _MEDIA: Final = re.compile(r"\b(\d+(?:\.\d+)?)(G?)base", re.IGNORECASE)
@@ -166,10 +162,14 @@ def usable(addresses: Sequence[str]) -> tuple[str, ...]:
 
 
 def _of_linux(system: Path = Path("/sys/class/net")) -> list[Interface]:
+    import ifaddr
+
     found = []
-    for _, name in socket.if_nameindex():
+    for adapter in ifaddr.get_adapters(include_unconfigured=True):
+        name = adapter.name
         folder = system / name
-        addresses = usable([*_ipv4_of(name), *_ipv6_of(name)])
+        # Of version 6 with flow and scope.
+        addresses = usable([ip.ip if isinstance(ip.ip, str) else ip.ip[0] for ip in adapter.ips])
         if (folder / "wireless").exists():
             kind: Kind = "wifi"
         else:
@@ -180,28 +180,6 @@ def _of_linux(system: Path = Path("/sys/class/net")) -> list[Interface]:
             mbits = 0
         found.append(Interface(name, kind, addresses, mbits if mbits > 0 else None))
     return found
-
-
-def _ipv4_of(name: str) -> list[str]:
-    """The first one: the system call knows no more."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        try:
-            answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-        except OSError:
-            return []
-    return [socket.inet_ntoa(answer[20:24])]
-
-
-def _ipv6_of(name: str) -> list[str]:
-    try:
-        lines = Path("/proc/net/if_inet6").read_text().split("\n")
-    except OSError:
-        return []
-    return [
-        str(ipaddress.IPv6Address(bytes.fromhex(line.split()[0])))
-        for line in lines
-        if line and line.split()[-1] == name
-    ]
 
 
 def run(*command: str, seconds: float = 5.0) -> str | None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal
 
 from mlx_receiver import plugins
@@ -81,7 +80,7 @@ class Receiver:
             keeps=settings.prompt_cache,
         )
         self.sessions.store = self.store
-        self.engine.memory = self.store.earlier
+        self.engine.use(self.store.earlier)
         self.metrics.sessions_active.set_function(lambda: len(self.store.sessions()))
         self.metrics.kv_reserved_bytes.set_function(lambda: self.store.reserved_bytes)
         self.metrics.resident_bytes.set_function(lambda: self.store.residents.nbytes)
@@ -115,11 +114,6 @@ class Receiver:
         if self.engine.loaded is None:
             return "loading"
         return "failing" if self.engine.fault else "ok"
-
-    @property
-    def data_endpoint(self) -> Endpoint:
-        """Where the first data transport listens."""
-        return self._listeners[0].endpoint
 
     @property
     def data_endpoints(self) -> list[Endpoint]:
@@ -170,7 +164,7 @@ class Receiver:
             return False
         budget = self.settings.kv_memory or default_kv_memory(loaded)
         self.store.configure(loaded.cache, budget, self._disk(loaded))
-        self.engine.batch_bytes = budget
+        self.engine.limit_batch(budget)
         _limit_mlx_cache(budget // 8)
         self.sessions.proofs = Proofs(
             self.source.path, loaded.dtype, self.desk.keystore.folder / "proofs.json"
@@ -240,12 +234,7 @@ class Receiver:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 

@@ -40,8 +40,8 @@ class Budget:
         self._cache: ModelCache | None = None
         self._itemsize = 0
         self._lock = threading.Lock()
-        self._reserved = 0
-        self.total = 0
+        #: Bytes that sessions and jobs have taken, of all that there are.
+        self.reserved = self.total = 0
         #: Bytes of messages that wait for slow clients.
         self.queued = 0
         #: What may be given up when there is no room.
@@ -56,14 +56,9 @@ class Budget:
         self.total = total
 
     @property
-    def reserved(self) -> int:
-        """Bytes that sessions and jobs have taken."""
-        return self._reserved
-
-    @property
     def free(self) -> int:
         """Bytes that are left."""
-        return max(0, self.total - self._reserved - self.queued)
+        return max(0, self.total - self.reserved - self.queued)
 
     def reserve(
         self,
@@ -121,9 +116,9 @@ class Budget:
 
     def _add(self, nbytes: int) -> bool:
         with self._lock:
-            if nbytes > 0 and self._reserved + self.queued + nbytes > self.total:
+            if nbytes > 0 and self.reserved + self.queued + nbytes > self.total:
                 return False
-            self._reserved += nbytes
+            self.reserved += nbytes
             return True
 
 

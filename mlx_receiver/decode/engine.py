@@ -14,7 +14,7 @@ from mlx_receiver.decode.device import release_memory
 from mlx_receiver.decode.fronts import Front
 from mlx_receiver.decode.gap import Gap
 from mlx_receiver.decode.grammar.compiling import Compiled, Grammars
-from mlx_receiver.decode.jobs import Job, Memory, Output, Proof, Sink
+from mlx_receiver.decode.jobs import Job, Memory, Proof
 from mlx_receiver.decode.model import LoadedModel, ModelSource, Progress, load_model
 from mlx_receiver.decode.running import Running
 from mlx_receiver.metrics import Metrics
@@ -22,8 +22,6 @@ from mlx_receiver.wire.messages import E_INTERNAL, E_SHUTDOWN, E_UNSUPPORTED, Wi
 
 if TYPE_CHECKING:
     from mlx_receiver.decode.speed import Speed
-
-__all__ = ["DecodeEngine", "Job", "Output", "Proof", "Sink"]
 
 #: Seconds between two attempts to decode again after one has failed.
 _PROBE_SECONDS: Final = 1.0
@@ -71,22 +69,12 @@ class DecodeEngine:
         """Why nothing can be decoded at present; "" while it can."""
         return self._running.fault
 
-    @property
-    def memory(self) -> Memory | None:
-        """What jobs that MLX prefills take their memory of; None where nothing else takes any."""
-        return self._running.memory
-
-    @memory.setter
-    def memory(self, memory: Memory) -> None:
+    def use(self, memory: Memory) -> None:
+        """Jobs that MLX prefills take their memory of it; before the first of them."""
         self._running.memory = memory
 
-    @property
-    def batch_bytes(self) -> int | None:
-        """Bytes that the padded batch may take; set once the memory budget is known."""
-        return self._running.batch_bytes
-
-    @batch_bytes.setter
-    def batch_bytes(self, nbytes: int | None) -> None:
+    def limit_batch(self, nbytes: int) -> None:
+        """Bytes that the padded batch may take, once the memory budget is known."""
         self._running.batch_bytes = nbytes
 
     def start(self) -> None:
@@ -146,8 +134,9 @@ class DecodeEngine:
             raise WireError(E_UNSUPPORTED, f"first token {job.first_token} is not below {vocab}")
         if self.fault:
             raise WireError(E_INTERNAL, f"this receiver cannot decode: {self.fault}")
-        if job.reservation is None and self.memory is not None:
-            self.memory.begin(job)
+        memory = self._running.memory
+        if job.reservation is None and memory is not None:
+            memory.begin(job)
 
     def cancel(self, job: Job) -> None:
         """Forget the job and free its memory; nothing is reported any more."""

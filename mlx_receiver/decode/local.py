@@ -25,7 +25,7 @@ def check_prompt(source: ModelSource, prompt: Sequence[int]) -> None:
 
 
 class LocalJob:
-    """One prompt and a queue of its outputs; safe to read from any one thread."""
+    """One prompt, and as its ``Sink`` a queue of its outputs; safe to read from any one thread."""
 
     def __init__(
         self,
@@ -70,12 +70,10 @@ class LocalJob:
         self._engine.cancel(self._job)
 
     def decoded(self, outputs: list[Output]) -> None:
-        """See ``engine.Sink.decoded``."""
         for output in outputs:
             self._results.put(output)
 
     def failed(self, _job: Job, code: Code, reason: str) -> None:
-        """See ``engine.Sink.failed``."""
         self._results.put(WireError(code, reason))
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mlx_receiver.decode import hub, weights
-from mlx_receiver.wire.layout import DTYPES, ITEMSIZE, CacheLayout, layout_from_config
+from mlx_receiver.wire.layout import (
+    DTYPES,
+    ITEMSIZE,
+    CacheLayout,
+    layout_from_config,
+    text_config,
+)
 from mlx_receiver.wire.signature import ModelSignature, signature_from_config
 
 if TYPE_CHECKING:
@@ -199,8 +205,7 @@ def _folder(name: str) -> tuple[Path, bool]:
 
 def _max_tokens(config: dict[str, Any]) -> int:
     """The model's context length in tokens; YaRN stretches the stated one."""
-    text = config.get("text_config") or {}
-    c = {**config, **text}
+    c = text_config(config)
     stated = c.get("max_position_embeddings")
     if not isinstance(stated, int) or stated < 1:
         return _DEFAULT_MAX_TOKENS

@@ -113,6 +113,14 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param)
 
 
+def refuse(refused: Mapping[str, bool], **details: str) -> None:
+    """Raise ApiError for the first field of which that is true; ``details`` say of some when."""
+    for name, is_refused in refused.items():
+        if is_refused:
+            detail = details.get(name, "")
+            raise bad_request(f"{name}{detail} is not supported by this receiver", name)
+
+
 def from_wire(error: WireError) -> ApiError:
     """What the decoding side said, as an HTTP error."""
     if error.code == E_UNSUPPORTED:

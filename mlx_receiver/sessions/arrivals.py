@@ -66,6 +66,7 @@ class Arrivals:
     ) -> None:
         """Of a prompt of so many ``tokens``; ``held`` is there before anything arrives."""
         self.id = session
+        self.tokens = tokens
         self.layout = layout
         self.codec = codec
         self.reservation = reservation
@@ -73,16 +74,10 @@ class Arrivals:
         self.kv_bytes = 0
         self.timeline = Timeline(opened_ns=time.monotonic_ns())
         self.last_progress = time.monotonic()
-        self._tokens = tokens
         #: None before it is given, and once nothing is received any more.
         self._buffers: CacheBuffers | None = None
         self._changed = threading.Condition()
         self._coverage = Coverage(layout, tokens, held)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the prompt."""
-        return self._tokens
 
     @property
     def held_tokens(self) -> int:
@@ -102,7 +97,7 @@ class Arrivals:
     @property
     def missing_bytes(self) -> int:
         """Bytes of the cache that neither came nor were computed, nor held."""
-        need = self.layout.nbytes(self._tokens, held=self.held)
+        need = self.layout.nbytes(self.tokens, held=self.held)
         return need - self.kv_bytes - self.computed_bytes
 
     @property
@@ -120,7 +115,7 @@ class Arrivals:
         """What is there of the cache before anything arrives; before the memory is given."""
         with self._changed:
             self.held = held
-            self._coverage = Coverage(self.layout, self._tokens, held)
+            self._coverage = Coverage(self.layout, self.tokens, held)
 
     def missing(self) -> str:
         """The first hole in words; "" when the cache is complete."""

@@ -28,7 +28,7 @@ class Sessions(Protocol):
 
 
 class Client:
-    """A welcomed vLLM, and the engine's sink for its jobs: one Step message a decode step."""
+    """A welcomed vLLM, and the ``jobs.Sink`` of its jobs: one Step message a decode step."""
 
     def __init__(
         self,
@@ -70,7 +70,6 @@ class Client:
         return texts if codec == RAW else f"{codec} {texts}"
 
     def decoded(self, outputs: list[Output]) -> None:
-        """See ``engine.Sink.decoded``."""
         decoded = []
         for output in outputs:
             session = self.jobs.get(output.job)
@@ -91,7 +90,6 @@ class Client:
             self.post(Step(decoded))
 
     def failed(self, job: Job, code: Code, reason: str) -> None:
-        """See ``engine.Sink.failed``."""
         session = self.jobs.pop(job, None)
         if session is not None:
             self._sessions.fail(session, code, reason)

@@ -32,10 +32,11 @@ class Coverage:
         self._layout = layout
         self._tokens = tokens
         self._held = held
-        self.absent = self._total = layout.cells(tokens, held)
+        #: Rows that did not come, and bytes of the marks, which ``forget`` frees.
+        self.absent = self.nbytes = layout.cells(tokens, held)
         #: Bytes of rows that were computed.
         self.computed_bytes = 0
-        marks: NDArray[np.uint8] = np.zeros(self._total, np.uint8)
+        marks: NDArray[np.uint8] = np.zeros(self.nbytes, np.uint8)
         self._parts: list[list[NDArray[np.uint8]]] = []
         start = 0
         for layer in layout.layers:
@@ -46,11 +47,6 @@ class Coverage:
                 found.append(marks[start:end].reshape(shape))
                 start = end
             self._parts.append(found)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the marks, which ``forget`` frees."""
-        return self._total
 
     def part(self, header: Header) -> Part | None:
         """The part that the block belongs to, if the model has one there."""
@@ -162,7 +158,7 @@ class Coverage:
                 return (
                     f"layer {layer}, {part.name}, head {head}, "
                     f"{'tokens' if part.by_token else 'rows'} {first + token}..{first + last} "
-                    f"({self.absent} of {self._total} cells are missing)"
+                    f"({self.absent} of {self.nbytes} cells are missing)"
                 )
         return ""
 

@@ -93,7 +93,8 @@ class Residents:
         self._lock = threading.Lock()
         #: The one that was used longest ago first.
         self._all: dict[Resident, None] = {}
-        self._idle_bytes = 0
+        #: Bytes that they give back when sessions need them.
+        self.nbytes = 0
         #: Texts of a partition that have just ended, whose caches are still in the batch.
         self._expected: Counter[str] = Counter()
         self._came = threading.Condition(self._lock)
@@ -106,11 +107,6 @@ class Residents:
             if not self._expected[partition]:
                 del self._expected[partition]
             self._came.notify_all()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that they give back when sessions need them."""
-        return self._idle_bytes
 
     def __len__(self) -> int:
         return len(self._all)
@@ -140,7 +136,7 @@ class Residents:
                     continue
                 self._all[best] = self._all.pop(best)
                 if not best.users:
-                    self._idle_bytes -= best.nbytes
+                    self.nbytes -= best.nbytes
                 best.users += 1
                 alone = same == len(best.tokens) and not best.lent and fits(best.caches)
                 best.lent = best.lent or alone
@@ -185,7 +181,7 @@ class Residents:
         contained = [other for other in self._of(partition) if _contains(new, other, continued)]
         with self._lock:
             self._all[new] = None
-            self._idle_bytes += nbytes
+            self.nbytes += nbytes
             contained += list(self._all)[: max(0, len(self._all) - _MOST)]
         self._drop(contained)
         return new
@@ -217,7 +213,7 @@ class Residents:
             for resident in gone:
                 del self._all[resident]
                 if not resident.users:
-                    self._idle_bytes -= resident.nbytes
+                    self.nbytes -= resident.nbytes
         for resident in gone:
             # Whoever still held the arrays would make MLX copy them at the next step.
             resident.caches = ()
@@ -230,7 +226,7 @@ class Residents:
             if found.alone:
                 resident.lent = False
             if not resident.users and resident in self._all:
-                self._idle_bytes += resident.nbytes
+                self.nbytes += resident.nbytes
         resident.reservation.release()
 
 

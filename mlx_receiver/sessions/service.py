@@ -96,10 +96,9 @@ class SessionService:
         if message.compute == "all":
             self._compute(client, message, partition, compiled)
             return
-        if compiled is None:
-            self.store.open(message, client, client.layout, partition)
-            return
         session = self.store.open(message, client, client.layout, partition)
+        if compiled is None:
+            return
         session.compiling = compiled  # it may be forgotten until the text begins
 
         def refuse(future: Future[Compiled]) -> None:

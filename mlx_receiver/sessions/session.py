@@ -223,7 +223,7 @@ class Session(Arrivals):
             self.request_id,
             self.strategy,
             self.phase,
-            self._tokens,
+            self.tokens,
             self.held_tokens,
             self.kv_bytes,
             self.output_tokens,

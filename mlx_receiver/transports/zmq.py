@@ -313,11 +313,6 @@ class ZmqListener:
         self._thread.join(timeout=5.0)
         self._wake_write.close()
 
-    def _close(self) -> None:
-        self._socket.close(linger=0)
-        self._doorman.close(linger=0)
-        self._context.term()
-
     def _wake(self) -> None:
         # Full: a wake-up is under way already. Closed: nobody is there any more.
         with contextlib.suppress(OSError):

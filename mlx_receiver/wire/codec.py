@@ -20,7 +20,7 @@ from mlx_receiver.wire.messages import (
     Start,
     WireError,
 )
-from mlx_receiver.wire.ranges import Name, SessionId, TokenId
+from mlx_receiver.wire.ranges import SessionId, TokenId
 from mlx_receiver.wire.sampling import Sampling
 
 _T = TypeVar("_T")
@@ -56,15 +56,7 @@ def client_decoder(max_tokens: int, vocab_size: int) -> msgspec.msgpack.Decoder[
     prompt = Annotated[list[TokenId], Meta(min_length=1, max_length=max_tokens)]
     opening = msgspec.defstruct(
         "Open",
-        [
-            ("session", SessionId),
-            ("request_id", Name),
-            ("prompt_token_ids", prompt),
-            ("sampling", sampling),
-            ("codec", Name, "raw"),
-            ("unclaimed", bool, False),
-            ("proof", bool, False),
-        ],
+        [("prompt_token_ids", prompt), ("sampling", sampling)],
         bases=(Open,),
         frozen=True,
         tag="open",

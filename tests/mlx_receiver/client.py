@@ -126,7 +126,7 @@ class FakeVllm:
 
     def connect_data(self) -> Sender:
         assert self.ticket is not None
-        endpoint = msgspec.structs.replace(self.receiver.data_endpoint, host=self.host)
+        endpoint = msgspec.structs.replace(self.receiver.data_endpoints[0], host=self.host)
         return TcpTransport().connect(endpoint, self.ticket, 5.0)
 
     def send(self, message: Any) -> None:

@@ -20,7 +20,14 @@ import msgspec
 from mlx_receiver.decode.grammar.matcher import Matcher
 from mlx_receiver.decode.grammar.trial import TooMuchError, Trial, parser_limits
 from mlx_receiver.decode.model import ModelSource
-from mlx_receiver.wire.messages import E_CAPACITY, E_INTERNAL, E_SHUTDOWN, E_UNSUPPORTED, WireError
+from mlx_receiver.wire.messages import (
+    E_CAPACITY,
+    E_INTERNAL,
+    E_SHUTDOWN,
+    E_UNSUPPORTED,
+    Code,
+    WireError,
+)
 from mlx_receiver.wire.sampling import Grammar
 
 logger = logging.getLogger(__name__)
@@ -82,16 +89,11 @@ class Grammars:
                 return future
             if (reason := self._refused.get(key)) is not None:
                 self._refused.move_to_end(key)
-                known: Future[Compiled] = Future()
-                known.set_exception(WireError(E_UNSUPPORTED, reason))
-                return known
-            if self._closed or len(self._pending) >= MAX_WAITING:
-                error = WireError(E_CAPACITY, f"{MAX_WAITING} grammars wait to be compiled")
-                if self._closed:
-                    error = WireError(E_SHUTDOWN, "the receiver is stopping")
-                refused: Future[Compiled] = Future()
-                refused.set_exception(error)
-                return refused
+                return _refused(E_UNSUPPORTED, reason)
+            if self._closed:
+                return _refused(E_SHUTDOWN, "the receiver is stopping")
+            if len(self._pending) >= MAX_WAITING:
+                return _refused(E_CAPACITY, f"{MAX_WAITING} grammars wait to be compiled")
             if self._quick_thread is None:
                 self._quick_thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-grammar")
             future = Future()
@@ -254,3 +256,9 @@ class Grammars:
                 if self._closed:
                     self._slow_trial.close()
             return self._slow_trial
+
+
+def _refused(code: Code, reason: str) -> Future[Compiled]:
+    future: Future[Compiled] = Future()
+    future.set_exception(WireError(code, reason))
+    return future

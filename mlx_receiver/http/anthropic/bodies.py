@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from mlx_receiver.http.errors import bad_request
+from mlx_receiver.http.errors import refuse
 from mlx_receiver.http.openai.bodies import (
     MAX_STOP_STRINGS,
     CommonBody,
@@ -145,14 +145,13 @@ def parse(raw: bytes, kind: type[CountBody], vocab_size: int) -> CountBody:
     body = read(raw, kind, vocab_size)
     thinks = body.thinking is not None and body.thinking.type == "enabled"
     edits = body.context_management.edits if body.context_management else []
-    refused = {
-        "thinking.budget_tokens": thinks,
-        "mcp_servers": bool(body.mcp_servers),
-        "container": bool(body.container),
-        # No answer of this receiver has thoughts to clear.
-        "context_management": not all(e.type.startswith("clear_thinking_") for e in edits),
-    }
-    for name, is_refused in refused.items():
-        if is_refused:
-            raise bad_request(f"{name} is not supported by this receiver", name)
+    refuse(
+        {
+            "thinking.budget_tokens": thinks,
+            "mcp_servers": bool(body.mcp_servers),
+            "container": bool(body.container),
+            # No answer of this receiver has thoughts to clear.
+            "context_management": not all(e.type.startswith("clear_thinking_") for e in edits),
+        }
+    )
     return body

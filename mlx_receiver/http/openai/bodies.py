@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta, inspect
 
-from mlx_receiver.http.errors import bad_request
+from mlx_receiver.http.errors import bad_request, refuse
 from mlx_receiver.wire import trust
 from mlx_receiver.wire.messages import E_UNSUPPORTED, WireError, clipped
 from mlx_receiver.wire.ranges import (
@@ -209,10 +209,7 @@ def _refuse(body: SamplingBody) -> None:
         refused["prompt_embeds"] = bool(body.prompt_embeds)
     elif isinstance(body, ChatBody):
         refused["chat_template"] = bool(body.chat_template)
-    for name, is_refused in refused.items():
-        if is_refused:
-            detail = " together with logprobs" if name == "echo" else ""
-            raise bad_request(f"{name}{detail} is not supported by this receiver", name)
+    refuse(refused, echo=" together with logprobs")
 
 
 def _check_chat(body: ChatBody) -> None:

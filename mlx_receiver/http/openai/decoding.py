@@ -50,7 +50,7 @@ class Events:
 
 
 class _Sink:
-    """See ``engine.Sink``."""
+    """See ``jobs.Sink``."""
 
     def __init__(self, events: Events) -> None:
         self._events = events

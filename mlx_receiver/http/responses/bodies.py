@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from mlx_receiver.http.errors import ApiError, bad_request
+from mlx_receiver.http.errors import ApiError, refuse
 from mlx_receiver.http.openai.bodies import CommonBody, ReasoningEffort, StopStrings, read
 from mlx_receiver.wire.ranges import MAX_LOGPROBS
 
@@ -101,18 +101,17 @@ def parse(raw: bytes, vocab_size: int) -> ResponsesBody:
             "no responses; send the whole conversation in input",
             "previous_response_id",
         )
-    refused = {
-        "background": bool(body.background),
-        "conversation": body.conversation is not None,
-        "previous_input_messages": bool(body.previous_input_messages),
-        "prompt": body.prompt is not None,
-        "enable_response_messages": body.enable_response_messages,
-        "truncation": body.truncation == "auto",
-    }
-    for name, is_refused in refused.items():
-        if is_refused:
-            detail = " auto" if name == "truncation" else ""
-            raise bad_request(f"{name}{detail} is not supported by this receiver", name)
+    refuse(
+        {
+            "background": bool(body.background),
+            "conversation": body.conversation is not None,
+            "previous_input_messages": bool(body.previous_input_messages),
+            "prompt": body.prompt is not None,
+            "enable_response_messages": body.enable_response_messages,
+            "truncation": body.truncation == "auto",
+        },
+        truncation=" auto",
+    )
     return body
 
 

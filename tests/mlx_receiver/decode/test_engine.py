@@ -19,7 +19,8 @@ from prometheus_client import generate_latest
 
 from mlx_receiver.caches.plain import PlainKV, PlainKVBuffers
 from mlx_receiver.decode.batch import Float32Logits
-from mlx_receiver.decode.engine import DecodeEngine, Job, Output
+from mlx_receiver.decode.engine import DecodeEngine
+from mlx_receiver.decode.jobs import Job, Output
 from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.decode.model import ModelError, Progress, find_model
 from mlx_receiver.decode.warmup import WARM_UP_JOBS
@@ -175,7 +176,8 @@ def test_a_row_that_would_pad_the_batch_too_far_waits(
     engine: DecodeEngine, prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Room for one row of 255 tokens, and for several of 17.
-    monkeypatch.setattr(engine, "batch_bytes", 300 * engine._running.batch.bytes_per_token)
+    running = engine._running
+    monkeypatch.setattr(running, "batch_bytes", 300 * running.batch.bytes_per_token)
     small, large = prefill(17), prefill(255)
     jobs = [LocalJob(engine, kv.prompt, GREEDY) for kv in (small, small, large)]
     sizes = []

@@ -16,8 +16,9 @@ import pytest
 from mlx_receiver.decode import batch as batch_module
 from mlx_receiver.decode import fronts as fronts_module
 from mlx_receiver.decode.batch import Batch, Float32Logits
-from mlx_receiver.decode.engine import DecodeEngine, Job, Output
+from mlx_receiver.decode.engine import DecodeEngine
 from mlx_receiver.decode.fronts import Fronts
+from mlx_receiver.decode.jobs import Job, Output
 from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.decode.model import LoadedModel, ModelSource, find_model, load_model
 from mlx_receiver.wire.messages import Opened, WireError

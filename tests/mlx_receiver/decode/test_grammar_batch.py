@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model as mlx_load
 
-from mlx_receiver.decode.engine import DecodeEngine, Job, Output
+from mlx_receiver.decode.engine import DecodeEngine
+from mlx_receiver.decode.jobs import Job, Output
 from mlx_receiver.decode.local import LocalJob, generate_tokens
 from mlx_receiver.decode.model import find_model
 from mlx_receiver.http.openai.tokenizer import Tokenizer

@@ -378,7 +378,7 @@ def test_stopping_tells_the_clients(tiny_llama_path: Path) -> None:
 def raw_data(client: FakeVllm) -> socket.socket:
     """A data connection that has proved itself, to be misused."""
     assert client.ticket is not None
-    endpoint = msgspec.structs.replace(client.receiver.data_endpoint, host="127.0.0.1")
+    endpoint = msgspec.structs.replace(client.receiver.data_endpoints[0], host="127.0.0.1")
     sock = dial(endpoint, client.ticket, 5.0).sock
     return sock
 
