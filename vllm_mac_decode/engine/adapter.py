@@ -244,19 +244,17 @@ class EngineAdapter:
 
     @property
     def draining(self) -> bool:
-        """Whether vLLM waits for its requests to end: it stops, or is paused."""
         return not self._core.is_running() or (
             self._core.scheduler.pause_state != PauseState.UNPAUSED
         )
 
     @property
     def weights_changed(self) -> bool:
-        """Whether the weights were replaced after the start (known from vLLM 0.27 on)."""
+        # Known from vLLM 0.27 on.
         return self._weight_version() != self._first_weights
 
     @property
     def idle(self) -> bool:
-        """Whether vLLM has nothing to do, and waits for requests."""
         return (
             not self.draining
             and not self._core.is_sleeping()
@@ -280,15 +278,12 @@ class EngineAdapter:
         return EngineLoad(len(pending) + unseen, tuple(pending), rows)
 
     def wake(self) -> None:
-        """Make an idle engine look whether there is something to do."""
         self._input.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def is_length(self, output: EngineCoreOutput) -> bool:
-        """Whether the output ends its request because of a length limit."""
         return output.finish_reason == FinishReason.LENGTH
 
     def emit(self, client: int, outputs: list[EngineCoreOutput]) -> None:
-        """Send outputs to a client, in one message, behind everything that was sent before."""
         message = EngineCoreOutputs(
             engine_index=getattr(self._core, "engine_index", 0), outputs=outputs
         )
@@ -300,12 +295,10 @@ class EngineAdapter:
         self._output.put_nowait((client, message))
 
     def emit_aborted(self, request: Request) -> None:
-        """Tell the request's client that vLLM gave it up."""
         output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT)
         self.emit(request.client_index, [output])
 
     def emit_decoded(self, decoded: list[tuple[Request, Decoded]]) -> None:
-        """Send tokens that the receiver produced in one step, as an engine step of ours."""
         clients: dict[int, list[EngineCoreOutput]] = {}
         for request, tokens in decoded:
             clients.setdefault(request.client_index, []).append(
@@ -326,7 +319,6 @@ class EngineAdapter:
     def prefilled_elsewhere(
         self, request: Request, cached: int, arrived: float, begun: float
     ) -> None:
-        """See ``EnginePort.prefilled_elsewhere``; vLLM's own requests bring the same along."""
         if request.prefill_stats is not None:
             request.prefill_stats.set(request.num_prompt_tokens, 0, cached)
         if self._core.scheduler.log_stats:
@@ -334,21 +326,15 @@ class EngineAdapter:
             request.record_event(EngineCoreEventType.SCHEDULED, begun)
 
     def requeue(self, request: Request) -> None:
-        """Queue a request of which nothing was produced, as it came."""
         self._input.put_nowait((EngineCoreRequestType.ADD, (request, 0)))
 
     def resume(self, request: Request, as_id: str, tokens: list[int], max_tokens: int) -> bool:
-        """Queue a local continuation of a request that has produced ``tokens``.
-
-        False when those have used up its limit or the context: its client is told that it has
-        ended, and the engine, which would die of such a request, does not hear of it.
-
-        Its prompt is the request's prompt and those tokens, so presence and frequency penalties
+        """Its prompt is the request's prompt and those tokens, so presence and frequency penalties
         no longer see them as output; everything else means the same.
         """
         assert request.sampling_params is not None and request.prompt_token_ids is not None
         room = self.max_model_len - len(request.prompt_token_ids)
-        if len(tokens) >= min(max_tokens, room):
+        if len(tokens) >= min(max_tokens, room):  # the engine would die of such a request
             output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.LENGTH)
             self.emit(request.client_index, [output])
             return False
@@ -386,36 +372,28 @@ class EngineAdapter:
         return grammars.accept(request, tokens, after)
 
     def prefill(self, as_id: str, tokens: list[int]) -> Request:
-        """Queue a request of nobody's for one token behind these, which its output will bring."""
+        return self._nobodys(as_id, tokens, 1)
+
+    def trial(self, as_id: str, tokens: list[int], output: int) -> None:
+        self._nobodys(as_id, tokens, output, priority=LAST)
+
+    def _nobodys(self, as_id: str, tokens: list[int], output: int, priority: int = 0) -> Request:
         request = Request(
             request_id=as_id,
             prompt_token_ids=tokens,
-            sampling_params=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+            sampling_params=SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True),
             pooling_params=None,
+            priority=priority,
             block_hasher=self._core.request_block_hasher,
         )
         # Of no wave that there is: where there are several engines, the others are woken, too.
         self._input.put_nowait((EngineCoreRequestType.ADD, (request, -1)))
         return request
 
-    def trial(self, as_id: str, tokens: list[int], output: int) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
-        request = Request(
-            request_id=as_id,
-            prompt_token_ids=tokens,
-            sampling_params=params,
-            pooling_params=None,
-            priority=LAST,
-            block_hasher=self._core.request_block_hasher,
-        )
-        # Of no wave, as in ``prefill``.
-        self._input.put_nowait((EngineCoreRequestType.ADD, (request, -1)))
-
     def withdraw(self, request_id: str) -> None:
         self._input.put_nowait((EngineCoreRequestType.ABORT, [request_id]))
 
     def continue_output(self, output: EngineCoreOutput, request_id: str) -> None:
-        """Turn a continuation's output into one of the first request's."""
         output.request_id = request_id
         # The prefill that the client's usage counts was the first request's.
         output.prefill_stats = None

@@ -71,7 +71,6 @@ class EnginePrefixCache:
         self.slack: int = self.block if core.vllm_config.speculative_config else 0
 
     def draft(self, as_id: str, tokens: list[int], salt: str | None, hashes: list[Any]) -> Request:
-        """A request of nobody's with this prompt, not queued yet; see ``PrefixCache``."""
         return Request(
             request_id=as_id,
             prompt_token_ids=tokens,
@@ -85,7 +84,6 @@ class EnginePrefixCache:
         )
 
     def find(self, request: Request) -> tuple[int, float]:
-        """How much of it is cached, and the share of blocks that would be free beside it."""
         tokens = len(request.prompt_token_ids or ())
         groups, cached, *_ = self._find(request.block_hashes, tokens)
         taken = sum(b.ref_cnt == 0 and not b.is_null for group in groups for b in group)
@@ -99,11 +97,9 @@ class EnginePrefixCache:
         return float(self._pool.get_num_free_blocks() - taken) / self._pool.num_gpu_blocks
 
     def queue(self, request: Request) -> None:
-        """Queue it behind everything else."""
         self._input.put_nowait((EngineCoreRequestType.ADD, (request, 0)))
 
     def withdraw(self, request_id: str) -> None:
-        """Give it up, wherever it is."""
         self._input.put_nowait((EngineCoreRequestType.ABORT, [request_id]))
 
     def discount(self, stats: SchedulerStats, requests: int, queries: int, hits: int) -> None:

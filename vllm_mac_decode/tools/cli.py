@@ -65,15 +65,6 @@ def pair(
     with_keystore("vllm", _give_up, lambda keystore: pair_with(keystore, receiver, http_port, code))
 
 
-_ApiKey = Annotated[
-    str,
-    typer.Option(
-        "--api-key",
-        envvar="MLX_RECEIVER_API_KEY",
-        help="The receiver's --api-key.",
-        show_default=False,
-    ),
-]
 _ReceiverHttp = Annotated[
     str, typer.Option(envvar="MAC_DECODE_RECEIVER_HTTP", help="The receiver's HTTP address.")
 ]
@@ -104,7 +95,7 @@ def trace(
     svg: Annotated[
         Path | None, typer.Option(help="Also draw it; .svg, .png or .pdf (needs matplotlib).")
     ] = None,
-    api_key: _ApiKey = "",
+    api_key: _ReceiverApiKey = "",
 ) -> None:
     """Show the timeline of a hand-off that the receiver remembers."""
     import json
@@ -343,7 +334,7 @@ def profile(
     receiver_http: _ReceiverHttp = "http://127.0.0.1:7791",
     svg: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    api_key: _ApiKey = "",
+    api_key: _ReceiverApiKey = "",
 ) -> None:
     """Show how fast vLLM and the receiver compute the model, and how that is known.
 

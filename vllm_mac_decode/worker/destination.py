@@ -308,7 +308,7 @@ class Destination:
             return self._stage_quantised(job, piece, read)
         sizes = [part.nbytes(piece.rows) for part in layer.layout.parts]
         slot = self._ring.acquire(sum(sizes))
-        slot.fill(torch.uint8, (sum(sizes),), read, job.written)
+        slot.fill(sum(sizes), read, job.written)
         frames: list[Frame] = []
         begin = 0
         for index, (part, size) in enumerate(zip(layer.layout.parts, sizes, strict=True)):
@@ -331,7 +331,7 @@ class Destination:
         slot = self._ring.acquire(content.nbytes)
         fill = partial(content.fill, read, self._scratch)
         try:
-            slot.fill(torch.uint8, (content.nbytes,), fill, job.written)
+            slot.fill(content.nbytes, fill, job.written)
         except torch.OutOfMemoryError as error:
             self._ring.release(slot)
             raise NoStaging(f"no memory to quantise blocks in: {error}") from None

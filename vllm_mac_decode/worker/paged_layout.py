@@ -9,7 +9,7 @@ with random data.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,7 +45,7 @@ class PlaneMap:
 
 @dataclass(frozen=True)
 class PagedLayout:
-    """The layout of one layer's cache tensor.
+    """See ``PagedCache``: the layout of one layer's cache tensor.
 
     ``block_size`` counts tokens in a block of the tensor, which may be a fraction of the
     scheduler's block. ``block_stride`` is in elements, and ``widths`` those of K and V.
@@ -62,7 +62,6 @@ class PagedLayout:
 
     @cached_property
     def parts(self) -> Sequence[PagedPart]:
-        """See ``PagedCache.parts``."""
         return [
             PagedPart(name, self.heads, width, self.numbers.name, scale=scale)
             for name, width, scale in zip(
@@ -71,7 +70,6 @@ class PagedLayout:
         ]
 
     def read(self, cache: torch.Tensor, block_ids: torch.Tensor, out: torch.Tensor) -> None:
-        """See ``PagedCache.read``."""
         cache = _plain(cache)
         self.gather(cache, block_ids, self.planes(out.view(cache.dtype), len(block_ids)))
 
@@ -359,16 +357,7 @@ def _verify(
     """Write random K and V into all scratch blocks, in a mixed order, and read them back."""
     numbers = layout.numbers
     tokens = _SCRATCH_BLOCKS * layout.block_size
-    local = PagedLayout(
-        blocks=_SCRATCH_BLOCKS,
-        block_size=layout.block_size,
-        heads=layout.heads,
-        widths=layout.widths,
-        numbers=numbers,
-        block_stride=layout.block_stride,
-        keys=maps[0],
-        values=maps[1],
-    )
+    local = replace(layout, blocks=_SCRATCH_BLOCKS, keys=maps[0], values=maps[1])
     slots = torch.randperm(tokens, device=scratch.device)
     held = [
         _random((tokens, layout.heads, width), numbers, scratch.device) for width in layout.widths

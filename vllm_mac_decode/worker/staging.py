@@ -12,7 +12,6 @@ it does so, too.
 from __future__ import annotations
 
 import functools
-import math
 import queue
 import time
 from collections.abc import Callable
@@ -55,30 +54,23 @@ class Slot:
         #: The host's bytes, valid once ``wait`` returned.
         self.memory = memoryview(host.numpy())
 
-    def fill(
-        self,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        gather: Callable[[torch.Tensor], None],
-        written: Any,
-    ) -> None:
-        """Run ``gather(out)`` for an ``out`` of this dtype and shape at the buffer's start, behind
+    def fill(self, nbytes: int, gather: Callable[[torch.Tensor], None], written: Any) -> None:
+        """Run ``gather(out)`` for an ``out`` of uint8 ``[nbytes]`` at the buffer's start, behind
         the event ``written``. On a GPU this only queues."""
-        used = math.prod(shape) * dtype.itemsize
         self.written = written
         if self._device is None:
-            gather(self._host[:used].view(dtype).view(shape))
+            gather(self._host[:nbytes])
             return
         with torch.cuda.stream(self._gathers):
             self._gathers.wait_event(written)
-            gather(self._device[:used].view(dtype).view(shape))
+            gather(self._device[:nbytes])
             if self._copies is None:
                 self._staged.record(self._gathers)
                 return
             self._gathered.record(self._gathers)
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(self._gathered)
-            self._host[:used].copy_(self._device[:used], non_blocking=True)
+            self._host[:nbytes].copy_(self._device[:nbytes], non_blocking=True)
             self._staged.record(self._copies)
 
     def wait(self) -> None:

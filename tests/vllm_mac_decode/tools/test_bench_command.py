@@ -173,9 +173,10 @@ def test_kv_that_came_for_a_request_that_was_to_stay(
 
 
 def test_percentiles() -> None:
-    assert record.percentile([4.0, 1.0, 3.0, 2.0, 5.0], 50) == 3.0
-    assert record.percentile([1.0, 2.0], 90) == pytest.approx(1.9)
-    assert record.percentile([7.0], 90) == 7.0
+    found = record.spread([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert found == {"p50": 3.0, "p90": 4.6, "min": 1.0, "max": 5.0}
+    assert record.spread([1.0, 2.0])["p90"] == 1.9
+    assert record.spread([7.0])["p90"] == 7.0
 
 
 def test_figures_of_a_way() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -12,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vllm_mac_decode import __version__
 from vllm_mac_decode.tools import timeline
 
@@ -20,24 +23,13 @@ FORMAT = 1
 WAYS = ("vllm_alone", "mac_alone", "together")
 
 
-def percentile(values: list[float], percent: int) -> float:
-    """By linear interpolation between the two nearest values."""
-    ranked = sorted(values)
-    at = (len(ranked) - 1) * percent / 100
-    low = int(at)
-    high = min(low + 1, len(ranked) - 1)
-    return ranked[low] + (ranked[high] - ranked[low]) * (at - low)
-
-
 def spread(values: list[float], digits: int = 4) -> dict[str, float]:
     """Median, ninth decile, and the range."""
-    named = {
-        "p50": percentile(values, 50),
-        "p90": percentile(values, 90),
-        "min": min(values),
-        "max": max(values),
+    found = np.percentile(values, (50, 90, 0, 100))
+    return {
+        name: round(float(value), digits)
+        for name, value in zip(("p50", "p90", "min", "max"), found, strict=True)
     }
-    return {name: round(value, digits) for name, value in named.items()}
 
 
 def of_way(runs: list[list[float]]) -> dict[str, Any]:
@@ -110,11 +102,8 @@ def _gpus() -> list[str]:
 def versions() -> dict[str, str]:
     """Of this program and what it runs in."""
     found = {"vllm-mac-decode": __version__, "python": platform.python_version()}
-    for name in ("torch",):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["torch"] = metadata.version("torch")
     return found
 
 

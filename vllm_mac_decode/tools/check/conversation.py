@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from types import TracebackType
 from typing import Final
 
 import zmq
@@ -87,11 +86,6 @@ class Conversation:
     def __enter__(self) -> Conversation:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._dealer.disable_monitor()
         self._context.destroy(linger=0)
