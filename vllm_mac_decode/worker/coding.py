@@ -80,7 +80,7 @@ def _rate(layer: ExportedLayer, codec: str, blocks: int, ring: StagingRing) -> f
     def piece(number: int) -> None:
         slot = slots[number % len(slots)]
         slot.wait()
-        slot.fill(torch.uint8, (content.nbytes,), fill, written)
+        slot.fill(content.nbytes, fill, written)
 
     def finish() -> None:
         for slot in slots:
