@@ -10,8 +10,8 @@ import pytest
 
 from mlx_receiver.planning.cost import Load, Strategy, Work
 from mlx_receiver.wire.layout import full_attention
+from tests.vllm_mac_decode.auto import Auto
 from tests.vllm_mac_decode.engine import Engine
-from tests.vllm_mac_decode.scheduler.test_planning import Auto
 from vllm_mac_decode.scheduler import order
 from vllm_mac_decode.scheduler.planner import Planner, Question
 from vllm_mac_decode.settings import Settings
