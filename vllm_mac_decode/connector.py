@@ -98,7 +98,8 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             adapter.install()
             self.relay = Relay(self._settings)
-            self._plan = ExportPlan(_block_sizes(kv_cache_config))
+            groups = kv_cache_config.kv_cache_groups
+            self._plan = ExportPlan([int(group.kv_cache_spec.block_size) for group in groups])
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -354,12 +355,10 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> MacDecodeStats:
-        """See the base class."""
         return MacDecodeStats(data=data) if data else MacDecodeStats()
 
     @classmethod
     def build_prom_metrics(cls, *args: Any, **kwargs: Any) -> MacDecodePromMetrics:
-        """See the base class."""
         return MacDecodePromMetrics(*args, **kwargs)
 
     def shutdown(self) -> None:
@@ -370,7 +369,3 @@ class MacDecodeConnector(KVConnectorBase_V1, SupportsHMA):
         if self._exporter is not None:
             self._exporter.close()
             self._exporter = None
-
-
-def _block_sizes(config: KVCacheConfig) -> list[int]:
-    return [int(group.kv_cache_spec.block_size) for group in config.kv_cache_groups]

@@ -15,7 +15,7 @@ from mlx_receiver.wire.layout import DTYPES, MAX_PARTS, CacheLayout, LayerLayout
 
 
 class LocalCache(ModelCache):
-    """How much such a cache takes is estimated from one that holds a token."""
+    """See ``ModelCache``; how much such a cache takes is estimated from one that holds a token."""
 
     def __init__(self, caches: Sequence[Any], make: Callable[[], list[Any]]) -> None:
         """``make`` is what mlx-lm makes them with."""
@@ -24,7 +24,6 @@ class LocalCache(ModelCache):
         self.batched = all(hasattr(cache, "merge") for cache in caches)
 
     def nbytes(self, tokens: int, headroom: int, itemsize: int) -> int:
-        """See ``ModelCache.nbytes``."""
         return self.layout.nbytes(tokens + headroom, itemsize)
 
     @property
@@ -43,7 +42,6 @@ class LocalCache(ModelCache):
         raise UnknownCache("nothing is known of this model's cache")
 
     def empty(self) -> list[Any]:
-        """See ``ModelCache.empty``."""
         return self._make()
 
 

@@ -42,7 +42,6 @@ class Access:
         self._attempts = _Attempts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
         try:
             self._check(scope)
         except ApiError as error:

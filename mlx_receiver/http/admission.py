@@ -41,7 +41,6 @@ class Admission:
         self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return

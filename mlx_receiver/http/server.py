@@ -77,7 +77,9 @@ class HttpServer:
             timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.run, args=(self._sockets,), name="http", daemon=True
+        )
 
     def start(self) -> None:
         """Serve; returns at once."""
@@ -90,9 +92,6 @@ class HttpServer:
             self._thread.join(timeout=1.5)
         for listener in self._sockets:
             listener.close()
-
-    def _run(self) -> None:
-        self._server.run(sockets=self._sockets)
 
 
 def application(receiver: Served) -> Starlette:

@@ -60,7 +60,8 @@ NEW = Beginning()
 
 
 class EarlierTexts:
-    """Finds what a prompt shares with earlier texts, and keeps what texts leave. Thread-safe."""
+    """Finds what a prompt shares with earlier texts, and keeps what texts leave: the engine's
+    ``jobs.Memory``. Thread-safe."""
 
     def __init__(self, budget: Budget, metrics: Metrics, enabled: bool = True) -> None:
         self.residents = Residents(metrics, enabled)
@@ -75,7 +76,6 @@ class EarlierTexts:
         self._cache, self._disk = cache, disk
 
     def begin(self, job: Job) -> None:
-        """See ``decode.jobs.Memory``."""
         outputs = job.sampling.max_tokens
         reservation = self._budget.reserve(len(job.prompt_token_ids), outputs)
         job.reservation = reservation
@@ -85,8 +85,8 @@ class EarlierTexts:
                 job.build_cache = partial(self._continue, self._cache, job, reservation)
 
     def prepare(self, job: Job) -> None:
-        """The same for a prompt of vLLM's. What an earlier text left of it is found at once: memory
-        that it is continued in is not reserved twice."""
+        """As ``begin``, for a prompt of vLLM's. What an earlier text left of it is found at once:
+        memory that it is continued in is not reserved twice."""
         cache, partition = self._cache, job.partition
         tokens, outputs = len(job.prompt_token_ids), job.sampling.max_tokens
         beginning = NEW
@@ -274,7 +274,6 @@ class EarlierTexts:
 
     @property
     def spare_bytes(self) -> int:
-        """See ``decode.jobs.Memory``."""
         return self._budget.free + self.residents.nbytes
 
     def keeper(

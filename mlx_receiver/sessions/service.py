@@ -187,10 +187,9 @@ class SessionService:
         client.told = profile
         return profile
 
-    # --- what happens to a session (``store.SessionEvents``) -----------------------------------
+    # --- what happens to a session (``store.SessionEvents``, ``client.Sessions``) --------------
 
     def opened(self, session: Session) -> None:
-        """See ``SessionEvents.opened``."""
         # Of a prompt that is held nothing has to come: it may have been claimed before this.
         _opener(session).post(Opened(session.id, session.held))
         loaded = self._engine.loaded
@@ -200,18 +199,15 @@ class SessionService:
             )
 
     def complete(self, session: Session) -> None:
-        """See ``SessionEvents.complete``."""
         for client in _clients(session):
             client.post(Complete(session.id, session.kv_bytes, session.computed_bytes))
         if session.announced():
             self._decode(session)
 
     def fail(self, session: Session, code: Code, reason: str) -> None:
-        """See ``client.Sessions.fail``."""
         self.store.fail(session, code, reason)
 
     def failed(self, session: Session, code: Code, reason: str) -> None:
-        """See ``SessionEvents.failed``."""
         self._cancel_job(_client(session), session)
         for client in _clients(session):
             client.post(Failed(session.id, code, clipped(reason)))

@@ -287,7 +287,7 @@ class EngineAdapter:
         message = EngineCoreOutputs(
             engine_index=getattr(self._core, "engine_index", 0), outputs=outputs
         )
-        if self._reports_finished():
+        if getattr(self._core.scheduler, "finished_req_ids_dict", None) is not None:
             finished = {o.request_id for o in outputs if o.finish_reason is not None}
             message.finished_requests = finished or None
         if hasattr(message, "weight_version"):  # vLLM 0.32 on
@@ -401,9 +401,6 @@ class EngineAdapter:
 
     def _weight_version(self) -> str | None:
         return getattr(self._core, "_weight_version", None)
-
-    def _reports_finished(self) -> bool:
-        return getattr(self._core.scheduler, "finished_req_ids_dict", None) is not None
 
 
 def _logprobs(rows: list[Logprobs]) -> LogprobsLists:

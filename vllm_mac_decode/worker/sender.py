@@ -40,19 +40,19 @@ class Staged:
 
 
 class _Connection:
-    """One connection, used by its sending thread and, for ATTACH and replies, the gathering one."""
+    """A ``transport.Sender``, used by its sending thread and, for ATTACH and replies, the gathering
+    one."""
 
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
         self._lock = threading.Lock()
 
     def send(self, header: Header, payload: Sequence[memoryview] = ()) -> None:
-        """See ``transport.Sender.send``."""
         with self._lock:
             self._sender.send(header, payload)
 
     def replies(self, wait: bool) -> list[DataReply]:
-        """See ``transport.Sender.replies``; without ``wait`` nothing while it is sending."""
+        """Without ``wait`` nothing while it is sending."""
         if not self._lock.acquire(blocking=wait):
             return []
         try:
@@ -61,7 +61,7 @@ class _Connection:
             self._lock.release()
 
     def close(self) -> None:
-        """See ``transport.Sender.close``; a send in progress ends first."""
+        """A send in progress ends first."""
         with self._lock:
             self._sender.close()
 

@@ -29,7 +29,7 @@ class Piece(msgspec.Struct):
 
 
 class Translation(ABC):
-    """An answer of one sample, told in typed events.
+    """See ``answer.Told``: an answer of one sample, told in typed events.
 
     What does not stream is made of the same events, so that both say the same.
     """
@@ -68,7 +68,6 @@ class Translation(ABC):
         """The event for an error."""
 
     async def in_one(self) -> Response:
-        """The answer to a request that does not stream. Raises ApiError."""
         events = self._events()
         async with contextlib.aclosing(events):
             async for _ in events:
@@ -76,7 +75,6 @@ class Translation(ABC):
         return as_json(self.whole())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer to a request that streams. Raises ApiError."""
         events = self._events()
         async with contextlib.aclosing(events):
             async for event in events:

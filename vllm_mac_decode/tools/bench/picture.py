@@ -21,11 +21,12 @@ def draw(result: dict[str, Any]) -> str:
     scale = (_WIDTH - _LEFT - _RIGHT) / max(total["p90"] for total in totals.values())
     bottom = _TOP + _STEP * len(_NAMES)
     height = bottom + 80
+    lengths = f"{result['prompt_tokens']:,} tokens in, {result['output_tokens']} out"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
         f'viewBox="0 0 {_WIDTH} {height}" font-family="{_FONT}">',
         f'<rect width="{_WIDTH}" height="{height}" rx="10" fill="white"/>',
-        _text(28, 42, _headline(result), size=20, weight=600),
+        _text(28, 42, f"{result['model']}: {lengths}", size=20, weight=600),
         _text(28, 66, _machines(result), size=13, fill=_PALE),
         *_legend(),
         f'<line x1="{_LEFT}" x2="{_LEFT}" y1="{_TOP - 8}" y2="{bottom - 16}" stroke="{_LINE}" '
@@ -73,12 +74,6 @@ def _legend() -> list[str]:
         parts.append(_text(at + 17, 93, name, size=12, fill=_PALE))
         at += 200
     return parts
-
-
-def _headline(result: dict[str, Any]) -> str:
-    return (
-        f"{result['model']}: {result['prompt_tokens']:,} tokens in, {result['output_tokens']} out"
-    )
 
 
 def _machines(result: dict[str, Any]) -> str:

@@ -120,7 +120,6 @@ def _link(options: Options, vllm: Server) -> dict[str, Any]:
 
 def _settings(options: Options) -> Settings:
     """The receiver's control address: beside its HTTP port unless something else is said."""
-
     given = {"token": options.token, "receiver": options.receiver}
     if not options.receiver and not os.environ.get(f"{ENV_PREFIX}RECEIVER"):
         host = urlsplit(options.receiver_http).hostname or "127.0.0.1"
