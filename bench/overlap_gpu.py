@@ -227,8 +227,8 @@ class Engine:
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
-    """Random token ids, so that no prefix is cached."""
-    source = random.Random(seed)
+    """Random token ids, so that no prefix is cached, nor held by the receiver."""
+    source = random.Random(f"{length} {seed}")
     return [source.randrange(1000, 120000) for _ in range(length)]
 
 
