@@ -135,7 +135,7 @@ def test_a_port_in_use_ends_it_before_anything_large_is_fetched(
 @pytest.mark.server
 def test_what_is_printed_works_on_another_machine(tiny_llama_path: Path) -> None:
     """Its interfaces' addresses, never the one that means all of them, and no path of this one."""
-    every = [(a, i) for i in interfaces() for a in i.addresses if ":" not in a]
+    every = [(i.addresses[0], i) for i in interfaces() if ":" not in i.addresses[0]]
     options = ("--token", "secret", "--no-discovery")
     receiver = Started(
         "--model", str(tiny_llama_path), "--port", "0", "--http-port", "0", *options, env={}

@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import re
-import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import pairwise
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_receiver.interfaces import run
 from vllm_mac_decode import __version__
 from vllm_mac_decode.tools import timeline
 
@@ -85,18 +85,9 @@ def _cpu() -> str:
 
 def _gpus() -> list[str]:
     """Names, drivers and memory, as nvidia-smi has them."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    wanted = "--query-gpu=name,driver_version,memory.total"
+    said = run("nvidia-smi", wanted, "--format=csv,noheader", seconds=10) or ""
+    return [line.strip() for line in said.splitlines() if line.strip()]
 
 
 def versions() -> dict[str, str]:
