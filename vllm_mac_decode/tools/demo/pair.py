@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
@@ -23,7 +22,10 @@ from mlx_receiver.discovery.announce import Announcer
 from mlx_receiver.discovery.browse import Browser
 from mlx_receiver.discovery.service import Announced
 from mlx_receiver.wire.messages import PROTOCOL_VERSION
+from vllm_mac_decode.tools.bench.servers import Server
 from vllm_mac_decode.tools.demo.services import Service, console_script, free_ports
+from vllm_mac_decode.tools.timeline import TimelineError
+from vllm_mac_decode.tools.timeline.fetch import fetch
 
 #: Seconds within which both servers must be up.
 START_SECONDS = 240.0
@@ -49,15 +51,7 @@ class Pair:
 
     def receiver_metric(self, name: str) -> int:
         """The sum of a counter of the receiver over its labels."""
-        text = self.http.get(f"{self.receiver_url}/metrics").raise_for_status().text
-        return int(
-            sum(
-                sample.value
-                for family in text_string_to_metric_families(text)
-                for sample in family.samples
-                if sample.name == name
-            )
-        )
+        return int(Server(self.receiver_url, "the receiver").metric(name))
 
     def vllm_version(self) -> str:
         """vLLM's version without the name of its build, e.g. "0.32.0"."""
@@ -66,13 +60,12 @@ class Pair:
 
     def handoff(self, response_id: str) -> bytes:
         """The receiver's account of a response, as JSON. Raises PairError if it has none."""
-        known = self.http.get(f"{self.receiver_url}/handoffs").raise_for_status().json()
-        for request_id in (str(entry["request_id"]) for entry in reversed(known)):
-            # vLLM appends to the id that its client sees.
-            if request_id.startswith(response_id):
-                url = f"{self.receiver_url}/handoffs/{request_id}"
-                return self.http.get(url).raise_for_status().content
-        raise PairError(f"the receiver knows nothing of {response_id}: vLLM decoded it itself")
+        try:
+            return fetch(self.receiver_url, response_id)
+        except TimelineError:
+            raise PairError(
+                f"the receiver knows nothing of {response_id}: vLLM decoded it itself"
+            ) from None
 
     def check(self) -> None:
         """Raise ServiceDied if one of the servers has ended."""
