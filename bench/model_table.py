@@ -37,7 +37,7 @@ KEPT = {
     "K and V, or a window's": ("gpt_oss", "gemma3_text", "olmo3", "exaone4", "cohere2"),
     "the same; some layers read an earlier one's": ("gemma4_text", "gemma3n"),
     "K and V, or a chunk's": ("llama4",),
-    "a latent and a rotated key (MLA)": ("deepseek_v3", "glm4_moe_lite"),
+    "a latent and a rotated key (MLA)": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
     "a Mamba 2 state, or K and V": ("nemotron_h", "granitemoehybrid"),
     "both": ("falcon_h1",),
     "a Mamba 1 state, or K and V": ("jamba",),
@@ -60,12 +60,15 @@ Row = tuple[str, ...]
 def on_cpu(results: Path) -> dict[str, str]:
     """For each model type how many prompts of all runs gave MLX's own tokens."""
     cells = {family: IN_TESTS for family in FAMILIES if family not in NOT_COMPARED}
-    for row in _rows(results / "parity_families_cpu.json"):
+    rows = _rows(results / "parity_families_cpu.json")
+    for row in sorted(rows, key=lambda row: row["dtype"] != "float32"):
         runs = row["runs"]
         text = f"{sum(run['equal'] for run in runs)} of {sum(run['of'] for run in runs)}"
         if any(run["decoded_by_receiver"] < run["of_tokens"] for run in runs):
             text += ", not all handed off"
-        cells[_kind(row["model"])] = text + _dtype(row)
+        kind = _kind(row["model"])
+        before = "" if row["dtype"] == "float32" or cells[kind] == IN_TESTS else f"{cells[kind]}; "
+        cells[kind] = before + text + _dtype(row)
     return cells
 
 

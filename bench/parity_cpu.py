@@ -5,6 +5,7 @@ six prompts around a window, at once, prefilled in chunks. Each call adds a run,
 of the families that it names (by default all); runs of other versions are dropped.
 
     python -m bench.parity_cpu gpt_oss gemma4
+    python -m bench.parity_cpu --dtype bfloat16 qwen3_5   # a gated delta net by vLLM's own kernels
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bench.lab import RESULTS, record, save
-from tests.e2e.handing_off import IN_BF16, OUTPUT, PROMPTS, Offline, Outcome, hand_off
+from tests.e2e.handing_off import OUTPUT, PROMPTS, Offline, Outcome, hand_off
 from tests.families import FAMILIES, NOT_COMPARED
 
 RESULT = RESULTS / "parity_families_cpu.json"
@@ -45,7 +48,7 @@ def run_of(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def add(families: list[str], path: Path) -> None:
+def add(families: list[str], path: Path, dtype: str) -> None:
     """Run each and write the result after each."""
     lengths = ", ".join(str(len(prompt)) for prompt in PROMPTS)
     result = record(
@@ -64,21 +67,20 @@ def add(families: list[str], path: Path) -> None:
                 place = Path(folder) / family
                 place.mkdir()
                 try:
-                    outcome = hand_off(family, offline, place)
-                except AssertionError as error:  # the others may run
+                    outcome = hand_off(family, offline, place, dtype=dtype)
+                except (AssertionError, pytest.skip.Exception) as error:  # the others may run
                     print(f"{family}: {error}", flush=True)
                     continue
                 config = json.loads((outcome.model / "config.json").read_text())
-                row = next((row for row in result["rows"] if row["family"] == family), None)
+                key = {"family": family, "model": config["model_type"], "dtype": dtype}
+                row = next((row for row in result["rows"] if key.items() <= row.items()), None)
                 if row is None:
-                    dtype = "bfloat16" if family in IN_BF16 else "float32"
-                    row = {"family": family, "model": config["model_type"], "dtype": dtype}
-                    row["runs"] = []
+                    row = key | {"runs": []}
                     result["rows"].append(row)
                 row["runs"].append(run_of(outcome))
                 print(json.dumps({"family": family} | row["runs"][-1]), flush=True)
                 order = list(FAMILIES)
-                result["rows"].sort(key=lambda row: order.index(row["family"]))
+                result["rows"].sort(key=lambda row: (order.index(row["family"]), row["dtype"]))
                 save(result, path)
         finally:
             offline.close()
@@ -91,10 +93,11 @@ def main() -> None:
     )
     known = [name for name in FAMILIES if name not in NOT_COMPARED]
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(known))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--results", type=Path, default=RESULT)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what runs is ended then
-    add(options.families or known, options.results)
+    add(options.families or known, options.results, options.dtype)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
+from tests import composites
 from tests.models import TOKENIZER_FILES, save
 
 #: Raise it with every change of what is written: caches are keyed by it.
-GENERATOR_VERSION: Final = 11
+GENERATOR_VERSION: Final = 12
 
 VOCABULARY: Final = 512
 WINDOW: Final = 48
@@ -46,9 +47,6 @@ _YARN: Final = {
 #: A pattern that is not the same from the front and from the back.
 _MIXED: Final = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _EXPERTS: Final = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-
-#: mlx-lm reads these as they are published: the language part inside a model that also sees.
-_COMPOSITE: Final = ("gemma3n", "qwen3_5", "qwen3_5_moe", "llama4")
 
 #: transformers' class, and what its configuration has beside the shared.
 FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -206,6 +204,19 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
                  "n_shared_experts": 1, "routed_scaling_factor": 1.0, "topk_method": "noaux_tc",
                  "scoring_func": "sigmoid", "norm_topk_prob": True},
     ),
+    # DeepSeek-V2-Lite's settings.
+    "deepseek_v2": (
+        "DeepseekV2",
+        {"rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 40.0, "beta_fast": 32.0,
+            "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 64},
+         "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32,
+         "v_head_dim": 32, "num_key_value_heads": 4, "head_dim": 64, "n_routed_experts": 4,
+         "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 64,
+         "first_k_dense_replace": 1, "n_shared_experts": 2, "routed_scaling_factor": 1.0,
+         "topk_method": "greedy", "norm_topk_prob": False},
+    ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         _ROPE | {"kv_lora_rank": 512, "q_lora_rank": 64, "qk_rope_head_dim": 64,
@@ -219,9 +230,8 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 #: What is not compared token by token: the two sides' caches differ (and a test of its own says
-#: how that goes); vLLM's CPU build lacks Mamba 1 and MiniMax's routing; its file of Qwen3.5 imports
-#: torchvision.
-NOT_COMPARED: Final = ("mistral-window", "jamba", "minimax_m2", "qwen3_5", "qwen3_5_moe")
+#: how that goes); vLLM's CPU build lacks Mamba 1 and MiniMax's routing.
+NOT_COMPARED: Final = ("mistral-window", "jamba", "minimax_m2")
 
 
 def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **others: Any) -> Path:
@@ -241,8 +251,8 @@ def write(family: str, path: Path, dtype: str = "float32", seed: int = 0, **othe
     spell_for_mlx(path)
     if family == "gpt_oss":
         _write_experts_for_mlx(path)
-    if family in _COMPOSITE:
-        _write_composite_for_mlx(family, path)
+    if family in composites.OUTER:
+        composites.write(family, path)
     return path
 
 
@@ -329,7 +339,14 @@ def _spell(config: dict[str, Any]) -> None:
 
 def for_mlx(family: str, path: Path) -> Path:
     """The folder that mlx-lm loads, of the one that was written."""
-    return path / "mlx" if family in ("gpt_oss", *_COMPOSITE) else path
+    if family in (*composites.WHOLE, "gemma3n", "llama4"):
+        return composites.folder(path)
+    return path / "mlx" if family == "gpt_oss" else path
+
+
+def for_vllm(family: str, path: Path) -> Path:
+    """The same for vLLM."""
+    return composites.folder(path) if family in composites.WHOLE else path
 
 
 def _write_experts_for_mlx(path: Path) -> None:
@@ -355,48 +372,3 @@ def _write_experts_for_mlx(path: Path) -> None:
     save_file(weights, path / "mlx" / "model.safetensors", metadata={"format": "pt"})
     for file in ("config.json", *TOKENIZER_FILES):
         shutil.copyfile(path / file, path / "mlx" / file)
-
-
-def _write_composite_for_mlx(family: str, path: Path) -> None:
-    """See ``_COMPOSITE``."""
-    from safetensors.torch import load_file, save_file
-
-    config = json.loads((path / "config.json").read_text())
-    weights = load_file(path / "model.safetensors")
-    if family == "gemma3n":  # layers that read another's K and V have projections, too
-        count = config["num_hidden_layers"]
-        for layer in range(count - config["num_kv_shared_layers"], count):
-            for name in ("k_norm", "k_proj", "v_proj"):
-                unused = weights[f"model.layers.0.self_attn.{name}.weight"].clone()
-                weights[f"model.layers.{layer}.self_attn.{name}.weight"] = unused
-    elif family == "qwen3_5_moe":
-        _fuse_experts(weights, config)
-    if family == "llama4":
-        config.setdefault("rope_scaling", None)
-        weights = {f"language_model.{name}": value for name, value in weights.items()}
-    else:
-        weights = {
-            name.replace("model.", "model.language_model.", 1): value
-            for name, value in weights.items()
-        }
-    (path / "mlx").mkdir()
-    save_file(weights, path / "mlx" / "model.safetensors", metadata={"format": "pt"})
-    composite = {"model_type": family, "text_config": config}
-    (path / "mlx" / "config.json").write_text(json.dumps(composite, indent=2) + "\n")
-    for file in TOKENIZER_FILES:
-        shutil.copyfile(path / file, path / "mlx" / file)
-
-
-def _fuse_experts(weights: dict[str, Any], config: dict[str, Any]) -> None:
-    """Each layer's experts as one array, ``[experts, out, in]``, gate before up."""
-    import torch
-
-    for layer in range(config["num_hidden_layers"]):
-        place = f"model.layers.{layer}.mlp.experts"
-        places = [f"{place}.{number}" for number in range(config["num_experts"])]
-        gate, up, down = (
-            torch.stack([weights.pop(f"{one}.{part}_proj.weight") for one in places])
-            for part in ("gate", "up", "down")
-        )
-        weights[f"{place}.gate_up_proj"] = torch.cat((gate, up), dim=1)
-        weights[f"{place}.down_proj"] = down

@@ -126,6 +126,7 @@ def load_model(
     from mlx_receiver.caches.adapter import mlx_dtype
     from mlx_receiver.caches.local import LocalCache
     from mlx_receiver.caches.model import ModelCache, UnknownCache
+    from mlx_receiver.decode.latents import keep_latents
     from mlx_receiver.decode.multipliers import multiply_keys
     from mlx_receiver.decode.rope import halve_pairs, unround_yarn
     from mlx_receiver.decode.spelling import older_spelling
@@ -146,6 +147,7 @@ def load_model(
         unround_yarn(model, source.config)
         halve_pairs(model, source.config)
         multiply_keys(model, source.config)
+        keep_latents(model, source.config)
         if dtype != "auto":
             model.set_dtype(mlx_dtype(dtype))
         total = len(model.layers)

@@ -14,9 +14,11 @@ from typing import Any, Final
 
 import httpx
 
+from tests import composites
 from tests.conftest import cached_family
-from tests.families import WINDOW, for_mlx, write
+from tests.families import WINDOW, for_mlx, for_vllm, write
 from tests.servers import Receiver, start_receiver
+from tests.vision import seeing
 
 OUTPUT: Final = 24
 #: Shorter than a window, at its edges, longer; one that vLLM prefills in chunks.
@@ -32,13 +34,13 @@ THEN: Final = [11, 12, 13, 14, 15, 16, 17]
 #: them (``docs/models.md``); PyTorch does not.
 NATIVE_ROTATION: Final = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 #: A chunk must be of whole blocks.
-OPTIONS: Final = {
-    "lfm2": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION, "glm4_moe_lite": NATIVE_ROTATION,
-    "llama4": {"block_size": 32},
+OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    "lfm2": NATIVE_ROTATION, "deepseek_v2": NATIVE_ROTATION, "deepseek_v3": NATIVE_ROTATION,
+    "glm4_moe_lite": NATIVE_ROTATION, "llama4": {"block_size": 32},
 }  # fmt: skip
 
-#: Families whose CPU kernels know bf16 only: tokens may differ where two are nearly as likely.
-IN_BF16: Final = ("qwen3_next",)
+#: What ``tests.gated_delta_net`` is about.
+GATED: Final = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 
 
 class Offline:
@@ -46,12 +48,23 @@ class Offline:
 
     def __init__(self, log: Path) -> None:
         self._log = log.open("w")
-        self._process = subprocess.Popen(
+        self._process = self._started()
+        self._sees = False
+        self.log = log
+
+    def _started(self, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [sys.executable, "-m", "tests.e2e.offline"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            env=os.environ | environment | {"VLLM_CPU_KVCACHE_SPACE": "1"},
         )  # fmt: skip
-        self.log = log
+
+    def see(self) -> None:
+        """From now on vLLM has what it imports for models that also see."""
+        if not self._sees:
+            self._end()
+            self._process = self._started(**seeing())
+            self._sees = True
 
     def run(self, **order: Any) -> dict[str, Any]:
         """See ``tests.e2e.offline``."""
@@ -81,10 +94,14 @@ class Offline:
 
     def close(self) -> None:
         """End it."""
-        assert self._process.stdin is not None
+        self._end()
+        self._log.close()
+
+    def _end(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(60)
-        self._log.close()
+        self._process.stdout.close()
 
 
 @dataclass
@@ -130,19 +147,28 @@ def hand_off(
     offline: Offline,
     folder: Path,
     options: dict[str, Any] | None = None,
+    *,
+    dtype: str = "float32",
+    published: bool = False,
     **others: Any,
 ) -> Outcome:
     """All prompts at once; again where a busy machine let some responses go on locally.
 
     Writes the receiver's log into ``folder``. ``options`` are vLLM's, ``others`` go to a model's
-    configuration that is written anew.
+    configuration that is written anew. ``published``: of a family whose published models also see,
+    both engines load such a one.
     """
-    dtype = "bfloat16" if family in IN_BF16 else "float32"
-    if family in IN_BF16 or others:
-        model = write(family, folder / "model", dtype, **others)
+    if dtype != "float32" or others:
+        written = write(family, folder / "model", dtype, **others)
     else:
-        model = cached_family(family)
-    receiver = start_receiver(for_mlx(family, model), folder / "receiver.log")
+        written = cached_family(family)
+    of_vllm: dict[str, Any] = OPTIONS.get(family, {}) if options is None else options
+    model, for_receiver = for_vllm(family, written), for_mlx(family, written)
+    if published or family in composites.WHOLE:
+        model = for_receiver = composites.folder(written)
+        of_vllm = of_vllm | composites.TEXT_ALONE
+        offline.see()
+    receiver = start_receiver(for_receiver, folder / "receiver.log")
     try:
         alone = [by_mlx_alone(receiver, prompt) for prompt in PROMPTS]
         for _ in range(3):
@@ -153,7 +179,7 @@ def hand_off(
                 tokens=OUTPUT,
                 then=THEN,
                 dtype=dtype,
-                options=OPTIONS.get(family, {}) if options is None else options,
+                options=of_vllm,
             )
             receiver.assert_idle()
             first = answer["tokens"]
@@ -168,7 +194,7 @@ def hand_off(
                 log,
             )
             refused = "do not compute the same cache" in outcome.log
-            wrong = family not in IN_BF16 and outcome.tokens != outcome.by_mlx_alone
+            wrong = dtype == "float32" and outcome.tokens != outcome.by_mlx_alone
             if outcome.handed_off == outcome.wanted or refused or wrong:
                 break
         return outcome

@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+from tests.gated_delta_net import add_float32
 from tests.warm import fork_what_is_spawned, possible
 
 #: How long a first hand-off may take, unless an order says otherwise (``connect``).
@@ -23,6 +24,7 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     """One order."""
     from vllm import LLM
 
+    add_float32()
     options = {"enforce_eager": True} | order.get("options", {})
     model = LLM(
         order["model"],
@@ -102,3 +104,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a process of vLLM's that was spawned
+    add_float32()

@@ -13,7 +13,7 @@ from mlx_receiver.planning.shapes import layout_of
 from mlx_receiver.wire.layout import Held
 from tests.conftest import cached_family
 from tests.e2e.handing_off import (
-    IN_BF16,
+    GATED,
     OPTIONS,
     OUTPUT,
     PROMPTS,
@@ -44,15 +44,19 @@ ALL = bool(os.environ.get("MAC_DECODE_ALL_FAMILIES"))
 #: By Dynamo alone: no kernel is made.
 TRACED = {"compilation_config": {"mode": 2, "backend": "eager"}}
 
-#: Those of bf16 have a test of their own.
-OTHERS = {*NOT_COMPARED, *IN_BF16}
-
 
 @pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if name not in OTHERS and (ALL or name in USUAL)]
+    "family", [name for name in FAMILIES if name not in NOT_COMPARED and (ALL or name in USUAL)]
 )
 def test_tokens_are_those_of_mlx_alone(family: str, offline: Offline, tmp_path: Path) -> None:
     as_mlx_alone(hand_off(family, offline, tmp_path), offline)
+
+
+@pytest.mark.skipif(not ALL, reason="each takes half a minute (MAC_DECODE_ALL_FAMILIES=1)")
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "ministral3", "llama4"])
+def test_models_that_also_see(family: str, offline: Offline, tmp_path: Path) -> None:
+    """As they are published: in vLLM another class than that for text alone."""
+    as_mlx_alone(hand_off(family, offline, tmp_path, published=True), offline)
 
 
 @pytest.mark.skipif(not ALL, reason="each takes a minute (MAC_DECODE_ALL_FAMILIES=1)")
@@ -85,24 +89,21 @@ def test_two_stages_of_two_ranks(offline: Offline, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ALL, reason="each takes a minute (MAC_DECODE_ALL_FAMILIES=1)")
-@pytest.mark.parametrize("family", IN_BF16)
-def test_a_gated_delta_net(family: str, offline: Offline, tmp_path: Path) -> None:
-    """In bf16, and so by the proof alone: tokens differ where two are nearly as likely."""
-    outcome = hand_off(family, offline, tmp_path)
-    by_the_proof(outcome, offline)
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+def test_a_gated_delta_net_by_vllms_kernels(family: str, offline: Offline, tmp_path: Path) -> None:
+    """They know bf16 only: by the proof, as tokens differ where two are nearly as likely."""
+    outcome = hand_off(family, offline, tmp_path, dtype="bfloat16")
+    assert outcome.handed_off == outcome.wanted, offline.said()
+    assert "4 layers compared" in outcome.log
     as_announced(outcome, "bfloat16")
 
 
-@pytest.mark.skipif(not ALL, reason="it takes a minute (MAC_DECODE_ALL_FAMILIES=1)")
-def test_a_gated_delta_net_in_two_ranks(offline: Offline, tmp_path: Path) -> None:
+@pytest.mark.skipif(not ALL, reason="each takes a minute (MAC_DECODE_ALL_FAMILIES=1)")
+@pytest.mark.parametrize("family", GATED)
+def test_a_gated_delta_net_in_two_ranks(family: str, offline: Offline, tmp_path: Path) -> None:
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     options = {"tensor_parallel_size": 2}
-    by_the_proof(hand_off("qwen3_next", offline, tmp_path, options, **heads), offline)
-
-
-def by_the_proof(outcome: Outcome, offline: Offline) -> None:
-    assert outcome.handed_off == outcome.wanted, offline.said()
-    assert "4 layers compared" in outcome.log
+    as_mlx_alone(hand_off(family, offline, tmp_path, options, **heads), offline)
 
 
 def as_mlx_alone(outcome: Outcome, offline: Offline) -> None:
@@ -113,7 +114,8 @@ def as_mlx_alone(outcome: Outcome, offline: Offline) -> None:
 
 def as_announced(outcome: Outcome, dtype: str) -> None:
     """As many bytes have come as ``docs/models.md`` computes for a model of that shape; in the
-    second turn, of the first one's tokens none, but for the last where rows are decoded alone."""
+    second turn, of the first one's tokens none, but for the last where rows are decoded alone. The
+    receiver decodes in fp32, and of what comes in other numbers it keeps nothing."""
     config = json.loads((outcome.model / "config.json").read_text())
     layout = layout_of(config, dtype, "float32")  # vLLM's CPU build keeps states in fp32
     came = {h["prompt_tokens"]: h for h in outcome.handoffs if h["output_tokens"]}
@@ -121,7 +123,8 @@ def as_announced(outcome: Outcome, dtype: str) -> None:
         more = len(prompt) + OUTPUT + len(THEN)
         first, second = came.pop(len(prompt)), came.pop(more)
         held = second["held_tokens"]
-        assert first["held_tokens"] == 0 and held in (more - len(THEN) - 1, more - len(THEN))
+        kept = (more - len(THEN) - 1, more - len(THEN)) if dtype == "float32" else (0,)
+        assert first["held_tokens"] == 0 and held in kept
         assert first["kv_bytes"] == layout.nbytes(len(prompt))
         assert second["kv_bytes"] == layout.nbytes(more, held=Held(held, bounded=True))
     assert all(h["kv_bytes"] == layout.nbytes(tokens) for tokens, h in came.items())

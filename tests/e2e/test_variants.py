@@ -43,6 +43,15 @@ def _longrope(original: int) -> dict[str, Any]:
             "original_max_position_embeddings": original}  # fmt: skip
 
 
+_QWEN3_5: Final = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000.0,
+                        "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2],
+                        "mrope_interleaved": True},
+    "head_dim": 64, "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "full_attention_interval": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "attn_output_gate": True,
+}  # fmt: skip
+
 #: A family, and what is set otherwise.
 VARIANTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     # Llama 3.1's rotation; heads that are not the hidden size's share, one KV head, biases, an odd
@@ -102,6 +111,33 @@ VARIANTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0,
          "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4,
          "top_k_experts": 2, "moe_intermediate_size": 64},
+    ),
+    # Qwen3.5: most layers are recurrent, a quarter of each head is rotated, by three positions that
+    # are one in a text. 35B-A3B, and the smaller ones.
+    "qwen3_5_moe-35b": (
+        "qwen3_5_moe",
+        _QWEN3_5 | {"num_attention_heads": 8, "num_experts": 16, "num_experts_per_tok": 8},
+    ),
+    "qwen3_5-tied": ("qwen3_5", _QWEN3_5 | {"tie_word_embeddings": True}),
+    # Layers for several tokens at once are not loaded. The heads are no power of two.
+    "glm4_moe-air": (
+        "glm4_moe",
+        {"num_attention_heads": 12, "num_key_value_heads": 1, "n_routed_experts": 8,
+         "num_experts_per_tok": 8, "use_qk_norm": False, "num_nextn_predict_layers": 1,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0,
+                             "partial_rotary_factor": 0.5}},
+    ),
+    "glm4_moe_lite-flash": (
+        "glm4_moe_lite",
+        {"num_attention_heads": 5, "num_key_value_heads": 5, "qk_nope_head_dim": 48,
+         "v_head_dim": 64, "n_routed_experts": 8, "num_experts_per_tok": 4,
+         "num_nextn_predict_layers": 1,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}},
+    ),
+    "gemma4-e2b": (
+        "gemma4",
+        {"use_double_wide_mlp": True, "num_key_value_heads": 1, "num_kv_shared_layers": 3,
+         "final_logit_softcapping": 30.0},
     ),
 }  # fmt: skip
 
