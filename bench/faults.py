@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +41,15 @@ import httpx
 from rich.progress import Progress
 
 from bench.lab import RESULTS, NoRights, Place, record, save, shaped_link
+from mlx_receiver.planning.cost import Strategy
 from tests.servers import Receiver, Server, Vllm, start_receiver, start_vllm
 from tests.warm import RECEIVER
 
 #: Both sides' token: a receiver that other machines reach does not start without one.
 TOKEN = "bench-faults"
+
+#: A request that is handed off whatever is planned.
+_HANDED_OFF = {"vllm_xargs": {"mac_decode_offload": "always"}}
 
 
 @dataclass
@@ -99,6 +104,17 @@ def references(vllm: Vllm, seed: int, count: int, tokens: int) -> list[tuple[lis
     return found
 
 
+def _plans(vllm: Vllm) -> dict[str, float]:
+    """How often each strategy was chosen because both sides' profiles say so."""
+    return {
+        str(strategy): sum(
+            vllm.metric("vllm:mac_decode_plans_total", strategy=str(strategy), reason=reason)
+            for reason in ("fastest", "kept")
+        )
+        for strategy in Strategy
+    }
+
+
 def leave(vllm: Vllm, source: random.Random, prompt: list[int]) -> None:
     """Read a little of a streamed response and close the connection."""
     body = {"model": vllm.name, "prompt": prompt, "max_tokens": 400, "stream": True,
@@ -120,20 +136,25 @@ def run(
     freeze: float = 3.0,
     tokens: int = 40,
     show: bool = False,
+    prompts: int = 24,
+    link: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run the trials; the result says how many responses were right, wrong and slowest."""
+    """Run the trials; the result says how many responses were right, wrong and slowest. ``prompts``
+    are asked for again and again, ``link`` is for ``shaped_link``."""
 
     def in_namespace() -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
             mac, skipped = Place("127.0.0.1"), ""
             try:
-                spark, mac = stack.enter_context(shaped_link())
+                spark, mac = stack.enter_context(shaped_link(**link or {}))
                 spark.enter()
             except NoRights as error:
                 skipped = str(error)
             bench = Trials(model, logs, mac, random.Random(seed), freeze)
             stack.callback(bench.close)
-            return bench.run(trials, seed, clients, tokens, show) | {"unplug_skipped": skipped}
+            return bench.run(trials, seed, clients, tokens, show, prompts) | {
+                "unplug_skipped": skipped
+            }
 
     # A thread of its own: whoever enters a namespace cannot leave it.
     with ThreadPoolExecutor(1) as thread:
@@ -159,7 +180,9 @@ class Trials:
             self._vllm.server.stop()
         self._receiver.server.stop()
 
-    def run(self, trials: int, seed: int, clients: int, tokens: int, show: bool) -> dict[str, Any]:
+    def run(
+        self, trials: int, seed: int, clients: int, tokens: int, show: bool, prompts: int
+    ) -> dict[str, Any]:
         """See ``run``."""
         receiver = self._receiver
         vllm = self._vllm = start_vllm(
@@ -172,9 +195,9 @@ class Trials:
         # The reference is vLLM alone: hand-offs wait until the receiver is let run.
         receiver.server.signal(signal.SIGSTOP)
         time.sleep(3)
-        expected = references(vllm, seed, 24, tokens)
+        expected = references(vllm, seed, prompts, tokens)
         receiver.server.signal(signal.SIGCONT)
-        vllm.wait_connected(receiver, 40)
+        vllm.wait_connected(receiver, 40, **_HANDED_OFF)
         agreeing = [(p, t) for p, t in expected if vllm.tokens(p, len(t)) == t]
         load = Load(vllm, agreeing)
         threads = [threading.Thread(target=load.client, args=(seed + i,)) for i in range(clients)]
@@ -205,7 +228,17 @@ class Trials:
                 thread.join()
             if show:
                 print(dict(load.done), *load.wrong[:20], sep="\n", file=sys.stderr)
-        vllm.wait_connected(self._receiver, 90)  # it is used again
+        vllm.wait_connected(self._receiver, 90, **_HANDED_OFF)  # it is used again
+        planned = _plans(vllm)
+        for prompt, answer in agreeing:
+            load.request(prompt, answer)
+        again = _plans(vllm)
+        until = time.monotonic() + 5
+        while sum(again.values()) - sum(planned.values()) < len(agreeing):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.2)  # a step's counts come with the next one
+            again = _plans(vllm)
         return {
             "trials": trials,
             "seed": seed,
@@ -231,6 +264,11 @@ class Trials:
             }
             | {"all": vllm.metric("vllm:mac_decode_fallbacks_total")},
             "decoded_by_receiver": vllm.metric("vllm:mac_decode_tokens_total"),
+            "plans": planned,
+            "asked_afterwards": len(agreeing),
+            "plans_afterwards": {
+                strategy: again[strategy] - planned[strategy] for strategy in again
+            },
         }
 
     def _kill(self) -> None:

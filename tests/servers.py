@@ -223,12 +223,12 @@ class Vllm:
         """Wait until it serves."""
         self.server.wait_healthy(f"{self.url}/health")
 
-    def wait_connected(self, receiver: Receiver, seconds: float = 20.0) -> None:
-        """Wait until hand-offs work, by making some."""
+    def wait_connected(self, receiver: Receiver, seconds: float = 20.0, **fields: Any) -> None:
+        """Wait until hand-offs work, by making some, of requests with those fields."""
         until = time.monotonic() + seconds
         before = receiver.metric("mlx_receiver_decoded_tokens_total")
         while time.monotonic() < until:
-            self.tokens([1, 2, 3], 3)
+            self.tokens([1, 2, 3], 3, **fields)
             if receiver.metric("mlx_receiver_decoded_tokens_total") > before:
                 return
             time.sleep(0.3)

@@ -176,6 +176,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError("min_output_tokens must be at least 2")
 
     @property
+    def slow_streams(self) -> int:
+        """Connections that a worker's blocks are spread over where quantising them or the link
+        limits that: "auto" makes a second one for what is faster."""
+        return 1 if self.streams == "auto" else self.streams
+
+    @property
     def most_streams(self) -> int:
         """Connections that there may be at once."""
         return 2 if self.streams == "auto" else self.streams

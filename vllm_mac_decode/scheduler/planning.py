@@ -61,8 +61,7 @@ class Planning:
         """``vllm`` is how fast that is."""
         self._planner = Planner(settings.offload, settings.offload_threshold)
         self._codec = settings.codec
-        # A second connection that "auto" makes is none for KV that is quantised, which is slower.
-        self._streams = 1 if settings.streams == "auto" else settings.streams
+        self._streams = settings.slow_streams
         self._estimates = "auto" in (settings.offload, settings.codec)
         self._looks = self._estimates or settings.offload_threshold > 0
         self._outputs = Outputs()

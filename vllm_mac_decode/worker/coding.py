@@ -46,8 +46,10 @@ def measured(layers: Collection[ExportedLayer], blocks: int) -> dict[str, float]
 
     def measure() -> None:
         try:
+            if layer.device.type == "cuda":
+                # A thread starts on device 0, where pinning memory would make a context.
+                torch.cuda.set_device(layer.device)
             ring = StagingRing(2 * SLOT_BYTES, layer.device)
-            ring.enter()
             for codec in BITS:
                 found[codec] = _rate(layer, codec, blocks * layer.split, ring)
         except Exception as error:

@@ -41,7 +41,7 @@ def check_plan(
     work = Work(max(1, min(_TOKENS, welcome.max_tokens - _OUTPUT)), _OUTPUT)
     link = Link(transfer.rate)
     pair = Pair(vllm, mac, link, len(layout.layers), kv_bytes(layout))
-    situation = Situation(name, pair, work, Load(), layout)
+    situation = Situation(name, pair, work, Load(), layout, streams=settings.slow_streams)
     made = plan(situation, codec(settings.codec, situation, welcome.codecs))
     figures: dict[str, str | float] = {
         str(found.strategy): round(found.total, 3) for found in made.predictions
