@@ -34,6 +34,7 @@ from mlx_receiver.wire.messages import (
     MAX_MESSAGE_BYTES,
     Cancel,
     ClientMessage,
+    DataPath,
     Endpoint,
     Failed,
     Hello,
@@ -160,13 +161,18 @@ class ControlServer:
         return [client.name for client in list(self._clients.values())]
 
     @property
-    def paths(self) -> dict[str, str]:
-        """Of clients that have measured it: the way that their blocks take, in words."""
+    def links(self) -> dict[str, DataPath]:
+        """Of clients that have measured it: the way that their blocks take."""
         return {
-            client.name: printable(client.path.text)
+            client.name: client.path
             for client in list(self._clients.values())
             if client.path is not None
         }
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The same in words."""
+        return {name: printable(path.text) for name, path in self.links.items()}
 
     @property
     def proofs(self) -> dict[str, str]:

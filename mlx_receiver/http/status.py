@@ -104,14 +104,14 @@ def status_routes(receiver: Served) -> list[BaseRoute]:
         return as_json(Unknown(f"no hand-off of request {wanted} is remembered"), 404)
 
     def profile(_request: Request) -> Response:
-        speed = receiver.speed
+        speed, links = receiver.speed, receiver.control.links
         if speed is None:
-            return as_json(Shown())
+            return as_json(Shown(links=links))
         errors = {
             phase: {str(q): speed.error(q, phase) for q in QUANTILES}
             for phase in ("prefill", "decode")
         }
-        return as_json(Shown(speed.profile, speed.saved, speed.measuring, errors))
+        return as_json(Shown(speed.profile, speed.saved, speed.measuring, errors, links))
 
     return [
         Route("/profile", profile),

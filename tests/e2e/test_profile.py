@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from mlx_receiver.planning import cached
 from tests.mlx_alone import greedy
 from tests.servers import start_receiver, start_vllm
 from tests.waiting import eventually
+from vllm_mac_decode.tools.cli import app
 
 pytestmark = pytest.mark.server
 
@@ -54,6 +56,10 @@ def test_it_is_measured_once_beside_requests(
                 coding = profile.coding
                 assert 1e6 < coding.q8 < 1e12 and 1e6 < coding.q4 < 1e12
                 assert coding.threads == 1 if saved.side == "vllm" else coding.threads >= 1
+            if len(kept) == 2:  # is planned with; nobody measures a loopback link
+                words = ["plan", "--model", str(tiny_qwen3_path), "--receiver-http", receiver.url]
+                text = " ".join(CliRunner().invoke(app, words).output.split())
+                assert "both sides' profiles; the link is taken to be 10gbe" in text
             # Nobody's requests are nobody's: users and metrics do not see them.
             assert vllm.metric("vllm:request_success_total") == asked
             assert vllm.metric("vllm:prompt_tokens_total") == asked // len(PROMPTS) * sum(

@@ -299,6 +299,8 @@ def plan(
     ] = "",
     svg: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    receiver_http: _ReceiverHttp = "http://127.0.0.1:7791",
+    api_key: _ReceiverApiKey = "",
     *,
     codec: str,
 ) -> None:
@@ -309,10 +311,12 @@ def plan(
 
     from mlx_receiver.planning.plan import plan as planned
     from vllm_mac_decode.tools.plan import picture, show, sources
+    from vllm_mac_decode.tools.profile.sources import ProfileError, shown
 
     try:
-        wanted, said = sources.situation(model, prompt, output, topology, codec)
-    except ValueError as error:
+        receiver = None if topology else shown(receiver_http, api_key)
+        wanted, said = sources.situation(model, prompt, output, topology, codec, receiver)
+    except (ValueError, ProfileError) as error:
         _give_up(str(error), 2)
     made = planned(wanted, sources.codec(codec, wanted))
     if svg is not None:

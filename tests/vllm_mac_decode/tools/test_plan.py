@@ -8,15 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from mlx_receiver.planning import cached, topology
 from mlx_receiver.planning.plan import NAMES, plan
 from mlx_receiver.planning.published import PUBLISHED
+from mlx_receiver.planning.shown import Shown
+from mlx_receiver.wire.messages import DataPath
 from mlx_receiver.wire.profile import Decode, Prefill, Profile
 from vllm_mac_decode.tools.cli import app
 from vllm_mac_decode.tools.plan import picture, show, sources
+from vllm_mac_decode.tools.receiver_http import HttpError
 
 LLAMA = next(one.config for one in PUBLISHED if one.name == "Llama-3.1-8B")
 DEMO = topology.load(topology.DEFAULT).situation("Llama-3.1-8B", 8192, 32)
@@ -121,6 +125,47 @@ def test_a_cache_that_cannot_be_quantised_has_no_codecs(tmp_path: Path) -> None:
     )
     assert list(found["split_by_codec"]) == ["raw"]
     assert found["strategies"]["split"]["codec"] == "raw"
+
+
+def test_what_the_receiver_says_of_itself_and_of_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its profile is in no file of vLLM's machine."""
+    vllm, mac = (
+        msgspec.structs.replace(side, source="measured") for side in (DEMO.pair.vllm, DEMO.pair.mac)
+    )
+    monkeypatch.setattr(
+        cached, "read_all", lambda side: [SimpleNamespace(profile=vllm)] if side == "vllm" else []
+    )
+    links = {
+        "a": DataPath("10.0.0.2", 3_000_000_000, 150_000),
+        "b": DataPath("10.0.0.2", 250_000_000, 300_000, 1500),
+        "not yet": DataPath("10.0.0.2", 0, 0),
+    }
+    asked: list[tuple[str, str]] = []
+
+    def shown(base: str, path: str, kind: type[Shown], key: str) -> Shown:
+        asked.append((base, key))
+        return Shown(profile=mac, links=links)
+
+    monkeypatch.setattr("vllm_mac_decode.tools.profile.sources.get", shown)
+    arguments = ("--receiver-http", "http://mac:7791/", "--api-key", "secret")
+    found = json.loads(run("--model", "Llama-3.1-8B", *arguments, "--json"))
+    assert asked == [("http://mac:7791", "secret")]
+    assert found["link"] == {"bytes_per_s": 250_000_000, "round_trip_s": pytest.approx(3e-4)}
+    assert found["mac"]["source"] == "measured"
+    assert "the link as measured to 10.0.0.2 (2.00 Gbit/s, 0.3 ms, MTU 1500)" in found["source"]
+    other = run("--model", "gpt-oss-120b")
+    assert "No profile of vLLM and the receiver" in " ".join(other.split())
+    asked.clear()
+    run("--model", "Llama-3.1-8B", "--topology", topology.DEFAULT)
+    assert asked == [], "what is calculated asks nobody"
+
+
+def test_a_receiver_that_wants_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Shown:
+        raise HttpError("http://mac:7791 wants a key")
+
+    monkeypatch.setattr("vllm_mac_decode.tools.profile.sources.get", refused)
+    assert "wants a key" in run("--model", "Llama-3.1-8B", code=2)
 
 
 def test_a_codec_that_is_none() -> None:

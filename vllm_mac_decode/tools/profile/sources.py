@@ -59,25 +59,33 @@ def vllm() -> Known:
 def receiver(base: str, api_key: str = "") -> Known:
     """What the receiver says of itself; where none answers, what one has measured here. Raises
     ProfileError."""
-    base = base.rstrip("/")
-    try:
-        shown = get(base, "/profile", Shown, api_key)
-    except NoAnswer as missing:
+    said = shown(base, api_key)
+    if said is None:
+        missing = f"no receiver answers at {base.rstrip('/')}"
         found = cached.read_all("receiver")
         if not found:
             return Known("receiver", None, f"{missing}: --receiver-http names another")
         return Known(
             "receiver", found[0].profile, f"{told(found[0])}, on this machine; {missing}", found[0]
         )
+    if said.profile is None:
+        why = "it is being measured" if said.measuring else "it has not been measured"
+        return Known("receiver", None, f"{why}: `mlx-receiver profile` does, or an idle receiver")
+    origin = told(said.saved) if said.saved is not None else ""
+    if said.profile.source == "live":
+        origin = ", ".join(filter(None, [origin, "corrected by what it has decoded since"]))
+    return Known("receiver", said.profile, origin, said.saved, said.errors)
+
+
+def shown(base: str, api_key: str = "") -> Shown | None:
+    """What the receiver there says of its speed and links; None where none answers. Raises
+    ProfileError for an address that is none, and for a key that is not the receiver's."""
+    try:
+        return get(base.rstrip("/"), "/profile", Shown, api_key)
+    except NoAnswer:
+        return None
     except HttpError as error:
         raise ProfileError(str(error)) from None
-    if shown.profile is None:
-        why = "it is being measured" if shown.measuring else "it has not been measured"
-        return Known("receiver", None, f"{why}: `mlx-receiver profile` does, or an idle receiver")
-    origin = told(shown.saved) if shown.saved is not None else ""
-    if shown.profile.source == "live":
-        origin = ", ".join(filter(None, [origin, "corrected by what it has decoded since"]))
-    return Known("receiver", shown.profile, origin, shown.saved, shown.errors)
 
 
 def links(base: str, api_key: str = "") -> dict[str, str]:
