@@ -32,7 +32,8 @@ LENGTHS = (8 << 10, 32 << 10, 128 << 10)
 KEPT = {
     "K and V": (
         "llama", "qwen2", "qwen3", "qwen3_moe", "glm4", "glm4_moe", "minimax_m2", "ministral3",
-        "mistral", "mixtral", "phi3", "granite", "olmo2", "seed_oss", "ernie4_5", "smollm3",
+        "mistral", "gemma2", "mixtral", "phi3", "granite", "olmo2", "seed_oss", "ernie4_5",
+        "smollm3",
     ),
     "K and V, or a window's": ("gpt_oss", "gemma3_text", "olmo3", "exaone4", "cohere2"),
     "the same; some layers read an earlier one's": ("gemma4_text", "gemma3n"),

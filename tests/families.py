@@ -112,6 +112,13 @@ FAMILIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
          "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
          "tie_word_embeddings": True, "num_hidden_layers": 8},
     ),
+    # MLX attends to all where vLLM has a window, which is longer than these texts.
+    "gemma2": (
+        "Gemma2",
+        _ROPE | {"sliding_window": 1024, "query_pre_attn_scalar": 32,
+                 "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+                 "tie_word_embeddings": True},
+    ),
     # Recurrent states beside K and V: Mamba 2, short convolutions, and both in each layer.
     "nemotron_h": (
         "NemotronH",

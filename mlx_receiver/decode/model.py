@@ -127,6 +127,7 @@ def load_model(
     from mlx_receiver.caches.local import LocalCache
     from mlx_receiver.caches.model import ModelCache, UnknownCache
     from mlx_receiver.decode.latents import keep_latents
+    from mlx_receiver.decode.masks import group_masks
     from mlx_receiver.decode.multipliers import multiply_keys
     from mlx_receiver.decode.rope import halve_pairs, unround_yarn
     from mlx_receiver.decode.spelling import older_spelling
@@ -148,6 +149,7 @@ def load_model(
         halve_pairs(model, source.config)
         multiply_keys(model, source.config)
         keep_latents(model, source.config)
+        group_masks(model, source.config)
         if dtype != "auto":
             model.set_dtype(mlx_dtype(dtype))
         total = len(model.layers)
