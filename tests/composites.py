@@ -20,6 +20,7 @@ OUTER: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "gemma4": ("Gemma4", {"vision_config": {}}),
     "llama4": ("Llama4", {}),
     "ministral3": ("Mistral3", {}),
+    "qwen3": ("Qwen3VL", {}),
     "qwen3_5": ("Qwen3_5", {}),
     "qwen3_5_moe": ("Qwen3_5Moe", {}),
 }
@@ -47,7 +48,9 @@ def write(family: str, path: Path) -> None:
         _add_unused_projections(weights, config)
     elif family == "qwen3_5_moe":
         _fuse_experts(weights, config)
-    if family in (*WHOLE, "gemma3n"):
+    if family == "qwen3":  # the same, but for positions of images
+        config["model_type"] = "qwen3_vl_text"
+    if family in (*WHOLE, "gemma3n", "qwen3"):
         names = {name: name.replace("model.", "model.language_model.", 1) for name in weights}
     else:
         names = {name: f"language_model.{name}" for name in weights}

@@ -158,12 +158,15 @@ def load_model(
             if progress is not None:
                 progress("Loading", done, total)
         mx.eval(model.parameters())
+        model.eval()
+        # What the model computes, not what it stores: quantised and mixed weights do not tell.
+        probe = make_prompt_cache(model)
+        mx.eval(model(mx.array([[0]]), cache=probe))
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"loading {source.name} failed: {error}") from error
-    model.eval()
-    # What the model computes, not what it stores: quantised and mixed weights do not tell.
-    probe = make_prompt_cache(model)
-    mx.eval(model(mx.array([[0]]), cache=probe))
+    except Exception as error:  # a configuration that lacks what mlx-lm's file of it reads
+        said = f"{type(error).__name__}: {error}"
+        raise ModelError(f"loading {source.name} failed: mlx-lm says {said}") from error
     local = ""
     try:
         cache = ModelCache.of(probe)

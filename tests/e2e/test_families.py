@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,12 @@ USUAL = {"gpt_oss", "qwen3_moe", "gemma4", "llama4", "nemotron_h", "falcon_h1", 
 ALL = bool(os.environ.get("MAC_DECODE_ALL_FAMILIES"))
 
 
+#: What Qwen3-VL has and Qwen3 has not: a rotation by three positions, which are one in a text.
+QWEN3_VL = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0,
+                        "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+}  # fmt: skip
+
 #: By Dynamo alone: no kernel is made.
 TRACED = {"compilation_config": {"mode": 2, "backend": "eager"}}
 
@@ -53,10 +60,15 @@ def test_tokens_are_those_of_mlx_alone(family: str, offline: Offline, tmp_path: 
 
 
 @pytest.mark.skipif(not ALL, reason="each takes half a minute (MAC_DECODE_ALL_FAMILIES=1)")
-@pytest.mark.parametrize("family", ["gemma3", "gemma4", "ministral3", "llama4"])
-def test_models_that_also_see(family: str, offline: Offline, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "others"),
+    [("gemma3", {}), ("gemma4", {}), ("ministral3", {}), ("llama4", {}), ("qwen3", QWEN3_VL)],
+)
+def test_models_that_also_see(
+    family: str, others: dict[str, Any], offline: Offline, tmp_path: Path
+) -> None:
     """As they are published: in vLLM another class than that for text alone."""
-    as_mlx_alone(hand_off(family, offline, tmp_path, published=True), offline)
+    as_mlx_alone(hand_off(family, offline, tmp_path, published=True, **others), offline)
 
 
 @pytest.mark.skipif(not ALL, reason="each takes a minute (MAC_DECODE_ALL_FAMILIES=1)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -283,6 +284,16 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     monkeypatch.setattr(weights, "memory", lambda: Memory(20 << 20, 32 << 30, metal=True))
     with pytest.raises(ModelError, match="does not fit: its weights take"):
         load_model(find_model(str(tiny_llama_path)))
+
+
+def test_a_configuration_that_mlx_lm_cannot_read_is_refused_in_words(
+    tiny_llama_path: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_llama_path, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "apertus"}))
+    with pytest.raises(ModelError, match=r"loading .* failed: mlx-lm says .*missing .*'qk_norm'"):
+        load_model(find_model(str(folder)))
 
 
 def test_what_fits_is_said_and_how_the_gpu_may_use_more() -> None:
