@@ -164,9 +164,9 @@ class ControlServer:
     def links(self) -> dict[str, DataPath]:
         """Of clients that have measured it: the way that their blocks take."""
         return {
-            client.name: client.path
+            client.name: path
             for client in list(self._clients.values())
-            if client.path is not None
+            if (path := client.path) is not None
         }
 
     @property

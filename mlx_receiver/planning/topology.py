@@ -34,6 +34,7 @@ from mlx_receiver.planning.shapes import kv_bytes
 from mlx_receiver.wire.layout import CacheLayout
 from mlx_receiver.wire.profile import Coding, Profile
 from mlx_receiver.wire.quantised import BITS, ratio
+from mlx_receiver.wire.seldom import printable
 
 #: What is taken where nothing is said: the set-up of the published demo.
 DEFAULT: Final = "spark+m3-ultra@10gbe"
@@ -243,8 +244,8 @@ def too_long(pair: Pair, work: Work) -> list[str]:
     length = work.prompt + work.output
     needed = pair.kv_bytes(0, length)
     return [
-        f"the KV of {length:,} tokens takes {needed / 1e9:.0f} GB, and {side.device} has some "
-        f"{side.kv_bytes / 1e9:.0f} GB for it"
+        f"the KV of {length:,} tokens takes {needed / 1e9:.0f} GB, and {printable(side.device)} "
+        f"has some {side.kv_bytes / 1e9:.0f} GB for it"
         for side in (pair.vllm, pair.mac)
         if 0 < side.kv_bytes < needed
     ]

@@ -315,7 +315,10 @@ def plan(
 
     try:
         receiver = None if topology else shown(receiver_http, api_key)
-        wanted, said = sources.situation(model, prompt, output, topology, codec, receiver)
+        streams = 1 if topology else load().slow_streams
+        wanted, said = sources.situation(
+            model, prompt, output, topology, codec, receiver, receiver_http, streams
+        )
     except (ValueError, ProfileError) as error:
         _give_up(str(error), 2)
     made = planned(wanted, sources.codec(codec, wanted))

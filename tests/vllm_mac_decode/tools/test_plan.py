@@ -17,7 +17,8 @@ from mlx_receiver.planning.plan import NAMES, plan
 from mlx_receiver.planning.published import PUBLISHED
 from mlx_receiver.planning.shown import Shown
 from mlx_receiver.wire.messages import DataPath
-from mlx_receiver.wire.profile import Decode, Prefill, Profile
+from mlx_receiver.wire.profile import Coding, Decode, Prefill, Profile
+from tests.conftest import free_port
 from vllm_mac_decode.tools.cli import app
 from vllm_mac_decode.tools.plan import picture, show, sources
 from vllm_mac_decode.tools.receiver_http import HttpError
@@ -34,7 +35,9 @@ def run(*arguments: str, code: int = 0) -> str:
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither here, nor by a receiver that may run on this machine."""
     monkeypatch.setattr(cached, "read_all", lambda side: [])
+    monkeypatch.setenv("MAC_DECODE_RECEIVER_HTTP", f"http://127.0.0.1:{free_port()}")
 
 
 def test_a_table_a_sentence_and_a_picture() -> None:
@@ -158,6 +161,52 @@ def test_what_the_receiver_says_of_itself_and_of_the_link(monkeypatch: pytest.Mo
     asked.clear()
     run("--model", "Llama-3.1-8B", "--topology", topology.DEFAULT)
     assert asked == [], "what is calculated asks nobody"
+
+
+def says(monkeypatch: pytest.MonkeyPatch, shown: Shown) -> None:
+    """A receiver answers so."""
+    monkeypatch.setattr("vllm_mac_decode.tools.profile.sources.get", lambda *_: shown)
+
+
+def test_why_a_receivers_own_figures_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    mac = profile("a Mac", "Llama-3.1-8B")
+    at = ("--model", "Llama-3.1-8B", "--receiver-http", f"http://127.0.0.1:{free_port()}")
+
+    def said() -> str:
+        found: str = json.loads(run(*at, "--json"))["source"]
+        return found
+
+    nobody = f"no receiver answers at {at[-1]}"
+    assert said().endswith(f"a receiver that has measured itself; {nobody}.")
+    measured(monkeypatch, vllm=[mac], receiver=[mac])
+    assert f"the receiver's as this machine has kept it: {nobody}; the link" in said()
+    says(monkeypatch, Shown(profile=profile("a Mac", "another\x1b[2J")))
+    assert f"the receiver at {at[-1]} has another [2J; the link" in said()
+    says(monkeypatch, Shown())
+    assert f"the receiver at {at[-1]} has not measured itself yet; the link" in said()
+    says(monkeypatch, Shown(profile=mac))
+    assert said() == "From both sides' profiles; the link is taken to be 10gbe."
+
+
+def test_what_others_say_moves_no_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    mac = msgspec.structs.replace(profile("a Mac\x1b[2J", "Llama-3.1-8B"), kv_bytes=1)
+    measured(monkeypatch, vllm=[mac])
+    says(monkeypatch, Shown(profile=mac, links={"a": DataPath("10.0.0.2\x1b[2J", 1 << 30, 0)}))
+    text = run("--model", "Llama-3.1-8B")
+    assert "10.0.0.2 [2J" in text and "a Mac [2J has some" in text and "\x1b" not in text
+
+
+def test_connections_of_each_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the setting says, by which vLLM's side plans, too."""
+    one = profile("a", "Llama-3.1-8B")
+    mac = msgspec.structs.replace(one, coding=Coding(1e9, 1e9, 4))
+    measured(monkeypatch, vllm=[one], receiver=[mac])
+    for streams, rate in (("", 1e9), ("auto", 1e9), ("3", 3e9)):
+        monkeypatch.setenv("MAC_DECODE_STREAMS", streams)
+        found = json.loads(run("--model", "Llama-3.1-8B", "--json"))["split_by_codec"]["q8"]
+        assert found["decode_bytes_per_s"] == rate
+    monkeypatch.setenv("MAC_DECODE_STREAMS", "none")
+    assert "streams" in run("--model", "Llama-3.1-8B", code=2)
 
 
 def test_a_receiver_that_wants_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from mlx_receiver.planning.shown import Shown
 from mlx_receiver.planning.topology import Situation
 from mlx_receiver.wire.profile import Profile
 from mlx_receiver.wire.quantised import BITS, CODECS
+from mlx_receiver.wire.seldom import printable
 from vllm_mac_decode.scheduler import codecs
 from vllm_mac_decode.scheduler.planner import Planner, Question
 
@@ -28,24 +29,28 @@ def situation(
     given: str,
     setting: str = RAW.name,
     receiver: Shown | None = None,
+    at: str = "",
+    streams: int = 1,
 ) -> tuple[Situation, str]:
     """What to plan, and a sentence on where its figures come from. ``given`` is a topology, or
-    empty for what was measured: here, and by the ``receiver``, if one answers. By the ``setting``
-    codec what is held travelled. Raises ValueError saying what is wrong and what to do."""
-    found, said = _situation(model, prompt, output, given, receiver or Shown())
+    empty for what was measured: here, and by the ``receiver`` ``at`` that address, if it answers,
+    to which each worker has so many ``streams``. By the ``setting`` codec what is held travelled.
+    Raises ValueError saying what is wrong and what to do."""
+    if given:
+        found = topology.load(given).situation(model, prompt, output)
+        said = f"Calculated from the constants of {given}."
+    else:
+        found, said = _measured(model, prompt, output, receiver, at)
+        found = replace(found, streams=streams)
     return (replace(found, held_in=setting) if setting in BITS else found), said
 
 
-def _situation(
-    model: str, prompt: int, output: int, given: str, receiver: Shown
+def _measured(
+    model: str, prompt: int, output: int, receiver: Shown | None, at: str
 ) -> tuple[Situation, str]:
-    if given:
-        found = topology.load(given).situation(model, prompt, output)
-        return found, f"Calculated from the constants of {given}."
     name, layout = models.cache(model)
-    vllm, mac = measured("vllm", name), measured("receiver", name)
-    if receiver.profile is not None and _is_of(receiver.profile, name):
-        mac = receiver.profile
+    own, lacks = _own(receiver, name, at)
+    vllm, mac = measured("vllm", name), own or measured("receiver", name)
     if vllm is None or mac is None:
         taken = topology.load(topology.DEFAULT).situation(model, prompt, output)
         lacking = " and ".join(
@@ -54,23 +59,37 @@ def _situation(
         return taken, (
             f"No profile of {lacking} with this model is known here, so this is calculated from "
             f"the constants of {topology.DEFAULT}; --topology names another one, and "
-            "--receiver-http a receiver that has measured itself."
+            "--receiver-http a receiver that has measured itself"
+            + (f"; {lacks}." if mac is None and at else ".")
         )
     link, told = _link(receiver)
     pair = Pair(vllm, mac, link, len(layout.layers), kv_bytes(layout))
     work = Work(prompt, output)
     notes = tuple(topology.too_long(pair, work))
     found = Situation(name, pair, work, Load(), layout, notes)
-    return found, f"From both sides' profiles; {told}."
+    here = f", the receiver's as this machine has kept it: {lacks}" if own is None and at else ""
+    return found, f"From both sides' profiles{here}; {told}."
 
 
-def _link(receiver: Shown) -> tuple[Link, str]:
+def _own(receiver: Shown | None, name: str, at: str) -> tuple[Profile | None, str]:
+    """The receiver's profile of that model, or why it has none."""
+    if receiver is None:
+        return None, f"no receiver answers at {at}"
+    if receiver.profile is None:
+        return None, f"the receiver at {at} has not measured itself yet"
+    if not _is_of(receiver.profile, name):
+        return None, f"the receiver at {at} has {printable(receiver.profile.model)}"
+    return receiver.profile, ""
+
+
+def _link(receiver: Shown | None) -> tuple[Link, str]:
     """The slowest that vLLMs have measured to it, and in words where it comes from."""
-    measured = [path for path in receiver.links.values() if path.rate]
+    measured = [path for path in receiver.links.values() if path.rate] if receiver else []
     if not measured:
         return LINKS[_LINK], f"the link is taken to be {_LINK}"
     path = min(measured, key=lambda path: path.rate)
-    return Link(path.rate, path.round_trip_ns / 1e9), f"the link as measured to {path.text}"
+    said = f"the link as measured to {printable(path.text)}"
+    return Link(path.rate, path.round_trip_ns / 1e9), said
 
 
 def codec(setting: str, wanted: Situation, offered: Sequence[str] = CODECS) -> Codec:
