@@ -178,9 +178,7 @@ def load_model(
 
 
 def _has_experts(config: dict[str, Any]) -> bool:
-    text = config.get("text_config")
-    config = text if isinstance(text, dict) else config
-    counts = [value for key, value in config.items() if key in _EXPERTS]
+    counts = [value for key, value in text_config(config).items() if key in _EXPERTS]
     return any(isinstance(count, int) and count > 1 for count in counts)
 
 

@@ -29,6 +29,7 @@ from mlx_receiver.planning.live import Estimate, alike
 from mlx_receiver.planning.measured import Measured
 from mlx_receiver.planning.review import Review
 from mlx_receiver.wire.profile import Coding, Profile
+from mlx_receiver.wire.quantised import BITS
 from vllm_mac_decode.scheduler.shadow import FREE_SHARE
 from vllm_mac_decode.scheduler.trials import Asked, Item, Plan
 
@@ -87,13 +88,16 @@ class Profiling:
 
     def begin(self, machine: Machine, coding: Coding | None = None) -> None:
         """The engine is there, and its workers have measured how fast they quantise. What was
-        measured before is read, whether or not more may be."""
+        measured before is read, whether or not more may be; where they have not measured it at this
+        start, it is still as fast as then."""
         self._machine, self._coding = machine, coding or Coding()
         self.saved = cached.read("vllm", machine.key)
         if self.saved is None:
             self._want()
             return
-        if self._coding != Coding():
+        if not any(map(self._coding.rate, BITS)):
+            self._coding = self.saved.profile.coding
+        else:
             known = msgspec.structs.replace(self.saved.profile, coding=self._coding)
             if not alike(known, self.saved.profile):  # for the command line
                 cached.write(msgspec.structs.replace(self.saved, profile=known))

@@ -7,9 +7,9 @@ them where they are, and have the bytes in the host's memory.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final
 
@@ -39,28 +39,25 @@ def token_bytes(layers: Collection[ExportedLayer]) -> int:
 def measured(layers: Collection[ExportedLayer], blocks: int) -> dict[str, float]:
     """Bytes of raw KV a second, by codec, where the caches have that many of the scheduler's
     blocks; empty where nothing of them can be quantised, or it fails."""
-    found: dict[str, float] = {}
-    layer = next((layer for layer in layers if _quantisable(layer)), None)
-    if layer is None or blocks < 1:
-        return found
+    try:
+        layer = next((layer for layer in layers if _quantisable(layer)), None)
+        if layer is None or blocks < 1:
+            return {}
+        # A thread of its own, as the exporter has: PyTorch's threads and memory pools depend on it.
+        with ThreadPoolExecutor(1, "mac-decode-coding") as thread:
+            return thread.submit(_rates, layer, blocks).result()
+    except Exception as error:
+        # Nothing depends on it: plans take what a usual core does.
+        logger.info("how fast KV is quantised could not be measured: %s", error)
+        return {}
 
-    def measure() -> None:
-        try:
-            if layer.device.type == "cuda":
-                # A thread starts on device 0, where pinning memory would make a context.
-                torch.cuda.set_device(layer.device)
-            ring = StagingRing(2 * SLOT_BYTES, layer.device)
-            for codec in BITS:
-                found[codec] = _rate(layer, codec, blocks * layer.split, ring)
-        except Exception as error:
-            # Nothing depends on it: plans take what a usual core does.
-            logger.info("how fast KV is quantised could not be measured: %s", error)
 
-    # A thread of its own, as the exporter has: PyTorch's threads and memory pools depend on it.
-    thread = threading.Thread(target=measure, name="mac-decode-coding", daemon=True)
-    thread.start()
-    thread.join()
-    return found
+def _rates(layer: ExportedLayer, blocks: int) -> dict[str, float]:
+    if layer.device.type == "cuda":
+        # A thread starts on device 0, where pinning memory would make a context.
+        torch.cuda.set_device(layer.device)
+    ring = StagingRing(2 * SLOT_BYTES, layer.device)
+    return {codec: _rate(layer, codec, blocks * layer.split, ring) for codec in BITS}
 
 
 def _quantisable(layer: ExportedLayer) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,27 @@ def test_it_is_part_of_what_a_receiver_measures_where_there_is_room(
         assert found.profile.coding.q8 > 1e6 < found.profile.coding.q4 and interrupted == 2
     else:
         assert found.profile.coding == Coding(), "it would make no room"
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_rest_of_a_profile_does_not_depend_on_it(
+    tiny_qwen3_path: Path, experts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model with experts a step reads some: what it reads a second is not known."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(coding, "scatter", fails)
+    monkeypatch.setattr(measuring, "_GROWN", 256)
+    monkeypatch.setattr(measuring, "_BATCHES", ((32, 1), (64, 1)))
+    source = find_model(str(tiny_qwen3_path))
+    loaded, budget = replace(load_model(source), experts=experts), Budget()
+    budget.configure(loaded.cache, 1 << 30)
+    measurement = Measurement(source, loaded, 1, budget)
+    while measurement.advance():
+        pass
+    found = measurement.result()
+    assert budget.reserved == 0 and found is not None
+    assert found.profile.coding == Coding()
+    assert found.profile.bandwidth == 0 or not experts

@@ -153,6 +153,22 @@ def test_how_fast_workers_quantise_is_part_of_it() -> None:
     assert cached.read_all("vllm")[0].profile.coding == faster
 
 
+@pytest.mark.parametrize("said", [Coding(), Coding(threads=2)])
+def test_rates_that_no_worker_has_measured_at_this_start_stay(said: Coding) -> None:
+    """With ``profile=false``, or where it failed: one worker or several."""
+    told = Coding(2e9, 1e9, 2)
+    vllm = Vllm(FAST, machine())
+    vllm.profiling.begin(machine(), told)
+    vllm.measure()
+    again = Vllm(FAST, machine())
+    again.profiling.begin(machine(), said)
+    assert again.profiling.profile is not None and again.profiling.profile.coding == told
+    assert cached.read_all("vllm")[0].profile.coding == told
+    again.profiling._want()
+    again.measure()
+    assert again.ran and cached.read_all("vllm")[0].profile.coding == told
+
+
 def test_a_file_that_says_nothing_of_quantising_is_read_and_completed(tmp_path: Path) -> None:
     Vllm(FAST, machine()).measure()
     (file,) = tmp_path.glob("profiles/*.json")

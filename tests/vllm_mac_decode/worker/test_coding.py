@@ -75,3 +75,13 @@ def test_rows_that_cannot_be_quantised_have_none() -> None:
 def test_a_cache_that_cannot_be_read_keeps_no_vllm_from_starting() -> None:
     broken = layer(blocks=2)
     assert coding.measured([broken], 64) == {}, "there are no such blocks"
+
+
+def test_a_machine_without_threads_to_spare_exports_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    assert coding.measured([layer()], 64) == {}
