@@ -135,7 +135,8 @@ def differences(
 ) -> list[Apart]:
     """Every part of every layer, in order. Of a model with experts the ``_STRAYS`` of a part's
     tokens that are furthest apart do not count: where two experts are as good for a token, rounding
-    decides, and sends that token, but no other, through another matrix on either side."""
+    decides, and sends that token, but no other, through another matrix on either side. No expert
+    comes before the first layer: of that all tokens count."""
     cache = loaded.cache
     pairs = [
         (index, part, theirs.astype(mx.float32), mine.astype(mx.float32))
@@ -148,7 +149,7 @@ def differences(
         )
     ]
     sums = mx.stack(
-        [_sums(a, b, loaded.experts and part.by_token) for _, part, a, b in pairs]
+        [_sums(a, b, loaded.experts and index > 0 and part.by_token) for index, part, a, b in pairs]
     ).tolist()
     return [
         Apart(index, part.name, _ratio(squares, mine), _cosine(both, theirs, mine), part.by_token)

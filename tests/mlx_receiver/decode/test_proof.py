@@ -21,12 +21,12 @@ def loaded(tiny_llama_path: Path) -> LoadedModel:
     return load_model(find_model(str(tiny_llama_path)), "float32")
 
 
-def verdict(loaded: LoadedModel, change: Any) -> tuple[bool, str]:
-    """Of caches that are the model's own, but for the third layer's values."""
+def verdict(loaded: LoadedModel, change: Any, layer: int = 2) -> tuple[bool, str]:
+    """Of caches that are the model's own, but for a layer's values."""
     caches = loaded.cache.empty()
     loaded.model(mx.array([TOKENS]), cache=caches)
     caches = [copy.copy(cache) for cache in caches]
-    caches[2].values = change(caches[2].values)
+    caches[layer].values = change(caches[layer].values)
     said = compare(loaded, TOKENS, caches, 5, ["float32"], "float32")
     return said.same, said.text
 
@@ -52,6 +52,8 @@ def test_a_few_tokens_may_go_through_other_experts(loaded: LoadedModel) -> None:
     assert verdict(routed, few)[1].startswith("4 layers compared, at most 0 % apart")
     assert not verdict(routed, lambda values: values * 1.03)[0]
     assert not verdict(routed, lambda values: mx.roll(values, 1, axis=2))[0]
+    assert verdict(routed, few, 1)[1].startswith("4 layers compared, at most 0 % apart")
+    assert verdict(routed, few, 0)[1].startswith("layer 0, values"), "no expert comes before it"
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30])
