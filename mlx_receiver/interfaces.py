@@ -164,12 +164,16 @@ def usable(addresses: Sequence[str]) -> tuple[str, ...]:
 def _of_linux(system: Path = Path("/sys/class/net")) -> list[Interface]:
     import ifaddr
 
-    found = []
+    given: dict[str, list[str]] = {}
     for adapter in ifaddr.get_adapters(include_unconfigured=True):
-        name = adapter.name
-        folder = system / name
+        # An address with a label, eth0:1, is one of eth0's.
+        ips = given.setdefault(adapter.name.partition(":")[0], [])
         # Of version 6 with flow and scope.
-        addresses = usable([ip.ip if isinstance(ip.ip, str) else ip.ip[0] for ip in adapter.ips])
+        ips += [ip.ip if isinstance(ip.ip, str) else ip.ip[0] for ip in adapter.ips]
+    found = []
+    for name, ips in given.items():
+        folder = system / name
+        addresses = usable(ips)
         if (folder / "wireless").exists():
             kind: Kind = "wifi"
         else:

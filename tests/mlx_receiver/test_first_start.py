@@ -15,8 +15,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
+import ifaddr
 import pytest
 
 from mlx_receiver import serve
@@ -27,6 +29,7 @@ from mlx_receiver.decode.model import ModelError, find_model, load_model
 from mlx_receiver.decode.weights import Memory, refusal, weights_nbytes
 from mlx_receiver.interfaces import (
     Interface,
+    _of_linux,
     check_host,
     interfaces,
     of_macos,
@@ -400,6 +403,29 @@ def test_a_macs_interfaces_wired_and_fast_ones_first() -> None:
 def test_speeds(media: str, mbits: int | None) -> None:
     text = f"en0: flags=8863<UP> mtu 1500\n\tinet 10.0.0.2\n\tmedia: autoselect ({media})"
     assert of_macos(text, "")[0].mbits == mbits
+
+
+def test_a_linux_machines_interfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address that has a label is the interface's all the same; other versions come apart."""
+
+    def adapter(name: str, *addresses: Any) -> ifaddr.Adapter:
+        return ifaddr.Adapter(name, name, [ifaddr.IP(one, 24, name) for one in addresses])
+
+    given = [
+        adapter("lo", "127.0.0.1"),
+        adapter("eth0", "10.0.0.1", ("2001:db8::1", 0, 0), ("fe80::1", 0, 2)),
+        adapter("eth0:1", "10.0.0.9"),
+        adapter("wlan0"),
+    ]
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda include_unconfigured: given)
+    (tmp_path / "eth0" / "device").mkdir(parents=True)
+    (tmp_path / "eth0" / "speed").write_text("10000\n")
+    (tmp_path / "wlan0" / "wireless").mkdir(parents=True)
+    assert _of_linux(tmp_path) == [
+        Interface("lo", "virtual", ()),
+        Interface("eth0", "wired", ("10.0.0.1", "10.0.0.9", "2001:db8::1"), 10_000),
+        Interface("wlan0", "wifi", ()),
+    ]
 
 
 def test_addresses_that_others_can_use() -> None:
