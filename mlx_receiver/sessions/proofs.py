@@ -93,10 +93,11 @@ class Proofs:
 
 def proof_prompt(layout: CacheLayout, vocab_size: int, context: int) -> list[int]:
     """Tokens to compare with: from all over the vocabulary, always the same ones, and long enough
-    to fill a short window."""
+    to fill a short window, and for half of one beyond it: a quarter of a part's tokens may not
+    count (``decode.proof``), and only those tell whether the window is the same."""
     windows = [part.window or part.chunk for layer in layout.layers for part in layer.parts]
     shortest = min(filter(None, windows), default=0)
-    length = 64 + (shortest if shortest <= 256 else 0)
+    length = shortest + max(64, shortest // 2) if shortest <= 256 else 64
     # Knuth's multiplier spreads any few numbers over their range.
     return [2654435761 * (n + 1) % (1 << 32) % vocab_size for n in range(min(length, context - 2))]
 

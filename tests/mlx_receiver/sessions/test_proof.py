@@ -178,6 +178,10 @@ def test_the_prompt_fills_short_windows_and_fits_the_context() -> None:
     assert len(proof_prompt(plain, 1000, 4096)) == 64
     short = CacheLayout([plain.layers[0], windowed(plain.layers[1], 128)])
     assert len(proof_prompt(short, 1000, 4096)) == 192
+    for window in (192, 256):
+        short = CacheLayout([plain.layers[0], windowed(plain.layers[1], window)])
+        length = len(proof_prompt(short, 1000, 4096))
+        assert length - window > length / 4, "more of them than may stray"
     long = CacheLayout([plain.layers[0], windowed(plain.layers[1], 4096)])
     assert len(proof_prompt(long, 1000, 4096)) == 64
     assert len(proof_prompt(plain, 1000, 20)) == 18
