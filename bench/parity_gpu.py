@@ -201,6 +201,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             if "gpu" in row:
                 result["machine"]["gpu"] = row.pop("gpu")
+                row["date"] = result["date"]
                 replaced = [r for r in result["rows"] if _same(r, row)]
                 result["rows"] = [r for r in result["rows"] if r not in replaced] + [row]
                 save(result, options.out)

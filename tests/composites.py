@@ -20,6 +20,7 @@ OUTER: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "gemma4": ("Gemma4", {"vision_config": {}}),
     "llama4": ("Llama4", {}),
     "ministral3": ("Mistral3", {}),
+    "qwen2": ("Qwen2_5_VL", {}),
     "qwen3": ("Qwen3VL", {}),
     "qwen3_5": ("Qwen3_5", {}),
     "qwen3_5_moe": ("Qwen3_5Moe", {}),
@@ -52,6 +53,8 @@ def write(family: str, path: Path) -> None:
         config["model_type"] = "qwen3_vl_text"
     if family in (*WHOLE, "gemma3n", "qwen3"):
         names = {name: name.replace("model.", "model.language_model.", 1) for name in weights}
+    elif family == "qwen2":
+        names = {name: name for name in weights}
     else:
         names = {name: f"language_model.{name}" for name in weights}
     if family == "llama4":
@@ -65,6 +68,11 @@ def write(family: str, path: Path) -> None:
     outer |= {"architectures": [f"{name}ForConditionalGeneration"], "dtype": config["dtype"],
               "text_config": config, "tie_word_embeddings": config["tie_word_embeddings"],
               "vocab_size": config["vocab_size"]}  # fmt: skip
+    if family == "qwen2":  # the hub's are of one part, and call the rotation otherwise
+        sections = config.pop("rope_parameters").get("mrope_section")
+        own = {"model_type": outer["model_type"], "architectures": outer["architectures"],
+               "rope_scaling": {"type": "mrope", "mrope_section": sections}}  # fmt: skip
+        outer = {"vision_config": outer["vision_config"]} | config | own
     (place / "config.json").write_text(json.dumps(outer, indent=2) + "\n")
     for file in TOKENIZER_FILES:
         shutil.copyfile(path / file, place / file)

@@ -11,9 +11,13 @@ from typing import Any
 def add_float32() -> None:
     """In this process, before vLLM makes a model. What is in bf16 has vLLM's kernels as before."""
     import torch
-    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 
-    of_vllm = gdn_attention.cpu_gdn_attention_core
+    try:
+        from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+
+        of_vllm, name_type = gdn_attention.cpu_gdn_attention_core, gdn_attention.LayerNameType
+    except (ImportError, AttributeError):  # other releases have it elsewhere: other models run
+        return
     if of_vllm.__module__ == __name__:
         return
 
@@ -23,7 +27,7 @@ def add_float32() -> None:
         b: torch.Tensor,
         a: torch.Tensor,
         core_attn_out: torch.Tensor,
-        layer_name: gdn_attention.LayerNameType,
+        layer_name: name_type,
     ) -> None:
         if mixed_qkv.dtype != torch.float32:
             of_vllm(mixed_qkv, b, a, core_attn_out, layer_name)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.lab import RESULTS
-from bench.model_table import KEPT, LENGTHS, pages
+from bench.model_table import KEPT, LENGTHS, on_cuda, pages
 from mlx_receiver.decode.model import find_model, load_model
 from mlx_receiver.planning.published import PUBLISHED
 from mlx_receiver.planning.shapes import fixed_bytes, layout_of, token_bytes, wire_dtypes
@@ -106,3 +106,13 @@ def test_every_family_has_a_row() -> None:
 def test_the_pages_have_them() -> None:
     for _, text, wanted in pages(RESULTS):
         assert text == wanted
+
+
+def test_tokens_behind_a_rounded_cache_are_in_no_table(tmp_path: Path) -> None:
+    """``bench.parity_gpu`` writes such rows beside the others."""
+    row = {"model": "llama", "dtype": "float32", "equal": 30, "of": 30}
+    rounded = row | {"kv_cache_dtype": "fp8", "equal": 3, "vllm_alone_equal": 1,
+                     "of_vllm_alone": 10}  # fmt: skip
+    rows = [row, row | {"kv_cache_dtype": "auto"}, rounded]
+    (tmp_path / "parity_gpu.json").write_text(json.dumps({"rows": rows}))
+    assert on_cuda(tmp_path) == {"llama": "30 of 30"}

@@ -306,10 +306,20 @@ def _layer_count(c: Mapping[str, Any]) -> int:
     return need(c, "num_hidden_layers")
 
 
+#: What Gemma 3's published models that also see leave to the defaults of transformers' class.
+_GEMMA3: Final = {
+    "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "max_position_embeddings": 131_072, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A model's configuration with that of its language part on top."""
     text = config.get("text_config")
-    return {**config, **text} if isinstance(text, Mapping) else config
+    if not isinstance(text, Mapping):
+        return config
+    unsaid = _GEMMA3 if text.get("model_type") == "gemma3_text" else {}
+    return {**unsaid, **config, **text}
 
 
 def need(config: Mapping[str, Any], key: str) -> int:

@@ -8,7 +8,7 @@ transformers, which moves and renames keys), so the builder normalises spellings
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,13 @@ from mlx_receiver.wire.layout import need, text_config
 
 _Text = Annotated[str, Meta(max_length=1024)]
 _Size = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+#: What a rotation is called elsewhere. vLLM writes the first two into the configuration of
+#: DeepSeek's models when it makes one, which the engine sees where that is in its own process (one
+#: GPU); the third is an older name of Qwen's.
+_ROTATIONS: Final = {
+    "deepseek_yarn": "yarn", "deepseek_llama_scaling": "yarn", "mrope": "default",
+}  # fmt: skip
 
 
 class ModelSignature(msgspec.Struct, frozen=True):
@@ -38,6 +45,8 @@ class ModelSignature(msgspec.Struct, frozen=True):
         lines = []
         for field in self.__struct_fields__:
             mine, theirs = getattr(self, field), getattr(other, field)
+            if field == "model_type" and mine.removesuffix("_text") == theirs.removesuffix("_text"):
+                continue  # older configurations have no part for the language alone
             if field in ("model_type", "rope") and not (mine and theirs):
                 continue
             if mine != theirs:
@@ -66,6 +75,7 @@ def _rope(c: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     kind = raw.pop("rope_type", None) or raw.pop("type", None) or "default"
     raw.pop("type", None)
+    kind = _ROTATIONS.get(kind, kind)
     theta = (
         raw.pop("rope_theta", None) or c.get("rope_theta") or c.get("rotary_emb_base") or 10000.0
     )

@@ -48,6 +48,12 @@ QWEN3_VL = {
                         "mrope_section": [6, 5, 5], "mrope_interleaved": True},
 }  # fmt: skip
 
+#: The same of Qwen2.5-VL and Qwen2, in the older spelling.
+QWEN2_VL = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0,
+                        "mrope_section": [4, 6, 6]},
+}  # fmt: skip
+
 #: By Dynamo alone: no kernel is made.
 TRACED = {"compilation_config": {"mode": 2, "backend": "eager"}}
 
@@ -62,7 +68,14 @@ def test_tokens_are_those_of_mlx_alone(family: str, offline: Offline, tmp_path: 
 @pytest.mark.skipif(not ALL, reason="each takes half a minute (MAC_DECODE_ALL_FAMILIES=1)")
 @pytest.mark.parametrize(
     ("family", "others"),
-    [("gemma3", {}), ("gemma4", {}), ("ministral3", {}), ("llama4", {}), ("qwen3", QWEN3_VL)],
+    [
+        ("gemma3", {}),
+        ("gemma4", {}),
+        ("ministral3", {}),
+        ("llama4", {}),
+        ("qwen3", QWEN3_VL),
+        ("qwen2", QWEN2_VL),
+    ],
 )
 def test_models_that_also_see(
     family: str, others: dict[str, Any], offline: Offline, tmp_path: Path

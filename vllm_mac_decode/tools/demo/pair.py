@@ -62,10 +62,8 @@ class Pair:
         """The receiver's account of a response, as JSON. Raises PairError if it has none."""
         try:
             return fetch(self.receiver_url, response_id)
-        except TimelineError:
-            raise PairError(
-                f"the receiver knows nothing of {response_id}: vLLM decoded it itself"
-            ) from None
+        except TimelineError as error:
+            raise PairError(f"{error} (what it never had, vLLM decoded itself)") from None
 
     def check(self) -> None:
         """Raise ServiceDied if one of the servers has ended."""

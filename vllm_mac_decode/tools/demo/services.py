@@ -14,18 +14,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# $1 is the server's process group, $2 the seconds that it has to end by itself. Waits for the end
-# of the standard input, which comes when the process that holds the other end is gone, however it
-# went. vLLM may miss a SIGTERM while it starts: then the group is killed.
+# $1 is the seconds that the server has to end by itself. Its process group comes in a line; then
+# waits for the end of the standard input, which comes when the process that holds the other end is
+# gone, however it went. vLLM may miss a SIGTERM while it starts: then the group is killed.
 _GUARD = """
+read -r group || exit
 read -r _
-kill -TERM "$1"
-while [ "$2" -gt 0 ]; do
-    kill -0 -"$1" || exit
+kill -TERM "$group"
+while [ "$1" -gt 0 ]; do
+    kill -0 -"$group" || exit
     sleep 1
-    set -- "$1" $(($2 - 1))
+    set -- $(($1 - 1))
 done
-kill -KILL -"$1"
+kill -KILL -"$group"
 """
 # vLLM's "(EngineCore pid=12) INFO 11-22 10:00:00 [file.py:1] ", logging's, terminal colours.
 _DECORATION = re.compile(
@@ -57,22 +58,30 @@ class Service:
         self.name = name
         self.log = log
         self._patience = patience
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        # Before the server, which is not to be without one for as long as a process takes to start.
         self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", _GUARD, "guard", str(self._process.pid), str(patience)],
+            ["/bin/sh", "-c", _GUARD, "guard", str(patience)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert self._guard.stdin is not None
+        try:
+            with log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+        except BaseException:
+            self._guard.communicate()
+            raise
+        self._guard.stdin.write(b"%d\n" % self._process.pid)
+        self._guard.stdin.flush()
         self._over = False
         atexit.register(self.stop)
 
