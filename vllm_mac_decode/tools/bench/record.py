@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import re
+import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import pairwise
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from mlx_receiver.interfaces import run
 from vllm_mac_decode import __version__
 from vllm_mac_decode.tools import timeline
 
@@ -86,7 +86,13 @@ def _cpu() -> str:
 def _gpus() -> list[str]:
     """Names, drivers and memory, as nvidia-smi has them."""
     wanted = "--query-gpu=name,driver_version,memory.total"
-    said = run("nvidia-smi", wanted, "--format=csv,noheader", seconds=10) or ""
+    try:
+        said = subprocess.check_output(
+            ["nvidia-smi", wanted, "--format=csv,noheader"],
+            stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
     return [line.strip() for line in said.splitlines() if line.strip()]
 
 
