@@ -57,6 +57,9 @@ LOST = -signal.SIGKILL
 #: What is imported must not depend on the test that needs the first server.
 _ENVIRONMENT = dict(os.environ)
 
+#: At which it is looked who has ended.
+_ENDINGS = (signal.SIGCHLD, signal.SIGALRM)
+
 _lock = threading.Lock()
 _forkers: dict[tuple[str, ...], Forker] = {}
 
@@ -209,10 +212,10 @@ def _become(order: dict[str, Any], network: int, answers: int) -> None:
         if libc.setns(network, 0):
             raise OSError(ctypes.get_errno(), "setns")
     os.close(network)
-    for number in (signal.SIGINT, signal.SIGCHLD):
+    for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
     os.environ.clear()
     os.environ.update(order["env"])
     os.chdir(order["cwd"])
@@ -251,16 +254,19 @@ def main() -> None:
                 found()
     statuses: dict[int, str] = {}
     signal.signal(signal.SIGCHLD, lambda *_: _ended(statuses))
+    # One that ends just before the next order is waited for would be noticed after that order.
+    signal.signal(signal.SIGALRM, lambda *_: _ended(statuses))
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
     for line in sys.stdin:
         order = json.loads(line)
         network = os.open(order["network"], os.O_RDONLY)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
         pid = os.fork()
         if not pid:
             break
         os.close(network)
         statuses[pid] = order["status"]
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
     else:
         return
     _become(order, network, answers)

@@ -1,5 +1,4 @@
-"""What the general plugin does in every vLLM process: register the connector, add the flags, say
-in vLLM's log what code says that both sides have.
+"""What the general plugin does in every vLLM process: register the connector, add the flags.
 
 vLLM loads general plugins before it builds its parser, so the flags exist in ``vllm serve
 --help`` and the connector's name is known wherever the configuration is read.
@@ -10,14 +9,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 from typing import Any
 
 from vllm_mac_decode.settings import DEFAULT_PORT, SettingsError, load, parse_addresses
 
 CONNECTOR = "mac_decode"
-#: What of the receiver's package runs in vLLM's processes, too.
-_SHARED = ("discovery", "pairing", "planning", "plugins", "transports", "wire")
 _DONE = "_mac_decode_registered"
 
 
@@ -30,32 +26,9 @@ def register_all() -> None:
         KVConnectorFactory.register_connector(
             CONNECTOR, "vllm_mac_decode.connector", "MacDecodeConnector"
         )
-    _share_log()
     if not getattr(EngineArgs, _DONE, False):
         _add_flags(EngineArgs)
         setattr(EngineArgs, _DONE, True)
-
-
-def _share_log() -> None:
-    logger = logging.getLogger("mlx_receiver")
-    if not any(isinstance(handler, _InVllmsLog) for handler in logger.handlers):
-        logger.addHandler(_InVllmsLog())
-    for room in _SHARED:
-        # Not the root's: lm-format-enforcer, which vLLM may import, leaves it errors only.
-        logging.getLogger(f"mlx_receiver.{room}").setLevel(logging.WARNING)
-
-
-class _InVllmsLog(logging.Handler):
-    """What both sides have logs by names of its own, for which vLLM has no handler. Its handlers
-    are looked up each time, since it may configure them anew."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        vllms = logging.getLogger("vllm").handlers
-        if not vllms and not logging.root.handlers and logging.lastResort is not None:
-            vllms = [logging.lastResort]  # as without this one
-        for handler in vllms:
-            if record.levelno >= handler.level:
-                handler.handle(record)
 
 
 def _add_flags(engine_args: Any) -> None:

@@ -224,7 +224,7 @@ def test_a_receiver_that_dies_in_the_middle(
 
 def test_streaming_is_token_by_token(vllm: Vllm, tiny_llama_path: Path) -> None:
     prompt = prompt_of(50, 95)
-    body = {"model": "m", "prompt": prompt, "max_tokens": 30, "temperature": 0, "stream": True,
+    body = {"model": "m", "prompt": prompt, "max_tokens": 240, "temperature": 0, "stream": True,
             "ignore_eos": True, "return_token_ids": True,
             "stream_options": {"include_usage": True}}  # fmt: skip
     tokens, chunks, usage = [], 0, None
@@ -236,5 +236,5 @@ def test_streaming_is_token_by_token(vllm: Vllm, tiny_llama_path: Path) -> None:
                 for choice in event["choices"]:
                     tokens += choice["token_ids"] or []
                     chunks += bool(choice["token_ids"])
-    assert [tokens] == greedy(tiny_llama_path, [prompt], 30) and chunks > 5
-    assert usage is not None and usage["completion_tokens"] == 30
+    assert [tokens] == greedy(tiny_llama_path, [prompt], 240) and chunks > 5
+    assert usage is not None and usage["completion_tokens"] == 240

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -143,25 +141,3 @@ def test_a_second_registration_changes_nothing() -> None:
 def test_the_name_is_the_connector_class() -> None:
     cls = KVConnectorFactory.get_connector_class_by_name(CONNECTOR)
     assert cls.__name__ == "MacDecodeConnector"
-
-
-def test_what_both_sides_have_speaks_in_vllms_log() -> None:
-    """The cached profiles do, say, and the browser that looks for receivers; also when a library
-    has told the root logger to be quiet."""
-    before = logging.root.level
-    logging.root.setLevel(logging.ERROR)
-    register()
-    register()
-    written = io.StringIO()
-    handler = logging.StreamHandler(written)
-    handler.setLevel(logging.INFO)
-    vllms = logging.getLogger("vllm")
-    vllms.addHandler(handler)
-    try:
-        said = logging.getLogger("mlx_receiver.planning.cached")
-        said.warning("the profile is not kept")
-        said.debug("nobody needs this")
-    finally:
-        vllms.removeHandler(handler)
-        logging.root.setLevel(before)
-    assert written.getvalue() == "the profile is not kept\n"

@@ -334,7 +334,8 @@ class Profiling:
         self._review.found(found.profile, before)
         self._found, self._thread, self.saved = None, None, found
         self.estimate.measured(self._here(found.profile))
-        logger.info("vLLM measured %s", found.text)
+        kept = "" if found.reliable else "; the machine had other work: the profile is not kept"
+        logger.info("vLLM measured %s%s", found.text, kept)
 
     # --- statistics -------------------------------------------------------------------------
 
