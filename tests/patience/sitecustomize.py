@@ -27,13 +27,13 @@ class _NamesFirst:
 
     def __init__(self) -> None:
         #: What it named; the names last as long as this does.
-        self.library: object = None
+        self.declared: object = None
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name == "torchvision" and self.library is None:
+        if name == "torchvision" and self.declared is None:
             import torch
 
-            self.library = library = torch.library.Library("torchvision", "DEF")
+            self.declared = library = torch.library.Library("torchvision", "DEF")
             for kernel in ("nms", "qnms"):
                 library.define(f"{kernel}(Tensor dets, Tensor scores, float least) -> Tensor")
 
