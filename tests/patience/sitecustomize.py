@@ -31,11 +31,11 @@ class _NamesFirst:
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "torchvision" and self.declared is None:
-            import torch
+            from torch import library
 
-            self.declared = library = torch.library.Library("torchvision", "DEF")
+            self.declared = kernels = library.Library("torchvision", "DEF")
             for kernel in ("nms", "qnms"):
-                library.define(f"{kernel}(Tensor dets, Tensor scores, float least) -> Tensor")
+                kernels.define(f"{kernel}(Tensor dets, Tensor scores, float least) -> Tensor")
 
 
 if folder := os.environ.get("TESTS_VISION"):
